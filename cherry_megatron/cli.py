@@ -1,0 +1,186 @@
+"""The one command: `cherry VERB`."""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cherry_megatron import __version__
+from cherry_megatron.errors import CherryError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. Bad input is one sentence on stderr and status 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    argv, flags = _split_flags(argv)
+    arguments = _parser().parse_args(argv)
+    if flags and not hasattr(arguments, "flags"):
+        _parser().error(f"{arguments.verb} takes no Megatron flags after --")
+    arguments.flags = flags
+    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    try:
+        return arguments.run(arguments) or 0
+    except CherryError as error:
+        print(f"cherry {arguments.verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"cherry {arguments.verb}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
+    if "--" not in argv:
+        return argv, []
+    cut = argv.index("--")
+    return argv[:cut], argv[cut + 1 :]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="cherry", description="Train CHERRY models on Megatron-core.")
+    parser.add_argument("--version", action="version", version=f"cherry-megatron {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_doctor(verbs)
+    _add_tokenizer(verbs)
+    _add_data(verbs)
+    _add_pretrain(verbs)
+    _add_evaluate(verbs)
+    _add_params(verbs)
+    return parser
+
+
+def _verb(verbs: argparse._SubParsersAction, name: str, text: str, run: Callable) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser, required: bool = True, positional: bool = False) -> None:
+    if positional:
+        parser.add_argument("config_file", nargs="?", type=Path, metavar="CONFIG", help="a YAML file of configs/")
+    parser.add_argument("--config", type=Path, required=required and not positional, help="a YAML file of configs/")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. recurrence.loops=4"
+    )
+    parser.set_defaults(flags=[])
+    parser.epilog = "Megatron's own flags may follow after --"
+
+
+def _load_config(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
+    from cherry_megatron.config import load
+
+    path = getattr(arguments, "config_file", None) or arguments.config
+    if path is None:
+        raise CherryError("name a configuration, e.g. configs/cherry_227m.yaml")
+    return load(path, arguments.set, arguments.flags)
+
+
+def _add_doctor(verbs: argparse._SubParsersAction) -> None:
+    def run(arguments: argparse.Namespace) -> int:
+        from cherry_megatron.platform import doctor, machine
+
+        found = machine.prepare()
+        config = _load_config(arguments) if arguments.config else None
+        return doctor.report(found, config)
+
+    parser = _verb(verbs, "doctor", "what is installed, what will be used, can a configuration run here", run)
+    _add_config(parser, required=False)
+
+
+def _add_tokenizer(verbs: argparse._SubParsersAction) -> None:
+    def run(arguments: argparse.Namespace) -> None:
+        from cherry_megatron.data import tokenizer
+
+        trained = tokenizer.train(
+            arguments.input, arguments.output, arguments.vocab_size, arguments.limit_mb, arguments.key
+        )
+        size = trained.get_vocab_size()
+        padded = -(-size // 128) * 128
+        print(f"{arguments.output}: {size} tokens; megatron.padded-vocab-size must be at least that, e.g. {padded}")
+
+    parser = _verb(verbs, "tokenizer", "train a byte-level BPE tokenizer on text", run)
+    parser.add_argument("--input", type=Path, nargs="+", required=True, help="text files or folders")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--vocab-size", type=int, required=True, help="number of tokens")
+    parser.add_argument("--limit-mb", type=int, default=200, help="read at most so much text (default 200)")
+    parser.add_argument("--key", default="text", help="key of the text in .jsonl lines (default text)")
+
+
+def _add_data(verbs: argparse._SubParsersAction) -> None:
+    def run(arguments: argparse.Namespace) -> None:
+        from cherry_megatron.data import prepare
+
+        report = prepare.prepare(
+            arguments.input, arguments.output, arguments.tokenizer, arguments.workers,
+            arguments.key, arguments.max_malformed,
+        )  # fmt: skip
+        print(
+            f"{arguments.output}: {report['documents']:,} documents, {report['tokens']:,} tokens, "
+            f"{report['bytes'] / 1e6:.1f} MB in {report['seconds']} s "
+            f"({report['mb_per_second_and_worker']} MB/s a worker, {report['workers']} workers)"
+        )
+        if report["malformed"]:
+            print(f"{report['malformed']} malformed lines are named in {arguments.output}.json; the first:")
+            print("  " + report["named"][0])
+
+    parser = _verb(verbs, "data", "turn text into indexed tokens", run)
+    parser.add_argument("--input", type=Path, nargs="+", required=True, help="text files or folders")
+    parser.add_argument("--output", type=Path, required=True, help="path prefix of the .bin and .idx files")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder made by `cherry tokenizer`")
+    parser.add_argument("--workers", type=int, default=0, help="processes (default: all cores)")
+    parser.add_argument("--key", default="text", help="key of the text in .jsonl lines (default text)")
+    parser.add_argument(
+        "--max-malformed", type=float, default=0.01, help="stop above this share of malformed lines (default 0.01)"
+    )
+
+
+def _add_pretrain(verbs: argparse._SubParsersAction) -> None:
+    def run(arguments: argparse.Namespace) -> None:
+        from cherry_megatron.platform.machine import prepare
+
+        machine = prepare()
+        config = _load_config(arguments)
+        from cherry_megatron.pretrain import pretrain
+
+        pretrain(config, machine, show_all=arguments.verbose)
+
+    parser = _verb(verbs, "pretrain", "train a model; goes on from the run's newest checkpoint", run)
+    parser.add_argument("--verbose", action="store_true", help="show Megatron's own output too")
+    _add_config(parser)
+
+
+def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
+    def run(arguments: argparse.Namespace) -> None:
+        from cherry_megatron.platform.machine import prepare
+
+        machine = prepare()
+        config = _load_config(arguments)
+        from cherry_megatron.evaluate import evaluate
+
+        evaluate(config, machine, arguments.loops, show_all=arguments.verbose)
+
+    parser = _verb(verbs, "evaluate", "held-out loss of a run's checkpoint at several numbers of loops", run)
+    parser.add_argument("--loops", type=int, nargs="+", help="numbers of loops (default 1, 2, 4, ... and the model's)")
+    parser.add_argument("--verbose", action="store_true", help="show Megatron's own output too")
+    _add_config(parser)
+
+
+def _add_params(verbs: argparse._SubParsersAction) -> None:
+    def run(arguments: argparse.Namespace) -> None:
+        from cherry_megatron.platform.machine import prepare
+
+        prepare()
+        config = _load_config(arguments)
+        from cherry_megatron.monitor.tables import params_table
+
+        print(params_table(config))
+
+    parser = _verb(verbs, "params", "parameters, FLOPs and memory of a configuration", run)
+    _add_config(parser, positional=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,401 @@
+"""One YAML file -> typed dataclasses and Megatron's own flags.
+
+    extends: base_1b.yaml        # optional: another file of the same folder, overridden key by key
+    run: runs/cherry_227m        # the run's folder: checkpoints, TensorBoard, resolved configuration
+    recurrence: {pattern: "*-[(*-)x4]x8*-", order: cycle}
+    evaluation: {loops: [1, 2, 4, 8]}
+    megatron:                    # Megatron's flag names
+      hidden-size: 1280
+
+A value may name environment variables as ${NAME} or ${NAME:-default}. Command-line values override
+the file: `--set recurrence.loops=4`, and any Megatron flag after `--`.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import os
+import re
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cherry_megatron.errors import CherryError
+from cherry_megatron.model.options import Recurrence
+from cherry_megatron.model.plan import Plan, make_plan
+from cherry_megatron.model.shape import Shape
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What evaluation measures besides the held-out loss.
+
+    Attributes:
+        loops: report the loss at these numbers of loops; by default 1, 2, 4, ... and the model's own.
+        batches: global batches of the validation split that are used for it.
+    """
+
+    loops: tuple[int, ...] = ()
+    batches: int = 4
+
+    def __post_init__(self) -> None:
+        if self.batches < 1 or any(n < 1 for n in self.loops):
+            raise CherryError("evaluation.loops and evaluation.batches must be positive")
+
+    def loop_counts(self, trained: int) -> list[int]:
+        """The numbers of loops to evaluate, ascending."""
+        if self.loops:
+            return sorted(set(self.loops))
+        return sorted({2**k for k in range(trained.bit_length()) if 2**k <= trained} | {trained})
+
+
+@dataclass(frozen=True)
+class Config:
+    """A resolved configuration.
+
+    Attributes:
+        source: the file it came from.
+        run: the run's folder.
+        recurrence, evaluation: sections of the file.
+        megatron: flag name without dashes in front -> value, defaults of this project filled in.
+        flags: Megatron flags given after `--`, as they were; they come last and win.
+    """
+
+    source: Path
+    run: Path
+    recurrence: Recurrence
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    megatron: dict[str, Any] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, in the order of the YAML format."""
+        return {
+            "run": str(self.run),
+            "recurrence": _plain(dataclasses.asdict(self.recurrence)),
+            "evaluation": _plain(dataclasses.asdict(self.evaluation)),
+            "megatron": dict(sorted(self.megatron.items())),
+            "flags": list(self.flags),
+        }
+
+    def hash(self) -> str:
+        """Twelve hex digits that differ when any setting but the run's folder does."""
+        settings = {k: v for k, v in self.as_dict().items() if k != "run"}
+        return hashlib.sha256(yaml.safe_dump(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+    def value(self, flag: str, default: Any = None) -> Any:
+        """A Megatron flag's value: from the flags after `--`, else from the file, else `default`."""
+        arguments = parse_flags(megatron_arguments(self.megatron) + list(self.flags))
+        found = getattr(arguments, _action(flag).dest)
+        return default if found is None else found
+
+    @property
+    def shape(self) -> Shape:
+        """The model's sizes."""
+        heads = self._positive("num-attention-heads")
+        hidden = self._positive("hidden-size")
+        if hidden % heads and self.value("kv-channels") is None:
+            raise CherryError(
+                f"{self.source}: megatron.hidden-size {hidden} is not a multiple of num-attention-heads {heads}"
+            )
+        return Shape(
+            hidden=hidden,
+            ffn=self._positive("ffn-hidden-size"),
+            heads=heads,
+            groups=self._positive("num-query-groups") if self.value("group-query-attention") else heads,
+            head_size=self.value("kv-channels") or hidden // heads,
+            vocabulary=self._positive("padded-vocab-size"),
+            gated=bool(self.value("swiglu")),
+            tied=not self.value("untie-embeddings-and-output-weights"),
+        )
+
+    def _positive(self, flag: str) -> int:
+        value = self.value(flag)
+        if not isinstance(value, int) or value < 1:
+            raise CherryError(f"{self.source}: set megatron.{flag} to a positive number (it is {value})")
+        return value
+
+    def plan(self) -> Plan:
+        """The unrolled model over the configured pipeline stages."""
+        stages = self.value("pipeline-model-parallel-size")
+        return make_plan(self.recurrence, self.shape, self._positive("seq-length"), stages)
+
+
+# What the results rest on; a configuration may not turn it off.
+_FIXED: dict[str, tuple[Any, str]] = {
+    "calculate-per-token-loss": (True, "the loss must not depend on the split into micro-batches and ranks"),
+    "use-cpu-initialization": (True, "initial weights must not depend on the layout"),
+    "dist-ckpt-optim-fully-reshardable": (True, "a checkpoint must resume under any layout"),
+    "ckpt-format": ("torch_dist", "a checkpoint must resume under any layout"),
+    "position-embedding-type": ("rope", "it is what the recurrent stack is built with"),
+    "disable-bias-linear": (True, "it is what the recurrent stack is built with"),
+    "normalization": ("RMSNorm", "it is what the recurrent stack is built with"),
+}
+# What follows from other keys.
+_DERIVED = {
+    "hybrid-layer-pattern": "recurrence.pattern",
+    "num-layers": "recurrence.pattern",
+    "spec": "recurrence.pattern",
+    "num-layers-per-virtual-pipeline-stage": "recurrence.stages",
+    "num-virtual-stages-per-pipeline-rank": "recurrence.stages",
+    "pipeline-model-parallel-layout": "recurrence.stages",
+    "save": "run",
+    "tensorboard-dir": "run",
+}
+# Defaults that differ from Megatron's.
+_DEFAULTS: dict[str, Any] = {
+    "attention-dropout": 0.0,
+    "hidden-dropout": 0.0,
+    "tokenizer-type": "HuggingFaceTokenizer",
+    "no-create-attention-mask-in-dataloader": True,
+    "exit-signal-handler": True,
+    "verify-integrity": True,
+    "log-interval": 10,
+    "tensorboard-log-interval": 1,
+    "eval-iters": 10,
+    "dist-ckpt-strictness": "raise_unexpected",
+}
+_SECTIONS = {"recurrence": Recurrence, "evaluation": Evaluation}
+_TOP_KEYS = ("extends", "run", *_SECTIONS, "megatron")
+
+
+def load(path: Path, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -> Config:
+    """Read a configuration.
+
+    Args:
+        path: the YAML file.
+        overrides: `section.key=value` with a YAML value.
+        flags: Megatron flags as on its own command line.
+
+    Raises:
+        CherryError: one sentence that names file and key, with the nearest valid name.
+    """
+    data = _read(path)
+    for override in overrides:
+        _override(data, override)
+    for key in data:
+        if key not in _TOP_KEYS:
+            raise CherryError(f"{path}: unknown key {key!r}{_nearest(key, _TOP_KEYS)}")
+    if not isinstance(data.get("run"), str):
+        raise CherryError(f"{path}: `run` must name the run's folder, e.g. run: runs/{path.stem}")
+    sections = {name: _section(path, name, cls, data.get(name, {})) for name, cls in _SECTIONS.items()}
+    megatron = _megatron(path, data.get("megatron", {}))
+    config = Config(path, Path(data["run"]), megatron=megatron, flags=tuple(flags), **sections)
+    _check(config)
+    return config
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a file and what it extends."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CherryError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise CherryError(f"{path} is not a UTF-8 text file") from None
+    try:
+        data = yaml.safe_load(_environment(path, text)) or {}
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        raise CherryError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    if not isinstance(data, dict):
+        raise CherryError(f"{path}: expected keys and values, found {type(data).__name__}")
+    parent = data.pop("extends", None)
+    if parent is None:
+        return data
+    base = path.parent / str(parent)
+    if base.resolve() in seen:
+        raise CherryError(f"{path}: extends {parent}, which extends it again")
+    return _merge(_read(base, (*seen, path.resolve())), data)
+
+
+def _environment(path: Path, text: str) -> str:
+    def value(match: re.Match[str]) -> str:
+        name, default = match[1], match[2]
+        if name in os.environ:
+            return os.environ[name]
+        if default is None:
+            raise CherryError(f"{path}: the environment variable {name} is not set")
+        return default
+
+    return re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", value, text)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    name, found, text = override.partition("=")
+    keys = name.split(".")
+    if not found or len(keys) > 2 or not all(keys):
+        raise CherryError(f"--set {override!r}: write it as section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise CherryError(f"--set {override!r}: the value is not valid YAML") from None
+    section = data
+    if len(keys) == 2:
+        section = data.setdefault(keys[0], {})
+        if not isinstance(section, dict):
+            raise CherryError(f"--set {override!r}: {keys[0]!r} is not a section")
+    section[keys[-1]] = value
+
+
+def _section(path: Path, name: str, cls: Any, values: Any) -> Any:
+    """Build a dataclass from a section, checking names and types."""
+    if not isinstance(values, dict):
+        raise CherryError(f"{path}: {name} must hold keys and values")
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    types_ = typing.get_type_hints(cls)
+    for key, value in values.items():
+        if key not in known:
+            raise CherryError(f"{path}: unknown key {name}.{key}{_nearest(key, known)}")
+        values = {**values, key: _typed(path, f"{name}.{key}", types_[key], value)}
+    missing = [k for k, f in known.items() if f.default is dataclasses.MISSING and k not in values]
+    if missing:
+        raise CherryError(f"{path}: {name}.{missing[0]} is missing")
+    try:
+        return cls(**values)
+    except CherryError as error:
+        raise CherryError(f"{path}: {error}") from None
+
+
+def _typed(path: Path, name: str, kind: Any, value: Any) -> Any:
+    """A YAML value as the annotated type: str, int, float, bool, Literal, tuple of int, or None."""
+    origin = typing.get_origin(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        origin = typing.get_origin(kind)
+    if origin is tuple and isinstance(value, list) and all(type(v) is int for v in value):
+        return tuple(value)
+    if origin is typing.Literal:
+        return value
+    if origin is None and (type(value) is kind or (kind is float and type(value) is int)):
+        return kind(value)
+    expected = "a list of whole numbers" if origin is tuple else kind.__name__
+    raise CherryError(f"{path}: {name} is {value!r}; expected {expected}")
+
+
+def _megatron(path: Path, values: Any) -> dict[str, Any]:
+    """Check flag names, take out contradictions, fill in defaults."""
+    if not isinstance(values, dict):
+        raise CherryError(f"{path}: megatron must hold Megatron's flags and their values")
+    given = {str(key).replace("_", "-"): value for key, value in values.items()}
+    for key, value in given.items():
+        if key in _DERIVED:
+            raise CherryError(f"{path}: megatron.{key} follows from `{_DERIVED[key]}`; set that instead")
+        if key in _FIXED and value != _FIXED[key][0]:
+            wanted, why = _FIXED[key]
+            raise CherryError(f"{path}: megatron.{key} must be {wanted}: {why}")
+        _action(key, path)
+    fixed = {key: value for key, (value, _) in _FIXED.items()}
+    return {**_DEFAULTS, **given, **fixed}
+
+
+def _check(config: Config) -> None:
+    """Contradictions between keys that would otherwise surface deep inside Megatron."""
+    megatron_keys = {flag.lstrip("-").split("=")[0] for flag in config.flags if flag.startswith("--")}
+    for key in megatron_keys & set(_DERIVED):
+        raise CherryError(f"--{key} follows from `{_DERIVED[key]}`; set that instead")
+    try:
+        shape = config.shape
+        tensor = config.value("tensor-model-parallel-size")
+        for name, size in (
+            ("num-attention-heads", shape.heads),
+            ("num-query-groups", shape.groups),
+            ("ffn-hidden-size", shape.ffn),
+            ("padded-vocab-size", shape.vocabulary),
+        ):
+            if size % tensor:
+                raise CherryError(f"megatron.{name} {size} is not a multiple of tensor-model-parallel-size {tensor}")
+        if config.value("sequence-parallel") and config.value("seq-length") % tensor:
+            raise CherryError(
+                f"megatron.seq-length {config.value('seq-length')} is not a multiple of "
+                f"tensor-model-parallel-size {tensor}, which sequence-parallel needs"
+            )
+        iterations = config.value("lr-decay-iters") or config.value("train-iters")
+        if iterations and config.value("lr-warmup-iters") >= iterations:
+            raise CherryError(
+                f"megatron.lr-warmup-iters {config.value('lr-warmup-iters')} must be less than the {iterations} "
+                "iterations of the learning rate's schedule"
+            )
+        config.plan()
+    except CherryError as error:
+        text = str(error)
+        raise CherryError(text if str(config.source) in text else f"{config.source}: {text}") from None
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else f"; known are {', '.join(sorted(known)[:12])}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise CherryError(f"Megatron's flags: {message}")
+
+
+@cache
+def _parser() -> argparse.ArgumentParser:
+    from megatron.training.arguments import add_megatron_arguments
+
+    return add_megatron_arguments(_Parser(allow_abbrev=False, add_help=False))
+
+
+def _action(flag: str, path: Path | None = None) -> argparse.Action:
+    """Megatron's definition of a flag."""
+    options = _parser()._option_string_actions
+    if f"--{flag}" not in options:
+        known = [option.removeprefix("--") for option in options]
+        where = f"{path}: unknown key megatron.{flag}" if path else f"unknown Megatron flag --{flag}"
+        raise CherryError(f"{where}{_nearest(flag, known)}")
+    return options[f"--{flag}"]
+
+
+def megatron_arguments(values: dict[str, Any]) -> list[str]:
+    """Flags and values as Megatron's command line has them."""
+    arguments: list[str] = []
+    for key, value in values.items():
+        takes_value = _action(key).nargs != 0
+        if isinstance(value, bool) and not takes_value:
+            arguments += [f"--{key}"] if value else []
+        elif value is None:
+            continue
+        elif not takes_value:
+            raise CherryError(f"megatron.{key} is {value!r}; it is a switch: use true or false")
+        elif isinstance(value, list):
+            arguments += [f"--{key}", *map(str, value)]
+        else:
+            arguments += [f"--{key}", str(value)]
+    return arguments
+
+
+def parse_flags(arguments: list[str]) -> argparse.Namespace:
+    """Megatron's own parser, with errors as one sentence."""
+    known, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        flag = unknown[0].lstrip("-").split("=")[0]
+        _action(flag)
+        raise CherryError(f"Megatron's flags: do not know what to do with {unknown[0]!r}")
+    return known

@@ -1,0 +1,1 @@
+"""Text to indexed tokens, and the batches that Megatron trains on."""

@@ -1,0 +1,84 @@
+"""Megatron's GPTDataset over the indexed tokens, and one micro-batch on every rank that needs it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.utils import get_batch_on_this_tp_rank
+from megatron.training import get_args, get_tokenizer
+from megatron.training.utils import get_blend_and_blend_per_split
+from torch import Tensor
+
+KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+def build_datasets(samples: tuple[int, int, int]) -> tuple[Any, Any, Any]:
+    """The train, validation and test split, packed to --seq-length. Every rank must call it.
+
+    Args:
+        samples: how many sequences of each split are wanted.
+    """
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=get_tokenizer(),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+    )
+    return BlendedMegatronDatasetBuilder(GPTDataset, list(samples), _reads_data, config).build()
+
+
+def _reads_data() -> bool:
+    first_or_last = mpu.is_pipeline_first_stage() or mpu.is_pipeline_last_stage()
+    return first_or_last and mpu.get_tensor_model_parallel_rank() == 0
+
+
+def next_batch(
+    iterator: Iterator[dict[str, Tensor]] | None, micro_batch_size: int
+) -> dict[str, Tensor | None]:
+    """One micro-batch of `micro_batch_size` sequences.
+
+    Returns:
+        tokens, position_ids [b, s] on the first pipeline stage, labels, loss_mask [b, s] on the last,
+        None elsewhere; equal on all tensor-parallel ranks.
+    """
+    args = get_args()
+    if not (mpu.is_pipeline_first_stage() or mpu.is_pipeline_last_stage()):
+        return dict.fromkeys(KEYS)
+    batch: dict[str, Any] = {}
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        assert iterator is not None, "this rank reads data, but was given no iterator"
+        row = next(iterator)
+        device = torch.cuda.current_device()
+        batch = {key: row[key].to(device, non_blocking=True) for key in KEYS}
+        batch["attention_mask"] = None
+    return get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=False,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=1,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )

@@ -1,0 +1,33 @@
+"""`cherry evaluate`: the held-out loss of a run's newest checkpoint, loop count by loop count."""
+
+from dataclasses import replace
+
+from cherry_megatron.config import Config
+from cherry_megatron.errors import CherryError
+from cherry_megatron.monitor.evaluation import LoopEvaluation
+from cherry_megatron.platform.machine import Machine
+from cherry_megatron.pretrain import pretrain
+from cherry_megatron.runs import checkpoint_to_load
+
+
+def evaluate(
+    config: Config, machine: Machine, loops: list[int] | None = None, show_all: bool = False
+) -> LoopEvaluation:
+    """Load the checkpoint, evaluate the validation and test split, print the table.
+
+    Args:
+        config: the run's configuration.
+        machine: from `prepare()`.
+        loops: numbers of loops; more than the trained number is allowed.
+        show_all: show Megatron's own output too.
+
+    Raises:
+        CherryError: if the run has no checkpoint.
+    """
+    if checkpoint_to_load(config) is None:
+        raise CherryError(f"the run {config.run} has no checkpoint to evaluate; train it first, or set megatron.load")
+    if loops:
+        config = replace(config, evaluation=replace(config.evaluation, loops=tuple(loops)))
+    counts = config.evaluation.loop_counts(config.recurrence.loops)
+    config = replace(config, recurrence=replace(config.recurrence, loops=max(counts), random_loops=None))
+    return pretrain(config, machine, {"skip-train": True, "no-load-optim": True, "no-load-rng": True}, show_all)

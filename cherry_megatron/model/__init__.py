@@ -1,0 +1,1 @@
+"""The recurrent CHERRY model as a Megatron-core spec. Knows dataclasses, not training arguments."""

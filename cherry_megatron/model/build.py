@@ -1,0 +1,119 @@
+"""From dataclasses to the model: a HybridModel whose decoder is the recurrent stack."""
+
+from typing import Any
+
+import torch
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.utils import init_method_normal
+from torch import Tensor
+
+from cherry_megatron.errors import CherryError
+from cherry_megatron.model.options import Recurrence
+from cherry_megatron.model.pattern import unroll
+from cherry_megatron.model.plan import Plan
+from cherry_megatron.model.shape import Shape
+from cherry_megatron.model.specs import seeded, stack_submodules
+from cherry_megatron.model.stack import RecurrentStack
+from cherry_megatron.model.tying import tie_copies
+
+
+def prepare_config(config: TransformerConfig, recurrence: Recurrence) -> TransformerConfig:
+    """Set what the layout must not change, and refuse what the stack does not do.
+
+    Raises:
+        CherryError: naming the setting.
+    """
+    if config.context_parallel_size > 1:
+        raise CherryError(
+            f"context-parallel-size {config.context_parallel_size}: the recurrent stack does not split "
+            "sequences over ranks; use 1"
+        )
+    if config.normalization != "RMSNorm":
+        raise CherryError(f"normalization {config.normalization}: the recurrent stack is built with RMSNorm")
+    if config.recompute_granularity == "full" and (
+        config.recompute_method != "uniform" or config.recompute_num_layers != 1
+    ):
+        raise CherryError(
+            "recompute-granularity full recomputes a loop at a time: use recompute-method uniform and "
+            "recompute-num-layers 1"
+        )
+    # Megatron scales output projections by its own layer count, which grows with pipeline copies.
+    pattern = recurrence.parsed
+    visits = unroll(pattern, pattern.loops, recurrence.order)
+    sublayers = sum(len(pattern.layers[visit.layer]) for visit in visits)
+    config.output_layer_init_method = init_method_normal(config.init_method_std / sublayers**0.5)
+    if recurrence.injection == "add" and config.pipeline_model_parallel_size > 1:
+        # The prelude's output travels with the state, so stages exchange two shapes.
+        config.variable_seq_lengths = True
+    return config
+
+
+def build_model(
+    config: TransformerConfig,
+    recurrence: Recurrence,
+    shape: Shape,
+    plan: Plan,
+    groups: ProcessGroupCollection,
+    *,
+    sequence_length: int,
+    rotary_base: int,
+    seed: int,
+    pre_process: bool,
+    post_process: bool,
+) -> HybridModel:
+    """Build this rank's part of the model.
+
+    Args:
+        config: from `prepare_config`.
+        recurrence: the recurrent stack.
+        shape: its sizes.
+        plan: the unrolled model over the pipeline stages.
+        groups: process groups; the pipeline group says which stage this is.
+        sequence_length: longest sequence.
+        rotary_base: base of the rotary position embedding.
+        seed: initial weights depend on it alone, not on the layout.
+        pre_process, post_process: whether this stage embeds, whether it has the output head.
+    """
+    implementation = config.transformer_impl
+    model = HybridModel(
+        config=config,
+        hybrid_stack_spec=ModuleSpec(
+            module=RecurrentStack,
+            params={"plan": plan, "recurrence": recurrence, "implementation": implementation},
+            submodules=stack_submodules(implementation, config, plan, seed, recurrence.loop_scales),
+        ),
+        vocab_size=shape.vocabulary,
+        max_sequence_length=sequence_length,
+        hybrid_layer_pattern=plan.megatron_pattern,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=shape.tied,
+        position_embedding_type="rope",
+        rotary_base=rotary_base,
+        pg_collection=groups,
+    )
+    if pre_process:
+        _draw(model.embedding.word_embeddings.weight, "embedding", shape, config, groups, seed)
+    if post_process and not (shape.tied and pre_process):
+        name = "embedding" if shape.tied else "output_layer"
+        _draw(model.output_layer.weight, name, shape, config, groups, seed)
+    config.finalize_model_grads_func = tie_copies(model.decoder)
+    return model
+
+
+def _draw(
+    weight: Tensor,
+    name: str,
+    shape: Shape,
+    config: TransformerConfig,
+    groups: ProcessGroupCollection,
+    seed: int,
+) -> None:
+    """Initialize this rank's rows of a vocabulary matrix from (seed, name) alone."""
+    with seeded(seed, name), torch.no_grad():
+        full = torch.empty(shape.vocabulary, config.hidden_size)
+        init: Any = config.embedding_init_method if name == "embedding" else config.init_method
+        init(full)
+        weight.copy_(full.chunk(groups.tp.size())[groups.tp.rank()])

@@ -1,0 +1,79 @@
+"""What a user says about the recurrence (the `recurrence:` section of a configuration)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cherry_megatron.errors import CherryError
+from cherry_megatron.model.pattern import ORDERS, Order, Pattern, parse
+
+Injection = Literal["none", "add"]
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """The recurrent stack.
+
+    Attributes:
+        pattern: stored layers and loops, see pattern.py.
+        loops: how often the core is walked; 0 takes the pattern's number.
+        order: `cycle` walks the core from front to back each time, `sequence` each core layer
+            all its times before the next.
+        loop_scales: learned vectors per loop on norm weights and sublayer outputs (see loops.py).
+        injection: `add` adds the prelude's output to the state at the start of every loop but the
+            first (Geiping et al. 2025, section 3); `none` does not.
+        random_loops: [least, most]: draw the number of loops of each training step from it, evenly.
+        backprop_loops: carry the gradient through the last so many loops only.
+        stages: effective layers of each pipeline stage; by default they are balanced by cost.
+    """
+
+    pattern: str
+    loops: int = 0
+    order: Order = "cycle"
+    loop_scales: bool = False
+    injection: Injection = "none"
+    random_loops: tuple[int, int] | None = None
+    backprop_loops: int | None = None
+    stages: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        pattern = parse(self.pattern)
+        if self.loops < 0:
+            raise CherryError(f"recurrence.loops is {self.loops}; use a positive number, or 0 for the pattern's")
+        if self.loops == 0:
+            object.__setattr__(self, "loops", pattern.loops)
+        if self.order not in ORDERS:
+            raise CherryError(f"recurrence.order {self.order!r} is not one of {', '.join(ORDERS)}")
+        if self.injection not in ("none", "add"):
+            raise CherryError(f"recurrence.injection {self.injection!r} is not one of none, add")
+        self._check_loops(pattern)
+
+    def _check_loops(self, pattern: Pattern) -> None:
+        if pattern.loops == 1 and self.loops != 1 and not (pattern.prelude or pattern.coda):
+            raise CherryError(
+                f"recurrence.loops is {self.loops}, but recurrence.pattern {self.pattern!r} has no loop; "
+                "write the core as [layers]xN"
+            )
+        if self.order == "sequence" and (self.injection == "add" or self.backprop_loops is not None):
+            raise CherryError(
+                "recurrence.order sequence has no loop over the whole core, so recurrence.injection add and "
+                "recurrence.backprop_loops need order cycle"
+            )
+        if self.backprop_loops is not None:
+            if not 1 <= self.backprop_loops <= self.loops:
+                raise CherryError(f"recurrence.backprop_loops {self.backprop_loops} must be 1 to {self.loops}")
+            if self.injection != "add":
+                raise CherryError(
+                    "recurrence.backprop_loops needs recurrence.injection add: without it neither the prelude "
+                    "nor the embedding would get a gradient"
+                )
+        if self.random_loops is not None and not (
+            len(self.random_loops) == 2 and 1 <= self.random_loops[0] <= self.random_loops[1] <= self.loops
+        ):
+            raise CherryError(
+                f"recurrence.random_loops {list(self.random_loops)} must be [least, most] "
+                f"within 1 to {self.loops} loops"
+            )
+
+    @property
+    def parsed(self) -> Pattern:
+        return parse(self.pattern)

@@ -1,0 +1,79 @@
+"""Sizes of a model, and what each part of it weighs and costs.
+
+FLOPs follow the usual accounting of training: 6 for every weight of a matrix product and token
+(2 forward, 4 backward), counted as often as the weight is walked; the output layer counts, the
+embedding lookup does not; attention scores and their product with the values cost 6*h*s a token
+and layer for a sequence of s tokens (causal: half of the square). Recomputation is not counted.
+"""
+
+from dataclasses import dataclass
+
+from cherry_megatron.errors import CherryError
+from cherry_megatron.model.pattern import ATTENTION, MLP
+
+# Looking up embeddings is no matrix product; with its gradient it costs about this many layers.
+EMBEDDING_COST = 0.1
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes that fix the parameter count.
+
+    Attributes:
+        hidden: width of the residual stream.
+        ffn: width of the MLP.
+        heads, groups: query heads, and key-value heads.
+        head_size: width of a head.
+        vocabulary: rows of the embedding, padding included.
+        gated: SwiGLU (three matrices) or a plain MLP (two).
+        tied: one matrix for embedding and output.
+    """
+
+    hidden: int
+    ffn: int
+    heads: int
+    groups: int
+    head_size: int
+    vocabulary: int
+    gated: bool = True
+    tied: bool = False
+
+    def __post_init__(self) -> None:
+        if self.heads % self.groups:
+            raise CherryError(
+                f"num-attention-heads {self.heads} is not a multiple of num-query-groups {self.groups}"
+            )
+
+    def matmul_weights(self, symbols: str) -> int:
+        """Weights of matrix products in sublayers such as "*-"."""
+        query, key_value = self.heads * self.head_size, self.groups * self.head_size
+        each = {
+            ATTENTION: self.hidden * (2 * query + 2 * key_value),
+            MLP: self.hidden * self.ffn * (3 if self.gated else 2),
+        }
+        return sum(self._of(each, symbol) for symbol in symbols)
+
+    @staticmethod
+    def _of(each: dict[str, int], symbol: str) -> int:
+        if symbol not in each:
+            raise CherryError(f"recurrence.pattern: the layer {symbol!r} is not built yet; use '*' and '-'")
+        return each[symbol]
+
+    def norm_weights(self, symbols: str) -> int:
+        """One norm before each sublayer."""
+        return self.hidden * len(symbols)
+
+    @property
+    def vocabulary_weights(self) -> int:
+        """One of the two vocabulary matrices."""
+        return self.hidden * self.vocabulary
+
+    def forward_flops(self, symbols: str, sequence: int) -> float:
+        """Forward FLOPs a token of sublayers, for causal sequences of `sequence` tokens."""
+        width = self.heads * self.head_size
+        return 2 * self.matmul_weights(symbols) + 2 * width * sequence * symbols.count(ATTENTION)
+
+    @property
+    def head_flops(self) -> float:
+        """Forward FLOPs a token of the output layer."""
+        return 2 * self.vocabulary_weights

@@ -1,0 +1,160 @@
+"""The modules a stack is made of: one set from Transformer Engine, one from Megatron's local layers.
+
+Both write the same checkpoint keys, so a model saved with one loads with the other.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+from cherry_megatron.model.loops import LoopNorm, LoopResidual, RMSNorm
+from cherry_megatron.model.plan import Plan
+
+# Where the TE layers, whose norm is fused into the next linear, keep the norm's weight.
+_NORM_KEYS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+@contextlib.contextmanager
+def seeded(seed: int, name: str) -> Iterator[None]:
+    """Draw initial weights from (seed, name) alone, so that every layout starts from the same ones."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        yield
+
+
+class _StoredLayer:
+    """Numbers a layer by its place among the stored ones, whichever stages hold copies of it."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: TransformerLayerSubmodules,
+        layer_number: int,
+        *,
+        plan: Plan,
+        seed: int,
+        looped: Callable[[TransformerLayerSubmodules], TransformerLayerSubmodules],
+        **kwargs: Any,
+    ) -> None:
+        stored = plan.stored_index[layer_number - 1]
+        if plan.is_core_symbol(stored):
+            submodules = looped(submodules)
+        with seeded(seed, f"layers.{stored}"):
+            super().__init__(config=config, submodules=submodules, layer_number=stored + 1, **kwargs)  # type: ignore[call-arg]
+
+
+class StoredAttention(_StoredLayer, TransformerLayer):
+    """The attention sublayer `*`."""
+
+
+class StoredMLP(_StoredLayer, MLPLayer):
+    """The MLP sublayer `-`."""
+
+
+def stack_submodules(
+    implementation: str, config: TransformerConfig, plan: Plan, seed: int, loop_scales: bool
+) -> HybridStackSubmodules:
+    """The specs of the sublayers `*` and `-`.
+
+    Args:
+        implementation: `transformer_engine` or `local`, as in --transformer-impl.
+        config: Megatron's model configuration.
+        plan: the unrolled model.
+        seed: initial weights are drawn from it and a layer's number.
+        loop_scales: give the core layers their per-loop vectors.
+    """
+    if implementation == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import (
+            TEColumnParallelLinear,
+            TEDotProductAttention,
+            TELayerNormColumnParallelLinear,
+            TERowParallelLinear,
+        )
+
+        norm, norm_linear, column = IdentityOp, TELayerNormColumnParallelLinear, TEColumnParallelLinear
+        row, attention = TERowParallelLinear, TEDotProductAttention
+    else:
+        norm, norm_linear, column = RMSNorm, ColumnParallelLinear, ColumnParallelLinear
+        row, attention = RowParallelLinear, DotProductAttention
+
+    def mlp(fc1: type) -> Any:
+        return partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=row))
+
+    def attend(qkv: type) -> ModuleSpec:
+        return ModuleSpec(
+            module=SelfAttention,
+            params={"attn_mask_type": AttnMaskType.causal},
+            submodules=SelfAttentionSubmodules(linear_qkv=qkv, core_attention=attention, linear_proj=row),
+        )
+
+    loop_norm = partial(LoopNorm, loops=plan.pattern.loops)
+    loop_add = ModuleSpec(module=LoopResidual, params={"config": config, "loops": plan.pattern.loops})
+
+    def looped_attention(submodules: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
+        return replace(
+            submodules, input_layernorm=loop_norm, self_attention=attend(column), self_attn_bda=loop_add,
+            sharded_state_dict_keys_map=_NORM_KEYS,
+        )  # fmt: skip
+
+    def looped_mlp(submodules: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
+        return replace(
+            submodules, pre_mlp_layernorm=loop_norm, mlp=mlp(column), mlp_bda=loop_add,
+            sharded_state_dict_keys_map=_NORM_KEYS,
+        )  # fmt: skip
+
+    def layer(cls: type, submodules: TransformerLayerSubmodules, looped: Callable[..., Any]) -> ModuleSpec:
+        looped = looped if loop_scales else lambda unchanged: unchanged
+        return ModuleSpec(cls, params={"plan": plan, "seed": seed, "looped": looped}, submodules=submodules)
+
+    keys = {} if norm is IdentityOp else _NORM_KEYS
+    return HybridStackSubmodules(
+        attention_layer=layer(
+            StoredAttention,
+            TransformerLayerSubmodules(
+                input_layernorm=norm,
+                self_attention=attend(norm_linear),
+                self_attn_bda=get_bias_dropout_add,
+                sharded_state_dict_keys_map=keys,
+            ),
+            looped_attention,
+        ),
+        mlp_layer=layer(
+            StoredMLP,
+            TransformerLayerSubmodules(
+                pre_mlp_layernorm=norm,
+                mlp=mlp(norm_linear),
+                mlp_bda=get_bias_dropout_add,
+                sharded_state_dict_keys_map=keys,
+            ),
+            looped_mlp,
+        ),
+    )
+
+
+def final_norm(implementation: str, config: TransformerConfig) -> torch.nn.Module:
+    """The norm before the output layer."""
+    if implementation == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TENorm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+    return RMSNorm(config, config.hidden_size, config.layernorm_epsilon)

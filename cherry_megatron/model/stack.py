@@ -1,0 +1,204 @@
+"""The recurrent stack: prelude, a core walked several times with the same weights, coda."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedStateDict,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.dist_checkpointing.utils import nested_values
+from megatron.core.enums import Fp8Recipe
+from megatron.core.fp8_utils import get_fp8_context
+from megatron.core.models.hybrid.hybrid_block import HybridStack
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.utils import WrappedTensor, make_viewless_tensor
+from torch import Tensor
+
+from cherry_megatron.errors import CherryError
+from cherry_megatron.model.loops import PerLoop
+from cherry_megatron.model.options import Recurrence
+from cherry_megatron.model.plan import Plan, Visit
+from cherry_megatron.model.specs import final_norm
+
+
+class RecurrentStack(HybridStack):
+    """A HybridStack whose stored layers are walked in the order of a plan.
+
+    Attributes:
+        loops: how often the core is walked in the next forward pass, at most the planned number.
+            It may change from step to step; visits of later loops are skipped.
+        observe: while set, called after each walk of the core with the loop, the state before (None
+            if an earlier stage began the loop) and the state after, both [s, b, h].
+
+    Args:
+        plan: the unrolled model and this stage's share of it.
+        recurrence: order, injection and truncation of the loops.
+        implementation: `transformer_engine` or `local`.
+        Others: as in HybridStack.
+    """
+
+    def __init__(self, config: Any, *, plan: Plan, recurrence: Recurrence, implementation: str, **kwargs: Any):
+        super().__init__(config, post_layer_norm=False, **kwargs)
+        stage = self.pp_group.rank()
+        self.plan, self.recurrence = plan, recurrence
+        self.visits = plan.stages[stage]
+        self.loops = recurrence.loops
+        self.observe: Callable[[int, Tensor | None, Tensor], None] | None = None
+        # Sublayers of each stored layer held here, and the per-loop modules inside.
+        self._sublayers: dict[int, list[TransformerLayer]] = {}
+        built = iter(self.layers)
+        for layer in plan.held[stage]:
+            self._sublayers[layer] = [next(built) for _ in plan.pattern.layers[layer]]
+        self._per_loop = {
+            layer: [m for sub in subs for m in sub.modules() if isinstance(m, PerLoop)]
+            for layer, subs in self._sublayers.items()
+        }
+        self._carries_in = recurrence.injection == "add" and plan.carries_injection(stage - 1)
+        self._carries_out = recurrence.injection == "add" and plan.carries_injection(stage)
+        if self.post_process:
+            self.final_norm = final_norm(implementation, config)
+
+    def forward(
+        self,
+        hidden_states: Tensor | WrappedTensor | None,
+        attention_mask: Tensor | None,
+        inference_context: Any = None,
+        rotary_pos_emb: Tensor | None = None,
+        *,
+        inference_params: Any = None,
+        packed_seq_params: Any = None,
+        padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Walk this stage's visits.
+
+        Args:
+            hidden_states: [s, b, h], or None on a later pipeline stage. Between stages inside an
+                injected core the prelude's output rides along: [2s, b, h].
+            Others: as in HybridStack.
+
+        Returns:
+            [s, b, h], or [2s, b, h] where the next stage needs the prelude's output.
+        """
+        if inference_context is not None or inference_params is not None:
+            raise CherryError("a recurrent stack does not generate text yet; use it for training and evaluation")
+        hidden = hidden_states if self.pre_process else self.input_tensor
+        if isinstance(hidden, WrappedTensor):
+            hidden = hidden.unwrap()
+        injected = None
+        if self._carries_in:
+            hidden, injected = hidden.chunk(2)
+        arguments = {
+            "attention_mask": attention_mask,
+            "rotary_pos_emb": rotary_pos_emb,
+            "packed_seq_params": packed_seq_params,
+            "padding_mask": padding_mask,
+        }
+        received = hidden
+        delayed = bool(self.config.fp8) and self.config.fp8_recipe == Fp8Recipe.delayed
+        with get_fp8_context(self.config) if delayed else nullcontext():
+            for loop, visits in self._segments():
+                if loop is not None and self._starts_core(visits[0]):
+                    if loop == 0:
+                        injected = hidden
+                    elif self.recurrence.injection == "add":
+                        hidden = hidden + injected
+                before = hidden
+                with self._gradient_of(loop):
+                    hidden = self._walk(visits, hidden, arguments)
+                if loop is not None and self.observe is not None and self._ends_core(visits[-1]):
+                    self.observe(loop, before if self._begins_walk(visits[0]) else None, hidden)
+        if self.post_process:
+            hidden = self.final_norm(hidden)
+        if hidden is received:
+            # All visits of this stage were skipped; the schedule needs an output of its own.
+            hidden = hidden.clone()
+        if self._carries_out:
+            hidden = torch.cat((hidden, injected))
+        return make_viewless_tensor(inp=hidden, requires_grad=hidden.requires_grad, keep_graph=True)
+
+    def _starts_core(self, visit: Visit) -> bool:
+        return visit.layer == len(self.plan.pattern.prelude)
+
+    def _begins_walk(self, visit: Visit) -> bool:
+        return self.recurrence.order == "sequence" or self._starts_core(visit)
+
+    def _ends_core(self, visit: Visit) -> bool:
+        last = len(self.plan.pattern.prelude) + len(self.plan.pattern.core) - 1
+        return self.recurrence.order == "sequence" or visit.layer == last
+
+    def _segments(self) -> Iterator[tuple[int | None, list[Visit]]]:
+        """This stage's visits, skipped ones left out, cut where the loop changes."""
+        visits = [v for v in self.visits if v.loop is None or v.loop < self.loops]
+        by_part = groupby(visits, key=lambda v: (v.loop, v.layer < len(self.plan.pattern.prelude)))
+        for (loop, _), segment in by_part:
+            yield loop, list(segment)
+
+    def _gradient_of(self, loop: int | None) -> AbstractContextManager[None]:
+        """No gradient before the last `backprop_loops` loops."""
+        last = self.recurrence.backprop_loops
+        if last is None or loop is None or loop >= self.loops - last or not self.training:
+            return nullcontext()
+        return torch.no_grad()
+
+    def _walk(self, visits: list[Visit], hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Run one segment, recomputing its activations in the backward pass if asked to."""
+
+        def run(hidden: Tensor) -> Tensor:
+            for visit in visits:
+                hidden = self._visit(visit, hidden, arguments)
+            return hidden
+
+        if self.config.recompute_granularity != "full" or not self.training or not torch.is_grad_enabled():
+            return run(hidden)
+        if self.config.fp8:
+            from megatron.core.extensions.transformer_engine import te_checkpoint
+
+            return te_checkpoint(
+                run,
+                self.config.distribute_saved_activations,
+                tensor_parallel.random.get_cuda_rng_tracker,
+                self.tp_group,
+                hidden,
+            )
+        return tensor_parallel.checkpoint(run, self.config.distribute_saved_activations, hidden)
+
+    def _visit(self, visit: Visit, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """One effective layer. hidden: [s, b, h]."""
+        for module in self._per_loop[visit.layer]:
+            module.loop = visit.loop or 0
+        # The delayed recipe has one context around the whole pass, the others one a layer.
+        each = bool(self.config.fp8) and self.config.fp8_recipe != Fp8Recipe.delayed
+        for sublayer in self._sublayers[visit.layer]:
+            with get_fp8_context(self.config, sublayer.layer_number - 1) if each else nullcontext():
+                hidden, _ = sublayer(hidden_states=hidden, **arguments)
+        return hidden
+
+    def layer_parameters(self) -> Iterator[tuple[int, list[torch.nn.Parameter]]]:
+        """The stored layers held here, each with its parameters."""
+        for layer, sublayers in self._sublayers.items():
+            yield layer, [p for sublayer in sublayers for p in sublayer.parameters()]
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple | None = None, metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """As HybridStack's; a copy of a tied layer is a replica of the first stage's."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        stage = self.pp_group.rank()
+        copies = {
+            f"{prefix}layers.{sublayer.layer_number - 1}.": self.plan.holders(layer).index(stage)
+            for layer, sublayers in self._sublayers.items()
+            for sublayer in sublayers
+        }
+        for value in nested_values(state):
+            if isinstance(value, ShardedTensor | ShardedTensorFactory | ShardedObject):
+                copy = next((c for start, c in copies.items() if value.key.startswith(start)), 0)
+                if copy:
+                    value.replica_id = (copy, *value.replica_id[1:])
+        return state

@@ -1,0 +1,1 @@
+"""What is counted, measured and reported: parameters and FLOPs, loop statistics, progress."""

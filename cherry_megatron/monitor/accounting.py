@@ -1,0 +1,156 @@
+"""Exact parameter, FLOP and memory accounting of unrolled models."""
+
+from dataclasses import dataclass
+
+from cherry_megatron.model.options import Recurrence
+from cherry_megatron.model.pattern import Visit, unroll
+from cherry_megatron.model.plan import Plan
+from cherry_megatron.model.shape import Shape
+
+# H100/H200 SXM, dense BF16, from NVIDIA's datasheet. MFU is against it also for FP8.
+PEAK_BF16 = 989e12
+
+
+@dataclass(frozen=True)
+class Part:
+    """One row of the account.
+
+    Attributes:
+        name: which part of the model.
+        stored: parameters kept.
+        effective: parameters of the untied twin that walks the same layers.
+        flops: training FLOPs a token (forward and backward).
+    """
+
+    name: str
+    stored: int
+    effective: int
+    flops: float
+
+
+def account(recurrence: Recurrence, shape: Shape, sequence: int) -> list[Part]:
+    """Parameters and training FLOPs a token of each part of a model.
+
+    Args:
+        recurrence: what is walked.
+        shape: its sizes.
+        sequence: tokens of a sequence, for the attention's share.
+    """
+    pattern = recurrence.parsed
+    visits = unroll(pattern, recurrence.loops, recurrence.order)
+    rows = []
+    first, last = len(pattern.prelude), len(pattern.prelude) + len(pattern.core)
+    parts = {"prelude": range(first), "core": range(first, last), "coda": range(last, len(pattern.layers))}
+
+    def weights(layer: int) -> int:
+        symbols = pattern.layers[layer]
+        return shape.matmul_weights(symbols) + shape.norm_weights(symbols)
+
+    def flops(visit: Visit) -> float:
+        return 3 * shape.forward_flops(pattern.layers[visit.layer], sequence)
+
+    rows.append(Part("embedding", shape.vocabulary_weights, shape.vocabulary_weights, 0.0))
+    for name, layers in parts.items():
+        walked = [visit for visit in visits if visit.layer in layers]
+        if layers:
+            rows.append(
+                Part(
+                    name,
+                    sum(map(weights, layers)),
+                    sum(weights(visit.layer) for visit in walked),
+                    sum(map(flops, walked)),
+                )
+            )
+    if recurrence.loop_scales:
+        # Two vectors a sublayer and loop; in the untied twin they are folded into the weights.
+        vectors = 2 * pattern.loops * shape.hidden * sum(len(layer) for layer in pattern.core)
+        rows.append(Part("loop scales", vectors, 0, 0.0))
+    rows.append(Part("final norm", shape.hidden, shape.hidden, 0.0))
+    head = 0 if shape.tied else shape.vocabulary_weights
+    rows.append(Part("output layer", head, head, 3 * shape.head_flops))
+    return rows
+
+
+def training_flops(recurrence: Recurrence, shape: Shape, sequence: int) -> float:
+    """Training FLOPs a token of the whole model."""
+    return sum(part.flops for part in account(recurrence, shape, sequence))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is spread and trained, as far as memory is concerned.
+
+    Attributes:
+        tensor, data: parallel sizes.
+        micro_batch: sequences a micro-batch.
+        sequence: tokens a sequence.
+        bf16: BF16 weights with FP32 master copy, or FP32 throughout.
+        distributed_optimizer: optimizer state divided over data-parallel ranks.
+        sequence_parallel: activations divided over tensor-parallel ranks throughout.
+        recompute: activations recomputed a loop at a time.
+    """
+
+    tensor: int
+    data: int
+    micro_batch: int
+    sequence: int
+    bf16: bool
+    distributed_optimizer: bool
+    sequence_parallel: bool
+    recompute: bool
+
+
+def memory(plan: Plan, shape: Shape, layout: Layout, loop_scales: bool) -> list[dict[str, float]]:
+    """Bytes that a rank of each pipeline stage needs: weights, gradients, optimizer, activations.
+
+    Activations are an estimate without Transformer Engine's workspaces: per token and layer, what
+    the backward pass keeps with a fused attention (Korthikanti et al. 2022, equation 1, SwiGLU).
+    """
+    stages = []
+    width = 2 if layout.bf16 else 4
+    tokens = layout.micro_batch * layout.sequence
+    count = len(plan.stages)
+    for stage, visits in enumerate(plan.stages):
+        parameters = 0.0
+        for layer in plan.held[stage]:
+            symbols = plan.pattern.layers[layer]
+            parameters += shape.matmul_weights(symbols) / layout.tensor + shape.norm_weights(symbols)
+            if loop_scales and plan.is_core_symbol(plan.pattern.first_symbol(layer)):
+                parameters += 2 * plan.pattern.loops * shape.hidden * len(symbols)
+        if stage == 0 or (shape.tied and stage == count - 1):
+            parameters += shape.vocabulary_weights / layout.tensor
+        if stage == count - 1:
+            parameters += shape.hidden + (0 if shape.tied else shape.vocabulary_weights / layout.tensor)
+        state = (12 if layout.bf16 else 8) / (layout.data if layout.distributed_optimizer else 1)
+        in_flight = min(count - stage, count)
+        activations = _activations(plan, shape, layout, list(visits)) * tokens * width * in_flight
+        if stage == count - 1:
+            activations += tokens * shape.vocabulary / layout.tensor * (width + 4)
+        stages.append(
+            {
+                "weights": parameters * width,
+                "gradients": parameters * 4,
+                "optimizer": parameters * state,
+                "activations": activations,
+            }
+        )
+    return stages
+
+
+def _activations(plan: Plan, shape: Shape, layout: Layout, visits: list[Visit]) -> float:
+    """Values a token that a stage keeps for the backward pass of one micro-batch."""
+    shared = 1 / layout.tensor if layout.sequence_parallel else 1.0
+    split = 1 / layout.tensor
+    heads, groups = shape.heads * shape.head_size, shape.groups * shape.head_size
+    attention = 2 * shape.hidden * shared + (2 * heads + 2 * groups) * split  # input, normed; q, k, v, output
+    mlp = 2 * shape.hidden * shared + (3 if shape.gated else 2) * shape.ffn * split
+
+    def kept(visit: Visit) -> float:
+        return sum(attention if symbol == "*" else mlp for symbol in plan.pattern.layers[visit.layer])
+
+    if not layout.recompute:
+        return sum(map(kept, visits))
+    segments: dict[int | None, float] = {}
+    for visit in visits:
+        segments[visit.loop] = segments.get(visit.loop, 0.0) + kept(visit)
+    return len(segments) * shape.hidden * shared + max(segments.values())

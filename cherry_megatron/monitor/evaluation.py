@@ -1,0 +1,88 @@
+"""Held-out loss at several numbers of loops, and the statistics of every loop."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_attr_wrapped_model
+from megatron.training import get_args
+from megatron.training.datasets.data_samplers import build_pretraining_data_loader
+
+from cherry_megatron.config import Config
+from cherry_megatron.monitor.loops import NAMES, LoopTrace
+from cherry_megatron.monitor.progress import Progress
+
+
+class LoopEvaluation:
+    """Megatron's `non_loss_data_func`: called with the model at each evaluation.
+
+    Every call sees the same first `evaluation.batches` global batches of the validation split, so
+    its losses compare between numbers of loops and between evaluations.
+
+    Attributes:
+        losses: loops -> loss of the last call, on the last pipeline stage.
+        statistics: of each loop, from the last call.
+    """
+
+    def __init__(self, config: Config, progress: Progress, run_micro_batch: Callable[..., Any]) -> None:
+        self._config, self._progress, self._run = config, progress, run_micro_batch
+        self.losses: dict[int, float] = {}
+        self.statistics: dict[str, list[float]] = {}
+        self._evaluated: int | None = None
+
+    def __call__(self, model: list[torch.nn.Module]) -> None:
+        if self._evaluated == self._progress.iteration:
+            return  # Megatron evaluates once more at the end of training
+        self._evaluated = self._progress.iteration
+        stack = get_attr_wrapped_model(model[0], "decoder")
+        full = self._config.recurrence.loops
+        self.losses = {}
+        for loops in self._config.evaluation.loop_counts(full):
+            trace = None
+            if loops == full:
+                trace = LoopTrace(full, stack.tp_group if stack.config.sequence_parallel else None)
+                stack.observe = trace.add
+            stack.loops = loops
+            try:
+                self.losses[loops] = self._loss(model)
+            finally:
+                stack.observe, stack.loops = None, full
+            if trace is not None:
+                self.statistics = trace.reduce(ProcessGroupCollection.use_mpu_process_groups())
+        self._report()
+
+    def _loss(self, model: list[torch.nn.Module]) -> float:
+        """Mean loss over the batches; NaN on ranks before the last pipeline stage."""
+        args = get_args()
+        loader = build_pretraining_data_loader(self._progress.valid_dataset, 0)
+        each = args.eval_global_batch_size // (args.eval_micro_batch_size * args.data_parallel_size)
+        reports = get_forward_backward_func()(
+            forward_step_func=self._run,
+            data_iterator=None if loader is None else iter(loader),
+            model=model,
+            num_microbatches=each * self._config.evaluation.batches,
+            seq_length=args.seq_length,
+            micro_batch_size=args.eval_micro_batch_size,
+            forward_only=True,
+        )
+        if not mpu.is_pipeline_last_stage():
+            return float("nan")
+        total = torch.stack([report["lm loss"] for report in reports]).sum(0)
+        torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group(with_context_parallel=True))
+        return float(total[0] / total[1])
+
+    def _report(self) -> None:
+        if torch.distributed.get_rank() != torch.distributed.get_world_size() - 1:
+            return
+        iteration = self._progress.iteration
+        losses = "  ".join(f"{loops}: {loss:.4f}" for loops, loss in self.losses.items())
+        self._progress.say(f"step {iteration:>7}  loss by loops  {losses}")
+        for loops, loss in self.losses.items():
+            self._progress.scalar(f"loss-by-loops/{loops}", loss, iteration)
+        for name in NAMES:
+            for loop, value in enumerate(self.statistics[name], start=1):
+                if value == value:  # a loop cut by a stage boundary has no relative change
+                    self._progress.scalar(f"{name.replace('_', '-')}/loop-{loop}", value, iteration)

@@ -1,0 +1,149 @@
+"""What a running training shows: one line an interval, a progress bar, TensorBoard, steps.jsonl."""
+
+import contextlib
+import io
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from megatron.training import get_tensorboard_writer
+from tqdm import tqdm
+
+from cherry_megatron.monitor.accounting import PEAK_BF16
+from cherry_megatron.platform.listen import listen
+
+
+class Progress:
+    """Listens to Megatron's reports on the last rank, and prints and records from them.
+
+    Throughput counts the time inside training steps only, not evaluation and saving.
+
+    Args:
+        run: the run's folder.
+        args: Megatron's arguments.
+        flops_per_token: of a training step, see accounting.
+        show_all: let Megatron's own output through to the terminal too.
+    """
+
+    def __init__(self, run: Path, args: Any, flops_per_token: float, show_all: bool = False) -> None:
+        self.valid_dataset: Any = None
+        self._run, self._args, self._flops, self._show_all = run, args, flops_per_token, show_all
+        self._begun = 0
+        self._heard: dict[str, float] = {}
+        self._step_began: float | None = None
+        self._interval: list[tuple[float, float]] = []  # (loss, seconds) of each step
+        self._terminal: TextIO = sys.stdout
+        self._writer = get_tensorboard_writer()
+        self._bar: Any = None
+        self._steps: TextIO | None = None
+        if self._writer is not None:
+            listen(self._writer, self._hear)
+
+    @property
+    def iteration(self) -> int:
+        """The number of steps done, counted from the beginning of the run; known on every rank."""
+        return max(self._begun, self._args.iteration)
+
+    def step_begins(self) -> None:
+        """A micro-batch of a training step starts; the first one starts the step's clock."""
+        self._begun = self._args.curr_iteration + 1
+        if self._step_began is None:
+            self._step_began = time.perf_counter()
+
+    @contextlib.contextmanager
+    def console(self) -> Iterator[None]:
+        """Send Megatron's output to logs/, keep the terminal for our lines."""
+        log_path = self._run / "logs" / f"rank{self._args.rank}.log"
+        with contextlib.ExitStack() as stack:
+            log = stack.enter_context(log_path.open("a", encoding="utf-8", buffering=1))
+            if self._writer is not None and not self._args.skip_train:
+                self._steps = stack.enter_context((self._run / "steps.jsonl").open("a", buffering=1))
+                if sys.stderr.isatty():
+                    self._bar = stack.enter_context(tqdm(total=self._args.train_iters, unit="step"))
+            target: Any = _Tee(self._terminal, log) if self._show_all else log
+            with contextlib.redirect_stdout(target):
+                yield
+
+    def say(self, line: str) -> None:
+        """Print a line above the progress bar."""
+        if self._bar is not None:
+            self._bar.write(line, file=self._terminal)
+        else:
+            print(line, file=self._terminal, flush=True)
+
+    def scalar(self, tag: str, value: float, iteration: int) -> None:
+        """Write one of our own scalars."""
+        if self._writer is not None:
+            self._writer.add_scalar(f"cherry/{tag}", value, iteration)
+
+    def _hear(self, tag: str, value: float, iteration: int) -> None:
+        self._heard[tag] = value
+        if tag == "grad-norm":  # the last of a step's scalars
+            self._step_ended(iteration)
+        elif tag == "lm loss validation":
+            self.say(f"step {iteration:>7}  held-out loss {value:.4f}")
+
+    def _step_ended(self, iteration: int) -> None:
+        args = self._args
+        seconds = time.perf_counter() - (self._step_began or time.perf_counter())
+        self._step_began = None
+        loss = self._heard.get("lm loss", float("nan"))
+        self._interval.append((loss, seconds))
+        record = {
+            "iteration": iteration,
+            "loss": loss,
+            "grad_norm": self._heard["grad-norm"],
+            "learning_rate": self._heard.get("learning-rate"),
+            "seconds": round(seconds, 6),
+        }
+        if self._steps is not None:
+            self._steps.write(json.dumps(record) + "\n")
+        if self._bar is not None:
+            self._bar.n = iteration
+            self._bar.refresh()
+        if iteration % args.log_interval == 0 or iteration == args.train_iters:
+            self._report(iteration)
+
+    def _report(self, iteration: int) -> None:
+        args = self._args
+        count = len(self._interval)
+        loss = sum(loss for loss, _ in self._interval) / count
+        seconds = sum(seconds for _, seconds in self._interval) / count
+        self._interval.clear()
+        tokens = args.global_batch_size * args.seq_length / seconds
+        flops = tokens * self._flops / args.world_size
+        self.scalar("throughput/tokens-per-second", tokens, iteration)
+        self.scalar("throughput/tflops-per-device", flops / 1e12, iteration)
+        on_gpu = torch.cuda.is_available()
+        if on_gpu:
+            self.scalar("throughput/mfu", flops / PEAK_BF16, iteration)
+        mfu = f"MFU {flops / PEAK_BF16:6.1%}" if on_gpu else "MFU      -"
+        self.say(
+            f"step {iteration:>7}/{args.train_iters}  loss {loss:7.4f}  grad norm {self._heard['grad-norm']:7.3f}  "
+            f"lr {self._heard.get('learning-rate', 0.0):.2e}  {tokens:9,.0f} tokens/s  "
+            f"{flops / 1e12:7.3f} TFLOP/s  {mfu}  left {_clock(seconds * (args.train_iters - iteration))}"
+        )
+
+
+class _Tee(io.TextIOBase):
+    def __init__(self, *targets: TextIO) -> None:
+        self._targets = targets
+
+    def write(self, text: str) -> int:
+        for target in self._targets:
+            target.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        for target in self._targets:
+            target.flush()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"

@@ -1,0 +1,141 @@
+"""What this machine offers and what will be used: the one place that decides it.
+
+`cherry doctor` prints it, `prepare()` puts it in force before Megatron is used.
+"""
+
+import importlib
+import importlib.metadata
+import os
+import socket
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+
+from cherry_megatron.platform import cpu, wheel
+
+
+@dataclass(frozen=True)
+class Library:
+    """An optional library: whether it is installed, usable, and what to know about it."""
+
+    name: str
+    version: str | None
+    usable: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Devices, optional libraries and the Megatron flags that follow from them.
+
+    Attributes:
+        devices: names of the GPUs, or empty.
+        libraries: Transformer Engine, apex, DALI.
+        flags: Megatron flags that this machine needs; a configuration may override them.
+    """
+
+    devices: tuple[str, ...]
+    libraries: tuple[Library, ...]
+    flags: dict[str, object] = field(default_factory=dict)
+
+    def usable(self, name: str) -> bool:
+        return any(library.name == name and library.usable for library in self.libraries)
+
+
+@cache
+def inspect_machine() -> Machine:
+    """Look at this machine. Does not change anything."""
+    has_gpu = torch.cuda.is_available()
+    devices = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) if has_gpu else ()
+    libraries = (_transformer_engine(has_gpu), _apex(has_gpu), _dali())
+    usable = {library.name for library in libraries if library.usable}
+    flags: dict[str, object] = {
+        "transformer-impl": "transformer_engine" if "transformer-engine" in usable else "local"
+    }
+    if "apex" not in usable:
+        flags["no-gradient-accumulation-fusion"] = True
+    if "transformer-engine" not in usable:
+        flags["no-rope-fusion"] = True
+        flags["no-persist-layer-norm"] = True
+    if not has_gpu:
+        flags["distributed-backend"] = "gloo"
+        flags["num-workers"] = 0
+        flags["no-masked-softmax-fusion"] = True
+    return Machine(devices, libraries, flags)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _transformer_engine(has_gpu: bool) -> Library:
+    version = _version("transformer-engine")
+    if version is None:
+        return Library("transformer-engine", None, False, "not installed; local layers are used, without FP8")
+    if not has_gpu:
+        return Library("transformer-engine", version, False, "needs a GPU; local layers are used")
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:
+        return Library("transformer-engine", version, False, f"does not import: {_first_line(error)}")
+    return Library("transformer-engine", version, True)
+
+
+def _apex(has_gpu: bool) -> Library:
+    """NVIDIA's apex is built from source; the PyPI project of that name is something else."""
+    version = _version("apex")
+    if version is None:
+        return Library("apex", None, False, "not installed (optional)")
+    try:
+        importlib.import_module("fused_weight_gradient_mlp_cuda")
+    except Exception:
+        why = "not NVIDIA's apex, or built without its CUDA extensions; ignored"
+        return Library("apex", version, False, why)
+    return Library("apex", version, has_gpu, "" if has_gpu else "needs a GPU")
+
+
+def _dali() -> Library:
+    try:
+        dali = importlib.import_module("nvidia.dali")
+    except Exception as error:
+        missing = isinstance(error, ModuleNotFoundError)
+        why = "not installed (optional)" if missing else f"does not import: {_first_line(error)}"
+        return Library("nvidia-dali", None, False, why)
+    return Library("nvidia-dali", dali.__version__, True)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def prepare() -> Machine:
+    """Make this process ready for Megatron: CPU platform if there is no GPU, ranks from SLURM."""
+    machine = inspect_machine()
+    _ranks()
+    # Before Blackwell, Megatron needs it to order communication and kernels of tensor parallelism.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if not machine.devices:
+        cpu.activate()
+    wheel.use_shipped_helpers()
+    return machine
+
+
+def _ranks() -> None:
+    """Fill in torch.distributed's variables from srun, or for a single process."""
+    if "RANK" in os.environ:
+        return
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+        os.environ["RANK"] = os.environ["SLURM_PROCID"]
+        os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+        return
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])

@@ -1,0 +1,173 @@
+"""Wires megatron.training.pretrain(): configuration, model, data, loss, monitor."""
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_attr_wrapped_model
+from megatron.training import get_args
+from megatron.training import pretrain as megatron_pretrain
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
+from torch import Tensor
+
+from cherry_megatron.config import Config, megatron_arguments
+from cherry_megatron.data.batches import build_datasets, next_batch
+from cherry_megatron.errors import CherryError
+from cherry_megatron.model.build import build_model, prepare_config
+from cherry_megatron.model.stack import RecurrentStack
+from cherry_megatron.monitor.accounting import training_flops
+from cherry_megatron.monitor.evaluation import LoopEvaluation
+from cherry_megatron.monitor.progress import Progress
+from cherry_megatron.platform.machine import Machine
+from cherry_megatron.runs import checkpoint_to_load, make_run_folder, record_start
+
+
+def pretrain(
+    config: Config, machine: Machine, extra: dict[str, Any] | None = None, show_all: bool = False
+) -> LoopEvaluation:
+    """Train until --train-iters, resuming the run's newest checkpoint if it has one.
+
+    Args:
+        config: the resolved configuration.
+        machine: from `prepare()`, which must have been called.
+        extra: further Megatron flags of the caller, e.g. skip-train.
+        show_all: show Megatron's own output too.
+
+    Returns:
+        The last evaluation.
+    """
+    make_run_folder(config)
+    args = initialize(config, machine, extra or {})
+    if not args.skip_train:
+        record_start(config, args.rank, args.world_size)
+    flops = training_flops(config.recurrence, config.shape, args.seq_length)
+    progress = Progress(config.run, args, flops, show_all)
+    evaluation = LoopEvaluation(config, progress, run_micro_batch)
+
+    def datasets(samples: tuple[int, int, int]) -> tuple[Any, Any, Any]:
+        train, valid, _ = build_datasets(samples)
+        progress.valid_dataset = valid
+        # Megatron would report the test split under the validation's tags.
+        return train, valid, None
+
+    datasets.is_distributed = True  # type: ignore[attr-defined]
+    with progress.console():
+        megatron_pretrain(
+            pretrain_cfg_container_from_args(args),
+            datasets,
+            ModelType.encoder_or_decoder,
+            partial(forward_step, progress),
+            model_provider(config),
+            non_loss_data_func=evaluation,
+        )
+    return evaluation
+
+
+def initialize(config: Config, machine: Machine, extra: dict[str, Any]) -> Any:
+    """Hand the configuration to Megatron as its own command line.
+
+    Returns:
+        Megatron's arguments.
+
+    Raises:
+        CherryError: what Megatron's validation says of them.
+    """
+    run = config.run.absolute()
+    values = {
+        **machine.flags,
+        **config.megatron,
+        "hybrid-layer-pattern": config.plan().megatron_pattern,
+        "save": str(run / "checkpoints"),
+        "tensorboard-dir": str(run / "tensorboard"),
+        "load": checkpoint_to_load(config),
+        "data-cache-path": config.megatron.get("data-cache-path", str(run / "cache")),
+        **extra,
+    }
+    sys.argv = ["cherry", *megatron_arguments(values), *config.flags]
+    try:
+        args = parse_and_validate_args()
+    except AssertionError as error:
+        raise CherryError(f"{config.source}: Megatron refuses these flags: {error}") from None
+    # Copies of the core on several stages are one layer: what a checkpoint records must not change.
+    args.num_layers = len(config.recurrence.parsed.symbols)
+    return args
+
+
+def model_provider(cherry: Config) -> Callable[..., torch.nn.Module]:
+    """Megatron's model provider for a configuration."""
+
+    def provide(
+        pre_process: bool = True,
+        post_process: bool = True,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: Any,
+    ) -> torch.nn.Module:
+        args = get_args()
+        transformer = prepare_config(core_transformer_config_from_args(args), cherry.recurrence)
+        return build_model(
+            transformer,
+            cherry.recurrence,
+            cherry.shape,
+            cherry.plan(),
+            pg_collection or ProcessGroupCollection.use_mpu_process_groups(),
+            sequence_length=args.max_position_embeddings,
+            rotary_base=args.rotary_base,
+            seed=args.seed,
+            pre_process=pre_process,
+            post_process=post_process,
+        )
+
+    return provide
+
+
+def forward_step(
+    progress: Progress, iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
+) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """Megatron's forward step: one micro-batch through this stage."""
+    stack: RecurrentStack = get_attr_wrapped_model(model, "decoder")
+    if model.training:
+        progress.step_begins()
+        stack.loops = draw_loops(stack, get_args().seed, get_args().curr_iteration)
+    else:
+        stack.loops = stack.recurrence.loops
+    return run_micro_batch(iterator, model)
+
+
+def run_micro_batch(
+    iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
+) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """One micro-batch through this stage, with as many loops as the stack is set to."""
+    args = get_args()
+    batch = next_batch(iterator, args.micro_batch_size if model.training else args.eval_micro_batch_size)
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return output, partial(loss_function, batch["loss_mask"])
+
+
+def draw_loops(stack: RecurrentStack, seed: int, iteration: int) -> int:
+    """The number of loops of a step: the same on every rank, and again after a resume."""
+    options = stack.recurrence
+    if options.random_loops is None:
+        return options.loops
+    return random.Random(f"{seed}/loops/{iteration}").randint(*options.random_loops)
+
+
+def loss_function(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum of the token losses; Megatron divides by the token count of the whole global batch.
+
+    Args:
+        loss_mask: [b, s], 0 or 1.
+        losses: [b, s], cross-entropy of each token in nats.
+
+    Returns:
+        The sum, the integer number of tokens, and (sum, number) for the report.
+    """
+    losses, mask = losses.float().view(-1), loss_mask.float().view(-1)
+    total = torch.sum(losses * mask)
+    tokens = mask.sum().to(torch.int)
+    return total, tokens, {"lm loss": torch.stack((total.detach(), tokens.float()))}

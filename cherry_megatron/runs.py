@@ -1,0 +1,120 @@
+"""A run's folder: what was started when and with what, and the checkpoint to go on from.
+
+    config.yaml       the resolved configuration of the last start
+    starts.jsonl      one line a start: time, command, commit, versions, configuration hash
+    steps.jsonl       one line a step: loss, gradient norm, learning rate, seconds
+    checkpoints/      Megatron's torch_dist checkpoints
+    tensorboard/      events
+    logs/             Megatron's own output, one file a rank
+    cache/            Megatron's data set indices
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cherry_megatron.config import Config
+from cherry_megatron.errors import CherryError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+_VERSIONS = ("cherry-megatron", "megatron-core", "torch", "transformer-engine", "tokenizers", "transformers")
+
+
+def checkpoint_to_load(config: Config) -> str | None:
+    """The folder of checkpoints to start from: the run's own if it has one, else `megatron.load`.
+
+    Raises:
+        CherryError: if `megatron.load` names a folder without a checkpoint.
+    """
+    own = config.run.absolute() / "checkpoints"
+    if (own / TRACKER).exists():
+        return str(own)
+    named = config.megatron.get("load")
+    if named is None:
+        return None
+    if not (Path(named) / TRACKER).is_file():
+        raise CherryError(
+            f"megatron.load {named}: no checkpoint there ({TRACKER} is missing); name the folder that holds it"
+        )
+    return str(Path(named).absolute())
+
+
+def make_run_folder(config: Config) -> None:
+    """Create the run's folder before anything else is done.
+
+    Raises:
+        CherryError: if it cannot be written.
+    """
+    try:
+        (config.run / "logs").mkdir(parents=True, exist_ok=True)
+        probe = config.run / f".write-test.{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise CherryError(f"cannot write the run's folder {config.run}: {error.strerror}") from None
+
+
+def record_start(config: Config, rank: int, world_size: int) -> None:
+    """Write what is about to run, on rank 0."""
+    if rank != 0:
+        return
+    write_atomically(config.run / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
+    start = {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
+        "config": str(config.source),
+        "config_hash": config.hash(),
+        "git": git_state(),
+        "versions": {name: version for name in _VERSIONS if (version := _version(name))},
+        "host": socket.gethostname(),
+        "world_size": world_size,
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+    }
+    with (config.run / "starts.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(start) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's content at once."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def git_state() -> dict[str, Any]:
+    """Commit of this code and whether the tree differs from it; empty outside a repository."""
+    root = Path(__file__).parent
+
+    def git(*args: str) -> str | None:
+        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    return {"commit": commit, "modified": bool(git("status", "--porcelain"))} if commit else {}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def read_steps(run: Path) -> list[dict[str, float]]:
+    """The recorded steps of a run in order; of a step recorded twice (after a resume) the later."""
+    steps = {}
+    with (run / "steps.jsonl").open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):  # a killed run may leave half a line
+                step = json.loads(line)
+                steps[step["iteration"]] = step
+    return [steps[iteration] for iteration in sorted(steps)]
