@@ -62,8 +62,16 @@ class RecurrentStack(HybridStack):
         }
         self._carries_in = recurrence.injection == "add" and plan.carries_injection(stage - 1)
         self._carries_out = recurrence.injection == "add" and plan.carries_injection(stage)
+        self._received_injection: Tensor | None = None
         if self.post_process:
             self.final_norm = final_norm(implementation, config)
+
+    def set_input_tensor(self, input_tensor: Tensor | None) -> None:
+        """Take what the previous stage sent; [2s, b, h] where the prelude's output rides along."""
+        if self._carries_in and input_tensor is not None:
+            # Megatron reads the sequence length for the rotary embedding off the input tensor.
+            input_tensor, self._received_injection = input_tensor.chunk(2)
+        super().set_input_tensor(input_tensor)
 
     def forward(
         self,
@@ -79,8 +87,7 @@ class RecurrentStack(HybridStack):
         """Walk this stage's visits.
 
         Args:
-            hidden_states: [s, b, h], or None on a later pipeline stage. Between stages inside an
-                injected core the prelude's output rides along: [2s, b, h].
+            hidden_states: [s, b, h], or None on a later pipeline stage.
             Others: as in HybridStack.
 
         Returns:
@@ -91,9 +98,7 @@ class RecurrentStack(HybridStack):
         hidden = hidden_states if self.pre_process else self.input_tensor
         if isinstance(hidden, WrappedTensor):
             hidden = hidden.unwrap()
-        injected = None
-        if self._carries_in:
-            hidden, injected = hidden.chunk(2)
+        injected = self._received_injection
         arguments = {
             "attention_mask": attention_mask,
             "rotary_pos_emb": rotary_pos_emb,

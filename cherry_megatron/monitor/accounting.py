@@ -18,12 +18,14 @@ class Part:
     Attributes:
         name: which part of the model.
         stored: parameters kept.
+        active: parameters that a token meets, each once.
         effective: parameters of the untied twin that walks the same layers.
         flops: training FLOPs a token (forward and backward).
     """
 
     name: str
     stored: int
+    active: int
     effective: int
     flops: float
 
@@ -49,13 +51,15 @@ def account(recurrence: Recurrence, shape: Shape, sequence: int) -> list[Part]:
     def flops(visit: Visit) -> float:
         return 3 * shape.forward_flops(pattern.layers[visit.layer], sequence)
 
-    rows.append(Part("embedding", shape.vocabulary_weights, shape.vocabulary_weights, 0.0))
+    # A token meets every stored weight of a dense model; mixtures of experts will differ here.
+    rows.append(Part("embedding", *3 * (shape.vocabulary_weights,), 0.0))
     for name, layers in parts.items():
         walked = [visit for visit in visits if visit.layer in layers]
         if layers:
             rows.append(
                 Part(
                     name,
+                    sum(map(weights, layers)),
                     sum(map(weights, layers)),
                     sum(weights(visit.layer) for visit in walked),
                     sum(map(flops, walked)),
@@ -64,16 +68,27 @@ def account(recurrence: Recurrence, shape: Shape, sequence: int) -> list[Part]:
     if recurrence.loop_scales:
         # Two vectors a sublayer and loop; in the untied twin they are folded into the weights.
         vectors = 2 * pattern.loops * shape.hidden * sum(len(layer) for layer in pattern.core)
-        rows.append(Part("loop scales", vectors, 0, 0.0))
-    rows.append(Part("final norm", shape.hidden, shape.hidden, 0.0))
+        rows.append(Part("loop scales", vectors, vectors, 0, 0.0))
+    rows.append(Part("final norm", *3 * (shape.hidden,), 0.0))
     head = 0 if shape.tied else shape.vocabulary_weights
-    rows.append(Part("output layer", head, head, 3 * shape.head_flops))
+    rows.append(Part("output layer", *3 * (head,), 3 * shape.head_flops))
     return rows
+
+
+def together(rows: list[Part]) -> Part:
+    """The sum of an account."""
+    return Part(
+        "together",
+        sum(row.stored for row in rows),
+        sum(row.active for row in rows),
+        sum(row.effective for row in rows),
+        sum(row.flops for row in rows),
+    )
 
 
 def training_flops(recurrence: Recurrence, shape: Shape, sequence: int) -> float:
     """Training FLOPs a token of the whole model."""
-    return sum(part.flops for part in account(recurrence, shape, sequence))
+    return together(account(recurrence, shape, sequence)).flops
 
 
 @dataclass(frozen=True)
