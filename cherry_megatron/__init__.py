@@ -1,3 +1,3 @@
-"""CHERRY language models on Megatron-core: recurrent stacks, selective supervision, mixtures of compressed experts."""
+"""CHERRY language models on Megatron-core."""
 
 __version__ = "0.1.0"

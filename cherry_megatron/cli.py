@@ -63,7 +63,11 @@ def _add_config(parser: argparse.ArgumentParser, required: bool = True, position
         parser.add_argument("config_file", nargs="?", type=Path, metavar="CONFIG", help="a YAML file of configs/")
     parser.add_argument("--config", type=Path, required=required and not positional, help="a YAML file of configs/")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. recurrence.loops=4"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key, e.g. recurrence.loops=4",
     )
     parser.set_defaults(flags=[])
     parser.epilog = "Megatron's own flags may follow after --"
@@ -133,7 +137,10 @@ def _add_data(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes (default: all cores)")
     parser.add_argument("--key", default="text", help="key of the text in .jsonl lines (default text)")
     parser.add_argument(
-        "--max-malformed", type=float, default=0.01, help="stop above this share of malformed lines (default 0.01)"
+        "--max-malformed",
+        type=float,
+        default=0.01,
+        help="stop above this share of malformed lines (default 0.01)",
     )
 
 
@@ -163,7 +170,9 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
         evaluate(config, machine, arguments.loops, show_all=arguments.verbose)
 
     parser = _verb(verbs, "evaluate", "held-out loss of a run's checkpoint at several numbers of loops", run)
-    parser.add_argument("--loops", type=int, nargs="+", help="numbers of loops (default 1, 2, 4, ... and the model's)")
+    parser.add_argument(
+        "--loops", type=int, nargs="+", help="numbers of loops (default 1, 2, 4, ... and the model's)"
+    )
     parser.add_argument("--verbose", action="store_true", help="show Megatron's own output too")
     _add_config(parser)
 

@@ -133,6 +133,11 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "calculate-per-token-loss": (True, "the loss must not depend on the split into micro-batches and ranks"),
     "use-cpu-initialization": (True, "initial weights must not depend on the layout"),
     "dist-ckpt-optim-fully-reshardable": (True, "a checkpoint must resume under any layout"),
+    "use-distributed-optimizer": (
+        True,
+        "its state resumes under any layout, that of Megatron's other optimizers does not; to replicate the "
+        "state, set num-distributed-optimizer-instances to the data-parallel size",
+    ),
     "ckpt-format": ("torch_dist", "a checkpoint must resume under any layout"),
     "position-embedding-type": ("rope", "it is what the recurrent stack is built with"),
     "disable-bias-linear": (True, "it is what the recurrent stack is built with"),
@@ -322,7 +327,9 @@ def _check(config: Config) -> None:
             ("padded-vocab-size", shape.vocabulary),
         ):
             if size % tensor:
-                raise CherryError(f"megatron.{name} {size} is not a multiple of tensor-model-parallel-size {tensor}")
+                raise CherryError(
+                    f"megatron.{name} {size} is not a multiple of tensor-model-parallel-size {tensor}"
+                )
         if config.value("sequence-parallel") and config.value("seq-length") % tensor:
             raise CherryError(
                 f"megatron.seq-length {config.value('seq-length')} is not a multiple of "

@@ -25,7 +25,9 @@ def evaluate(
         CherryError: if the run has no checkpoint.
     """
     if checkpoint_to_load(config) is None:
-        raise CherryError(f"the run {config.run} has no checkpoint to evaluate; train it first, or set megatron.load")
+        raise CherryError(
+            f"the run {config.run} has no checkpoint to evaluate; train it first, or set megatron.load"
+        )
     if loops:
         config = replace(config, evaluation=replace(config.evaluation, loops=tuple(loops)))
     counts = config.evaluation.loop_counts(config.recurrence.loops)

@@ -157,16 +157,17 @@ def draw_loops(stack: RecurrentStack, seed: int, iteration: int) -> int:
     return random.Random(f"{seed}/loops/{iteration}").randint(*options.random_loops)
 
 
-def loss_function(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def loss_function(loss_mask: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum of the token losses; Megatron divides by the token count of the whole global batch.
 
     Args:
-        loss_mask: [b, s], 0 or 1.
+        loss_mask: [b, s], 0 or 1; there is one on the last pipeline stage, where this is called.
         losses: [b, s], cross-entropy of each token in nats.
 
     Returns:
         The sum, the integer number of tokens, and (sum, number) for the report.
     """
+    assert loss_mask is not None
     losses, mask = losses.float().view(-1), loss_mask.float().view(-1)
     total = torch.sum(losses * mask)
     tokens = mask.sum().to(torch.int)

@@ -1,12 +1,12 @@
 """A run's folder: what was started when and with what, and the checkpoint to go on from.
 
-    config.yaml       the resolved configuration of the last start
-    starts.jsonl      one line a start: time, command, commit, versions, configuration hash
-    steps.jsonl       one line a step: loss, gradient norm, learning rate, seconds
-    checkpoints/      Megatron's torch_dist checkpoints
-    tensorboard/      events
-    logs/             Megatron's own output, one file a rank
-    cache/            Megatron's data set indices
+config.yaml       the resolved configuration of the last start
+starts.jsonl      one line a start: time, command, commit, versions, configuration hash
+steps.jsonl       one line a step: loss, gradient norm, learning rate, seconds
+checkpoints/      Megatron's torch_dist checkpoints
+tensorboard/      events
+logs/             Megatron's own output, one file a rank
+cache/            Megatron's data set indices
 """
 
 import datetime

@@ -20,10 +20,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["cherry_megatron.pretrain", "cherry_megatron.data.prepare", "transformers"])
 
-WORDS = (
-    "나는 학교에 갑니다 그리고 오늘 날씨가 매우 좋습니다 하지만 내일은 비가 온다고 합니다 결제 연동을 진행하려면 먼저 "
-    "관리자 콘솔에서 채널을 추가해야 합니다 the model is trained on text 1 2 3 다시 생각해 보면 서울 부산 2026년"
-).split()
+TEXT = """나는 학교에 갑니다 그리고 오늘 날씨가 매우 좋습니다 하지만 내일은 비가 온다고 합니다 결제 연동을
+진행하려면 먼저 관리자 콘솔에서 채널을 추가해야 합니다 the model is trained on text 1 2 3 다시 생각해 보면 서울 부산"""
+WORDS = TEXT.split()
 
 
 def _rank_main(
@@ -33,7 +32,7 @@ def _rank_main(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
     )  # fmt: skip
-    with open(log, "w") as out:
+    with Path(log).open("w") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
         sys.stdout = sys.stderr = out
@@ -159,7 +158,7 @@ def _train(path: Path, overrides: list[str], flags: list[str]) -> None:
         raise AssertionError(f"cherry pretrain exited with {status}")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def train() -> Callable[..., list[dict[str, float]]]:
     """Train with `cherry pretrain` on so many ranks; returns the recorded steps."""
 

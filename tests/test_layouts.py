@@ -8,20 +8,20 @@ import pytest
 SAMPLE = {
     "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "pp2": (2, "--pipeline-model-parallel-size 2"),
-    "dp2-distributed": (2, "--use-distributed-optimizer"),
+    "dp2": (2, ""),
     "tp2-pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
     "micro4": (1, "--micro-batch-size 4"),
 }
 REST = {
     "tp2": (2, "--tensor-model-parallel-size 2"),
     "pp4": (4, "--pipeline-model-parallel-size 4"),
-    "dp2": (2, ""),
+    "dp2-replicated": (2, "--num-distributed-optimizer-instances 2"),
     "micro1": (1, "--micro-batch-size 1"),
-    "pp2-distributed": (4, "--pipeline-model-parallel-size 2 --use-distributed-optimizer"),
-    "pp2-overlap": (
+    "pp2-dp2": (4, "--pipeline-model-parallel-size 2"),
+    "pp2-dp2-replicated": (4, "--pipeline-model-parallel-size 2 --num-distributed-optimizer-instances 2"),
+    "pp2-dp2-overlap": (
         4,
-        "--pipeline-model-parallel-size 2 --use-distributed-optimizer --overlap-grad-reduce "
-        "--overlap-param-gather",
+        "--pipeline-model-parallel-size 2 --overlap-grad-reduce --overlap-param-gather",
     ),
     "tp2-sp-pp2-recompute": (
         4,

@@ -8,6 +8,7 @@ numbers are the ones in checkpoints, whatever the layout.
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.options import Recurrence
@@ -73,9 +74,7 @@ class Plan:
         return first <= stored < first + len("".join(self.pattern.core))
 
 
-def make_plan(
-    recurrence: Recurrence, shape: Shape, sequence: int, pipeline_size: int
-) -> Plan:
+def make_plan(recurrence: Recurrence, shape: Shape, sequence: int, pipeline_size: int) -> Plan:
     """Divide the unrolled model over pipeline stages, by cost unless `recurrence.stages` says how.
 
     Args:
@@ -106,4 +105,4 @@ def make_plan(
             f"(pipeline-model-parallel-size) that add up to {len(visits)} effective layers"
         )
     cuts = [sum(lengths[:k]) for k in range(pipeline_size + 1)]
-    return Plan(pattern, tuple(visits[a:b] for a, b in zip(cuts, cuts[1:], strict=False)))
+    return Plan(pattern, tuple(visits[a:b] for a, b in pairwise(cuts)))

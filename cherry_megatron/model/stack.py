@@ -95,9 +95,8 @@ class RecurrentStack(HybridStack):
         """
         if inference_context is not None or inference_params is not None:
             raise CherryError("a recurrent stack does not generate text yet; use it for training and evaluation")
-        hidden = hidden_states if self.pre_process else self.input_tensor
-        if isinstance(hidden, WrappedTensor):
-            hidden = hidden.unwrap()
+        given: Any = hidden_states if self.pre_process else self.input_tensor
+        hidden: Tensor = given.unwrap() if isinstance(given, WrappedTensor) else given
         injected = self._received_injection
         arguments = {
             "attention_mask": attention_mask,
@@ -113,6 +112,7 @@ class RecurrentStack(HybridStack):
                     if loop == 0:
                         injected = hidden
                     elif self.recurrence.injection == "add":
+                        assert injected is not None, "the plan says which stages receive the prelude's output"
                         hidden = hidden + injected
                 before = hidden
                 with self._gradient_of(loop):
@@ -125,6 +125,7 @@ class RecurrentStack(HybridStack):
             # All visits of this stage were skipped; the schedule needs an output of its own.
             hidden = hidden.clone()
         if self._carries_out:
+            assert injected is not None
             hidden = torch.cat((hidden, injected))
         return make_viewless_tensor(inp=hidden, requires_grad=hidden.requires_grad, keep_graph=True)
 

@@ -47,7 +47,7 @@ class LoopTrace:
         share = 1.0 if self._group is None else 1.0 / self._group.size()
         cosines = (unit_sum.square().sum() - tokens * sequences) * share
         pairs = tokens * (tokens - 1) * sequences * share
-        row = [
+        row: list[Tensor | float] = [
             after.square().sum(), after.numel(),
             0.0 if before is None else (after - before).square().sum(),
             0.0 if before is None else before.square().sum(),

@@ -92,8 +92,8 @@ def _redirect_device() -> None:
             return type_name(self, *args, **kwargs)
         return type_name(self).replace("torch.", "torch.cuda.", 1)
 
-    torch.Tensor.to = tensor_to  # type: ignore[method-assign]
-    torch.Tensor.type = tensor_type  # type: ignore[method-assign]
+    torch.Tensor.to = tensor_to  # type: ignore[method-assign,assignment]
+    torch.Tensor.type = tensor_type  # type: ignore[method-assign,assignment]
     torch.Tensor.cuda = lambda self, *_args, **_kwargs: self  # type: ignore[method-assign]
     torch.Tensor.pin_memory = lambda self, *_args, **_kwargs: self  # type: ignore[method-assign]
     torch.Tensor.record_stream = lambda self, *_args: None  # type: ignore[method-assign]
@@ -121,14 +121,14 @@ def _redirect_cuda_module() -> None:
     nothing = lambda *_args, **_kwargs: None  # noqa: E731
     cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
     cuda.device_count = lambda: 1
-    cuda.set_device = nothing  # type: ignore[assignment]
-    cuda.synchronize = nothing  # type: ignore[assignment]
-    cuda.empty_cache = nothing  # type: ignore[assignment]
+    cuda.set_device = nothing
+    cuda.synchronize = nothing
+    cuda.empty_cache = nothing
     cuda.Stream = cuda.Event = _Stream  # type: ignore[misc,assignment]
     cuda.current_stream = cuda.default_stream = _Stream  # type: ignore[assignment]
     cuda.stream = lambda *_args: contextlib.nullcontext()  # type: ignore[assignment]
     cuda.device = lambda *_args: contextlib.nullcontext()  # type: ignore[assignment,misc]
-    cuda.get_device_capability = lambda *_args: (0, 0)  # type: ignore[assignment]
+    cuda.get_device_capability = lambda *_args: (0, 0)
     properties = types.SimpleNamespace(name="cpu", major=0, minor=0, total_memory=0, multi_processor_count=1)
     cuda.get_device_properties = lambda *_args: properties  # type: ignore[assignment]
 
@@ -139,9 +139,18 @@ def _redirect_rng() -> None:
     get = lambda *_args, **_kwargs: torch.get_rng_state()  # noqa: E731
     put = lambda state, *_args, **_kwargs: torch.set_rng_state(state)  # noqa: E731
     cuda.get_rng_state = cuda.random.get_rng_state = get
-    cuda.set_rng_state = cuda.random.set_rng_state = put
+    cuda.set_rng_state = cuda.random.set_rng_state = put  # type: ignore[assignment]
     # torch.manual_seed seeds every CUDA generator through manual_seed_all: keep that apart.
-    cuda.manual_seed = cuda.random.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # type: ignore[assignment,return-value]
+    cuda.manual_seed = cuda.random.manual_seed = torch.default_generator.manual_seed  # type: ignore[assignment]
+
+    iterate = torch.utils.data.DataLoader.__iter__
+
+    def iterate_quietly(self: Any) -> Any:
+        # A loader draws a seed when it starts, after a resume at another place than without one.
+        with torch.random.fork_rng(devices=[]):
+            return iterate(self)
+
+    torch.utils.data.DataLoader.__iter__ = iterate_quietly  # type: ignore[method-assign]
 
     from megatron.core.tensor_parallel import random as megatron_random
 

@@ -46,16 +46,18 @@ def obstacles(machine: Machine, config: "Config") -> list[str]:
     """Why a configuration cannot run here; empty if it can."""
     found = []
     implementation = config.value("transformer-impl")
-    if "transformer-impl" in config.megatron and implementation == "transformer_engine":
-        if not machine.usable("transformer-engine"):
-            found.append("megatron.transformer-impl transformer_engine: Transformer Engine is not usable here")
+    asked = "transformer-impl" in config.megatron and implementation == "transformer_engine"
+    if asked and not machine.usable("transformer-engine"):
+        found.append("megatron.transformer-impl transformer_engine: Transformer Engine is not usable here")
     if config.value("fp8-format") and not machine.usable("transformer-engine"):
         found.append("megatron.fp8-format: FP8 needs Transformer Engine and a GPU")
     if config.value("fp16") and not machine.devices:
         found.append("megatron.fp16: FP16 needs a GPU")
     ranks = config.value("tensor-model-parallel-size") * config.value("pipeline-model-parallel-size")
     if machine.devices and ranks > len(machine.devices):
-        found.append(f"one model takes {ranks} GPUs; this machine has {len(machine.devices)} (a cluster may have more)")
+        found.append(
+            f"one model takes {ranks} GPUs; this machine has {len(machine.devices)} (a cluster may have more)"
+        )
     for path in config.megatron.get("data-path") or []:
         if not str(path).replace(".", "").isdigit() and not _exists(f"{path}.idx"):
             found.append(f"megatron.data-path {path}: {path}.idx does not exist; make it with `cherry data`")

@@ -12,7 +12,7 @@ from functools import cache
 
 import torch
 
-from cherry_megatron.platform import cpu, wheel
+from cherry_megatron.platform import cpu, optimizer_state, wheel
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ def prepare() -> Machine:
     if not machine.devices:
         cpu.activate()
     wheel.use_shipped_helpers()
+    optimizer_state.save_by_padded_offsets()
     return machine
 
 

@@ -59,7 +59,10 @@ def forward(state, tokens, walk, *, heads, groups, size, base=10000.0, injection
                 injected = x
             elif injection == "add":
                 x = x + injected
-        for number, norm, add in ((2 * layer, "input_layernorm", "self_attn_bda"), (2 * layer + 1, "pre_mlp_layernorm", "mlp_bda")):
+        for number, norm, add in (
+            (2 * layer, "input_layernorm", "self_attn_bda"),
+            (2 * layer + 1, "pre_mlp_layernorm", "mlp_bda"),
+        ):
             start = f"decoder.layers.{number}."
             w = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
             weight, out = w[f"{norm}.weight"], 1.0

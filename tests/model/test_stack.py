@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 
 import pytest
+
 from tests.conftest import run_ranks
 
 TOLERANCE = 1e-6
@@ -55,6 +56,7 @@ def build(recurrence, recompute=False, groups=2, seed=3):
 def compare(recurrence, recompute, loops=None):
     """Relative errors of logits and gradients against the reference."""
     import torch
+
     from tests.model import reference
 
     model, plan, tokens = build(recurrence, recompute)

@@ -1,0 +1,50 @@
+# make demo    set up, then train a small recurrent model on real Korean text (CPU, under 10 minutes)
+# make test    set up, then every kind of test, with a fixed sample of the large matrices
+# make lint    ruff and mypy
+
+VENV := .venv
+PY := $(VENV)/bin/python
+CHERRY := $(VENV)/bin/cherry
+STAMP := $(VENV)/.installed
+DEMO := runs/tiny
+export TOKENIZERS_PARALLELISM := true
+
+.PHONY: demo test test-full test-deps lint format board clean setup
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml tools/find_python.sh
+	$$(sh tools/find_python.sh) -m venv $(VENV)
+	$(PY) -m pip install -q --upgrade pip
+	$(PY) -m pip install -q -e '.[dev]'
+	@# The demo's text: Korean documentation under Apache-2.0. Only its files are needed, not what it imports.
+	$(PY) -m pip install -q --no-deps portone-mcp-server==0.12.1
+	touch $(STAMP)
+
+demo: setup
+	sh tools/demo.sh $(CHERRY) $(DEMO)
+
+test: setup
+	$(PY) -m pytest -m "not full"
+
+# Resumable: a test that passed with this code is not run again. The dated result is kept.
+test-full: setup
+	$(PY) tools/test_full.py
+
+test-deps:
+	sh tools/test_deps.sh
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: setup
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+board: setup
+	$(VENV)/bin/tensorboard --logdir runs
+
+clean:
+	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache
