@@ -87,8 +87,16 @@ def _add_doctor(verbs: argparse._SubParsersAction) -> None:
         from cherry_megatron.platform import doctor, machine
 
         found = machine.prepare()
-        config = _load_config(arguments) if arguments.config else None
-        return doctor.report(found, config)
+        doctor.report(found)
+        if not arguments.config:
+            return 0
+        config = _load_config(arguments)
+        from cherry_megatron.checks import obstacles
+
+        problems = obstacles(found, config)
+        for problem in problems or ["can run here"]:
+            print(f"{config.source}: {problem}")
+        return 1 if problems else 0
 
     parser = _verb(verbs, "doctor", "what is installed, what will be used, can a configuration run here", run)
     _add_config(parser, required=False)

@@ -161,6 +161,7 @@ _DEFAULTS: dict[str, Any] = {
     "tokenizer-type": "HuggingFaceTokenizer",
     "no-create-attention-mask-in-dataloader": True,
     "exit-signal-handler": True,
+    "override-opt-param-scheduler": True,
     "verify-integrity": True,
     "log-interval": 10,
     "tensorboard-log-interval": 1,
@@ -335,6 +336,18 @@ def _check(config: Config) -> None:
                 f"megatron.seq-length {config.value('seq-length')} is not a multiple of "
                 f"tensor-model-parallel-size {tensor}, which sequence-parallel needs"
             )
+        if config.value("context-parallel-size") > 1:
+            raise CherryError(
+                f"megatron.context-parallel-size {config.value('context-parallel-size')}: the recurrent stack does "
+                "not split sequences over ranks; use 1"
+            )
+        uniform = config.value("recompute-method") == "uniform" and config.value("recompute-num-layers") == 1
+        if config.value("recompute-granularity") == "full" and not uniform:
+            raise CherryError(
+                "megatron.recompute-granularity full recomputes a loop at a time: set recompute-method uniform and "
+                "recompute-num-layers 1"
+            )
+        _check_batch(config)
         iterations = config.value("lr-decay-iters") or config.value("train-iters")
         if iterations and config.value("lr-warmup-iters") >= iterations:
             raise CherryError(
@@ -345,6 +358,23 @@ def _check(config: Config) -> None:
     except CherryError as error:
         text = str(error)
         raise CherryError(text if str(config.source) in text else f"{config.source}: {text}") from None
+
+
+def _check_batch(config: Config) -> None:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = config.value("tensor-model-parallel-size") * config.value("pipeline-model-parallel-size")
+    if world % ranks and world > 1:
+        raise CherryError(
+            f"{world} ranks cannot hold models of {ranks} ranks each (tensor-model-parallel-size x "
+            "pipeline-model-parallel-size); start a multiple of it"
+        )
+    micro, whole = config.value("micro-batch-size"), config.value("global-batch-size")
+    share = micro * max(world // ranks, 1) if micro else 0
+    if whole is not None and share and whole % share:
+        raise CherryError(
+            f"megatron.global-batch-size {whole} is not a multiple of micro-batch-size {micro} x {share // micro} "
+            "data-parallel ranks"
+        )
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 from torch import Tensor
 
+from cherry_megatron.checks import require
 from cherry_megatron.config import Config, megatron_arguments
 from cherry_megatron.data.batches import build_datasets, next_batch
 from cherry_megatron.errors import CherryError
@@ -42,8 +43,9 @@ def pretrain(
     Returns:
         The last evaluation.
     """
-    make_run_folder(config)
+    require(machine, config)
     args = initialize(config, machine, extra or {})
+    make_run_folder(config)
     if not args.skip_train:
         record_start(config, args.rank, args.world_size)
     flops = training_flops(config.recurrence, config.shape, args.seq_length)

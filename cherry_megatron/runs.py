@@ -10,7 +10,6 @@ cache/            Megatron's data set indices
 """
 
 import datetime
-import importlib.metadata
 import json
 import os
 import shlex
@@ -24,6 +23,7 @@ import yaml
 
 from cherry_megatron.config import Config
 from cherry_megatron.errors import CherryError
+from cherry_megatron.platform.machine import installed_version
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _VERSIONS = ("cherry-megatron", "megatron-core", "torch", "transformer-engine", "tokenizers", "transformers")
@@ -49,18 +49,8 @@ def checkpoint_to_load(config: Config) -> str | None:
 
 
 def make_run_folder(config: Config) -> None:
-    """Create the run's folder before anything else is done.
-
-    Raises:
-        CherryError: if it cannot be written.
-    """
-    try:
-        (config.run / "logs").mkdir(parents=True, exist_ok=True)
-        probe = config.run / f".write-test.{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise CherryError(f"cannot write the run's folder {config.run}: {error.strerror}") from None
+    """Create the run's folder and its logs/."""
+    (config.run / "logs").mkdir(parents=True, exist_ok=True)
 
 
 def record_start(config: Config, rank: int, world_size: int) -> None:
@@ -74,7 +64,7 @@ def record_start(config: Config, rank: int, world_size: int) -> None:
         "config": str(config.source),
         "config_hash": config.hash(),
         "git": git_state(),
-        "versions": {name: version for name in _VERSIONS if (version := _version(name))},
+        "versions": {name: version for name in _VERSIONS if (version := installed_version(name))},
         "host": socket.gethostname(),
         "world_size": world_size,
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
@@ -100,13 +90,6 @@ def git_state() -> dict[str, Any]:
 
     commit = git("rev-parse", "HEAD")
     return {"commit": commit, "modified": bool(git("status", "--porcelain"))} if commit else {}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def read_steps(run: Path) -> list[dict[str, float]]:

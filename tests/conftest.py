@@ -16,12 +16,15 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# Children are forked from a server that has imported Megatron once: 7 s saved for each.
-_CONTEXT = multiprocessing.get_context("forkserver")
+# Children are forked from a server that has imported Megatron once: 7 s saved for each. With a GPU they
+# are started afresh, because CUDA does not survive a fork.
+HAS_GPU = Path("/dev/nvidia0").exists()
+_CONTEXT = multiprocessing.get_context("spawn" if HAS_GPU else "forkserver")
 _CONTEXT.set_forkserver_preload(["cherry_megatron.pretrain", "cherry_megatron.data.prepare", "transformers"])
 
 TEXT = """나는 학교에 갑니다 그리고 오늘 날씨가 매우 좋습니다 하지만 내일은 비가 온다고 합니다 결제 연동을
-진행하려면 먼저 관리자 콘솔에서 채널을 추가해야 합니다 the model is trained on text 1 2 3 다시 생각해 보면 서울 부산"""
+진행하려면 먼저 관리자 콘솔에서 채널을 추가해야 합니다 the model is trained on text
+1 2 3 다시 생각해 보면 서울 부산"""
 WORDS = TEXT.split()
 
 

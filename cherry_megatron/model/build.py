@@ -9,7 +9,6 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.utils import init_method_normal
 from torch import Tensor
 
-from cherry_megatron.errors import CherryError
 from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.pattern import unroll
 from cherry_megatron.model.plan import Plan
@@ -20,25 +19,7 @@ from cherry_megatron.model.tying import tie_copies
 
 
 def prepare_config(config: TransformerConfig, recurrence: Recurrence) -> TransformerConfig:
-    """Set what the layout must not change, and refuse what the stack does not do.
-
-    Raises:
-        CherryError: naming the setting.
-    """
-    if config.context_parallel_size > 1:
-        raise CherryError(
-            f"context-parallel-size {config.context_parallel_size}: the recurrent stack does not split "
-            "sequences over ranks; use 1"
-        )
-    if config.normalization != "RMSNorm":
-        raise CherryError(f"normalization {config.normalization}: the recurrent stack is built with RMSNorm")
-    if config.recompute_granularity == "full" and (
-        config.recompute_method != "uniform" or config.recompute_num_layers != 1
-    ):
-        raise CherryError(
-            "recompute-granularity full recomputes a loop at a time: use recompute-method uniform and "
-            "recompute-num-layers 1"
-        )
+    """Set what depends on the recurrence and must not depend on the layout."""
     # Megatron scales output projections by its own layer count, which grows with pipeline copies.
     pattern = recurrence.parsed
     visits = unroll(pattern, pattern.loops, recurrence.order)

@@ -100,6 +100,8 @@ class Progress:
             "learning_rate": self._heard.get("learning-rate"),
             "seconds": round(seconds, 6),
         }
+        if torch.cuda.is_available():
+            record["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         if self._steps is not None:
             self._steps.write(json.dumps(record) + "\n")
         if self._bar is not None:

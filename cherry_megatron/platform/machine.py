@@ -65,7 +65,8 @@ def inspect_machine() -> Machine:
     return Machine(devices, libraries, flags)
 
 
-def _version(distribution: str) -> str | None:
+def installed_version(distribution: str) -> str | None:
+    """The version of an installed package, or None."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -73,7 +74,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _transformer_engine(has_gpu: bool) -> Library:
-    version = _version("transformer-engine")
+    version = installed_version("transformer-engine")
     if version is None:
         return Library("transformer-engine", None, False, "not installed; local layers are used, without FP8")
     if not has_gpu:
@@ -87,7 +88,7 @@ def _transformer_engine(has_gpu: bool) -> Library:
 
 def _apex(has_gpu: bool) -> Library:
     """NVIDIA's apex is built from source; the PyPI project of that name is something else."""
-    version = _version("apex")
+    version = installed_version("apex")
     if version is None:
         return Library("apex", None, False, "not installed (optional)")
     try:

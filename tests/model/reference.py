@@ -8,6 +8,13 @@ import torch
 from torch.nn import functional as F
 
 
+def local_name(name):
+    """The name of a parameter in the local layers, given either's."""
+    return name.replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.").replace(
+        "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."
+    )
+
+
 def rotary(x, base):
     """x: [b, heads, s, d]; rotates halves (NeoX style)."""
     s, d = x.shape[-2:]

@@ -10,7 +10,7 @@ from tests.conftest import run_ranks
 TOLERANCE = 1e-6
 
 
-def build(recurrence, recompute=False, groups=2, seed=3):
+def build(recurrence, recompute=False, implementation="local", groups=2, seed=3):
     """A tiny model on this rank with perturbed loop vectors, its plan, and a batch."""
     from cherry_megatron.platform.machine import prepare
 
@@ -26,7 +26,7 @@ def build(recurrence, recompute=False, groups=2, seed=3):
     from cherry_megatron.model.shape import Shape
 
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         mpu.initialize_model_parallel()
         model_parallel_cuda_manual_seed(1)
     shape = Shape(hidden=32, ffn=48, heads=4, groups=groups, head_size=8, vocabulary=64)
@@ -35,7 +35,7 @@ def build(recurrence, recompute=False, groups=2, seed=3):
         num_layers=len(recurrence.parsed.symbols), hidden_size=32, ffn_hidden_size=48, num_attention_heads=4,
         num_query_groups=groups, kv_channels=8, gated_linear_unit=True, activation_func=torch.nn.functional.silu,
         normalization="RMSNorm", add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0,
-        use_cpu_initialization=True, gradient_accumulation_fusion=False, transformer_impl="local",
+        use_cpu_initialization=True, gradient_accumulation_fusion=False, transformer_impl=implementation,
         masked_softmax_fusion=False, bias_dropout_fusion=False, is_hybrid_model=True, init_method_std=0.1,
         **(extra if recompute else {}),
     )  # fmt: skip
@@ -50,22 +50,24 @@ def build(recurrence, recompute=False, groups=2, seed=3):
     for name, parameter in model.named_parameters():
         if "norm" in name or "loop_scale" in name:
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-    return model, plan, tokens
+    return model.cuda(), plan, tokens
 
 
-def compare(recurrence, recompute, loops=None):
+def compare(recurrence, recompute, loops=None, implementation="local"):
     """Relative errors of logits and gradients against the reference."""
     import torch
 
     from tests.model import reference
 
-    model, plan, tokens = build(recurrence, recompute)
+    model, plan, tokens = build(recurrence, recompute, implementation)
     if loops is not None:
         model.decoder.loops = loops
     target = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(9))
-    logits = model(tokens, torch.arange(16).expand(2, -1), None)
+    logits = model(tokens.cuda(), torch.arange(16).expand(2, -1).cuda(), None).cpu()
     (logits * target).sum().backward()
-    state = {k: p.detach().clone().requires_grad_() for k, p in model.named_parameters()}
+    # The reference knows the names of the local layers, whose norms are modules of their own.
+    names = {k: reference.local_name(k) for k, _ in model.named_parameters()}
+    state = {names[k]: p.detach().cpu().clone().requires_grad_() for k, p in model.named_parameters()}
     walk = [(v.layer, v.loop) for v in plan.visits if v.loop is None or v.loop < model.decoder.loops]
     expected = reference.forward(
         state, tokens, walk, heads=4, groups=2, size=8, injection=recurrence.injection,
@@ -78,7 +80,8 @@ def compare(recurrence, recompute, loops=None):
 
     errors = {"logits": error(logits.detach(), expected.detach())}
     for name, parameter in model.named_parameters():
-        ours, theirs = parameter.grad, state[name].grad
+        ours, theirs = parameter.grad, state[names[name]].grad
+        ours = None if ours is None else ours.cpu()
         if theirs is None or not theirs.any():
             errors[name] = 0.0 if ours is None or not ours.any() else float("inf")
         else:

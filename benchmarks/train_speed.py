@@ -1,0 +1,97 @@
+"""Tokens a second, TFLOP/s, MFU and peak memory of training, variant by variant, in one run.
+
+    python benchmarks/train_speed.py --tokenizer DIR --data PREFIX --output RESULT.md [--steps 30]
+
+Runs `cherry pretrain` once a variant on one GPU with real text and reads the recorded steps. The
+first third of the steps is left out as warm-up.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from cherry_megatron.runs import git_state, read_steps
+
+FP8 = "--fp8-format hybrid --fp8-recipe"
+# name: (configuration, Megatron flags)
+VARIANTS = {
+    "dense_566m, BF16": ("dense_566m", ""),
+    "cherry_227m, BF16": ("cherry_227m", ""),
+    "cherry_227m, BF16, loop scales": ("cherry_227m", "SCALES"),
+    "cherry_227m, BF16, recompute": (
+        "cherry_227m",
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    ),
+    "cherry_227m, FP8 delayed": ("cherry_227m", f"{FP8} delayed"),
+    "cherry_227m, FP8 tensorwise": ("cherry_227m", f"{FP8} tensorwise"),
+}
+
+
+def measure(name: str, configuration: str, flags: str, options: argparse.Namespace) -> str:
+    """One row of the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "cherry_megatron.cli", "pretrain"]
+        command += ["--config", f"configs/{configuration}.yaml", "--set", f"run={folder}"]
+        if "SCALES" in flags:
+            command += ["--set", "recurrence.loop_scales=true"]
+        extra = flags.replace("SCALES", "").split()
+        length = ["--train-iters", str(options.steps), "--lr-warmup-iters", "2", "--global-batch-size", "8"]
+        length += ["--eval-iters", "1", "--eval-interval", "1000", "--save-interval", "100000", "--split", "98,1,1"]
+        environment = {**os.environ, "CHERRY_TOKENIZER": options.tokenizer, "CHERRY_DATA": options.data}
+        done = subprocess.run(
+            [*command, "--", *length, *extra], env=environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            return f"| {name} | failed: {done.stderr.strip().splitlines()[-1][:120]} | | | | |"
+        steps = read_steps(Path(folder))
+    timed = steps[len(steps) // 3 :]
+    seconds = statistics.median(step["seconds"] for step in timed)
+    tokens = 8 * 4096 / seconds
+    flops = tokens * flops_per_token(configuration)
+    return (
+        f"| {name} | {tokens:,.0f} | {flops / 1e12:.0f} | {flops / 989e12:.1%} | {steps[-1]['peak_gib']:.1f} | "
+        f"{steps[-1]['loss']:.3f} |"
+    )
+
+
+def flops_per_token(configuration: str) -> float:
+    """From the configuration's own account."""
+    from cherry_megatron.config import load
+    from cherry_megatron.monitor.accounting import training_flops
+
+    config = load(Path(f"configs/{configuration}.yaml"))
+    return training_flops(config.recurrence, config.shape, config.value("seq-length"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=30)
+    options = parser.parse_args()
+    device = torch.cuda.get_device_name(0)
+    lines = [
+        "# Training speed, one GPU",
+        "",
+        f"`python benchmarks/train_speed.py --steps {options.steps}` on one {device}, torch {torch.__version__}, "
+        f"commit {git_state().get('commit', 'unknown')}. Sequences of 4096, 8 a step in micro-batches of 4, Adam "
+        "step included. MFU against 989 TFLOP/s, also for FP8.",
+        "",
+        "| variant | tokens/s | TFLOP/s | MFU | peak GiB | last loss |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, (configuration, flags) in VARIANTS.items():
+        lines.append(measure(name, configuration, flags, options))
+        print(lines[-1], flush=True)
+        options.output.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
