@@ -42,7 +42,7 @@ def measure(name: str, configuration: str, flags: str, options: argparse.Namespa
             command += ["--set", "recurrence.loop_scales=true"]
         extra = flags.replace("SCALES", "").split()
         length = ["--train-iters", str(options.steps), "--lr-warmup-iters", "2", "--global-batch-size", "8"]
-        length += ["--eval-iters", "1", "--eval-interval", "1000", "--save-interval", "100000", "--split", "98,1,1"]
+        length += ["--eval-iters", "1", "--eval-interval", "1000", "--save-interval", "100000", "--split", "98,1,1", "--no-save-optim"]
         environment = {**os.environ, "CHERRY_TOKENIZER": options.tokenizer, "CHERRY_DATA": options.data}
         done = subprocess.run(
             [*command, "--", *length, *extra], env=environment, capture_output=True, text=True, check=False

@@ -4,7 +4,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from megatron.core.enums import ModelType
@@ -23,6 +23,7 @@ from cherry_megatron.errors import CherryError
 from cherry_megatron.model.build import build_model, prepare_config
 from cherry_megatron.model.stack import RecurrentStack
 from cherry_megatron.monitor.accounting import training_flops
+from cherry_megatron.monitor.console import Console
 from cherry_megatron.monitor.evaluation import LoopEvaluation
 from cherry_megatron.monitor.progress import Progress
 from cherry_megatron.platform.machine import Machine
@@ -44,12 +45,19 @@ def pretrain(
         The last evaluation.
     """
     require(machine, config)
-    args = initialize(config, machine, extra or {})
-    make_run_folder(config)
+    terminal = sys.stdout
+    with Console() as console:
+        args = initialize(config, machine, extra or {})
+        make_run_folder(config)
+        console.write_to(config.run / "logs" / f"rank{args.rank}.log", also=terminal if show_all else None)
+        return _pretrain(config, args, terminal)
+
+
+def _pretrain(config: Config, args: Any, terminal: TextIO) -> LoopEvaluation:
     if not args.skip_train:
         record_start(config, args.rank, args.world_size)
     flops = training_flops(config.recurrence, config.shape, args.seq_length)
-    progress = Progress(config.run, args, flops, show_all)
+    progress = Progress(config.run, args, flops, terminal)
     evaluation = LoopEvaluation(config, progress, run_micro_batch)
 
     def datasets(samples: tuple[int, int, int]) -> tuple[Any, Any, Any]:
@@ -59,7 +67,7 @@ def pretrain(
         return train, valid, None
 
     datasets.is_distributed = True  # type: ignore[attr-defined]
-    with progress.console():
+    with progress:
         megatron_pretrain(
             pretrain_cfg_container_from_args(args),
             datasets,

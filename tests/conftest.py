@@ -48,6 +48,8 @@ def _rank_main(
         out.flush()
     queue.close()
     queue.join_thread()
+    # Saving a checkpoint starts a manager process; ending without this would leave it behind.
+    multiprocessing.util._exit_function()
     os._exit(0)
 
 
@@ -120,6 +122,7 @@ TINY: dict[str, Any] = {
     "max-position-embeddings": 32, "split": "80,10,10", "global-batch-size": 8, "micro-batch-size": 2,
     "train-iters": 20, "lr": 1e-3, "lr-warmup-iters": 2, "lr-decay-style": "cosine", "weight-decay": 0.1,
     "clip-grad": 1.0, "eval-interval": 1000, "eval-iters": 1, "save-interval": 1000, "log-interval": 5,
+    "num-workers": 0,
 }  # fmt: skip
 
 

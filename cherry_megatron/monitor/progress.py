@@ -1,11 +1,8 @@
 """What a running training shows: one line an interval, a progress bar, TensorBoard, steps.jsonl."""
 
-import contextlib
-import io
 import json
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,17 +23,17 @@ class Progress:
         run: the run's folder.
         args: Megatron's arguments.
         flops_per_token: of a training step, see accounting.
-        show_all: let Megatron's own output through to the terminal too.
+        terminal: where lines are printed.
     """
 
-    def __init__(self, run: Path, args: Any, flops_per_token: float, show_all: bool = False) -> None:
+    def __init__(self, run: Path, args: Any, flops_per_token: float, terminal: TextIO) -> None:
         self.valid_dataset: Any = None
-        self._run, self._args, self._flops, self._show_all = run, args, flops_per_token, show_all
+        self._run, self._args, self._flops = run, args, flops_per_token
         self._begun = 0
         self._heard: dict[str, float] = {}
         self._step_began: float | None = None
         self._interval: list[tuple[float, float]] = []  # (loss, seconds) of each step
-        self._terminal: TextIO = sys.stdout
+        self._terminal = terminal
         self._writer = get_tensorboard_writer()
         self._bar: Any = None
         self._steps: TextIO | None = None
@@ -54,19 +51,17 @@ class Progress:
         if self._step_began is None:
             self._step_began = time.perf_counter()
 
-    @contextlib.contextmanager
-    def console(self) -> Iterator[None]:
-        """Send Megatron's output to logs/, keep the terminal for our lines."""
-        log_path = self._run / "logs" / f"rank{self._args.rank}.log"
-        with contextlib.ExitStack() as stack:
-            log = stack.enter_context(log_path.open("a", encoding="utf-8", buffering=1))
-            if self._writer is not None and not self._args.skip_train:
-                self._steps = stack.enter_context((self._run / "steps.jsonl").open("a", buffering=1))
-                if sys.stderr.isatty():
-                    self._bar = stack.enter_context(tqdm(total=self._args.train_iters, unit="step"))
-            target: Any = _Tee(self._terminal, log) if self._show_all else log
-            with contextlib.redirect_stdout(target):
-                yield
+    def __enter__(self) -> "Progress":
+        if self._writer is not None and not self._args.skip_train:
+            self._steps = (self._run / "steps.jsonl").open("a", buffering=1)
+            if sys.stderr.isatty():
+                self._bar = tqdm(total=self._args.train_iters, unit="step")
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        for opened in (self._steps, self._bar):
+            if opened is not None:
+                opened.close()
 
     def say(self, line: str) -> None:
         """Print a line above the progress bar."""
@@ -129,20 +124,6 @@ class Progress:
             f"lr {self._heard.get('learning-rate', 0.0):.2e}  {tokens:9,.0f} tokens/s  "
             f"{flops / 1e12:7.3f} TFLOP/s  {mfu}  left {_clock(seconds * (args.train_iters - iteration))}"
         )
-
-
-class _Tee(io.TextIOBase):
-    def __init__(self, *targets: TextIO) -> None:
-        self._targets = targets
-
-    def write(self, text: str) -> int:
-        for target in self._targets:
-            target.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        for target in self._targets:
-            target.flush()
 
 
 def _clock(seconds: float) -> str:

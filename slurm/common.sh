@@ -1,0 +1,238 @@
+# shellcheck shell=bash
+# What the launch scripts of this folder share: settings, submission, ranks and logs. Sourced, never run.
+#
+# A script sets `script` to its own name, sources this file and calls
+#   cherry_job VERB DEFAULT_CONFIG [CONFIG] [--set KEY=VALUE ...] [-- MEGATRON_FLAGS ...]
+
+: "${script:?}"
+slurm_folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=${slurm_folder%/*}
+
+fail() {
+    printf '%s: %s\n' "$script" "$1" >&2
+    exit 2
+}
+
+# --- settings: the environment, else slurm/cluster.env, else the script's #SBATCH lines ---
+
+known_settings="CLUSTER_ACCOUNT CLUSTER_PARTITION CLUSTER_TIME CLUSTER_NODES CLUSTER_GPUS_PER_NODE \
+CLUSTER_CPUS_PER_TASK CLUSTER_MODULES CLUSTER_VENV CLUSTER_CONTAINER CLUSTER_CONTAINER_MOUNTS \
+CLUSTER_SBATCH_OPTIONS CLUSTER_SRUN_OPTIONS"
+
+if [ -f "$slurm_folder/cluster.env" ]; then
+    # A misspelled setting would go unnoticed until the job runs on the wrong nodes.
+    while read -r name; do
+        [[ " $known_settings " == *" $name "* ]] ||
+            fail "slurm/cluster.env: unknown setting $name; known are $known_settings"
+    done < <(sed -nE 's/^[[:space:]]*(export[[:space:]]+)?(CLUSTER_[A-Za-z0-9_]*)=.*/\2/p' "$slurm_folder/cluster.env")
+    environment=$(export -p)
+    set -a
+    # shellcheck disable=SC1091
+    . "$slurm_folder/cluster.env"
+    set +a
+    eval "$environment" # what the environment already held wins over the file
+fi
+
+# --- arguments ---
+
+# Sets config, run, sets and flags.
+parse_arguments() {
+    config=$root/$1
+    run=
+    sets=()
+    flags=()
+    shift
+    if [ $# -gt 0 ] && [[ $1 != -* ]]; then
+        [ -f "$1" ] || fail "no configuration $1; name a YAML file such as configs/cherry_227m.yaml"
+        config=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
+        shift
+    fi
+    [ -f "$config" ] || fail "no configuration $config; name a YAML file"
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --set)
+                [ $# -ge 2 ] || fail "--set needs KEY=VALUE"
+                [[ $2 == run=* ]] && run=${2#run=}
+                sets+=(--set "$2")
+                shift 2
+                ;;
+            --)
+                shift
+                flags=(-- "$@")
+                break
+                ;;
+            *) fail "do not know what to do with '$1'; Megatron's flags follow after --" ;;
+        esac
+    done
+    [ -n "$run" ] || run=$(run_folder "$config")
+    [[ $run == /* ]] || run=$root/$run
+}
+
+# The value of a top-level key of a YAML file, or nothing.
+yaml_value() {
+    sed -nE "s/^$1:[[:space:]]*//p" "$2" | sed -E "s/[[:space:]]+#.*$//; s/[[:space:]]*$//; s/^(['\"])(.*)\1$/\2/" | head -n 1
+}
+
+# The run's folder, where the logs go, as a configuration or what it extends names it. Reads YAML
+# without Python, which a login node need not have.
+run_folder() {
+    local file=$1 found='' parent
+    for _ in 1 2 3 4 5 6 7 8; do
+        [ -f "$file" ] || break
+        found=$(yaml_value run "$file")
+        parent=$(yaml_value extends "$file")
+        if [ -n "$found" ] || [ -z "$parent" ]; then break; fi
+        file=$(dirname "$file")/$parent
+    done
+    case $found in
+        '') fail "$1 names no run folder; name it with --set run=FOLDER" ;;
+        *'$'*) fail "$1: its run folder depends on the environment; name it with --set run=FOLDER" ;;
+        *) printf '%s\n' "$found" ;;
+    esac
+}
+
+# --- what is submitted ---
+
+# set_option NAME VALUE: replaces it among the options, or appends it.
+set_option() {
+    local i
+    for i in "${!options[@]}"; do
+        if [[ ${options[i]} == "--$1="* ]]; then
+            options[i]=--$1=$2
+            return
+        fi
+    done
+    options+=("--$1=$2")
+}
+
+# The value that counts: the last one, as for sbatch.
+get_option() {
+    local option value=
+    for option in "${options[@]}"; do
+        [[ $option != "--$1="* ]] || value=${option#*=}
+    done
+    printf '%s\n' "$value"
+}
+
+# set_count NAME OPTION: a setting that must be a positive number.
+set_count() {
+    [ -n "${!1:-}" ] || return 0
+    [[ ${!1} =~ ^[1-9][0-9]*$ ]] || fail "$1 is '${!1}'; it must be a positive number"
+    set_option "$2" "${!1}"
+}
+
+# Sets options: the #SBATCH lines, overridden by the settings.
+resolve_options() {
+    local extra gpus=${CLUSTER_GPUS_PER_NODE:-}
+    mapfile -t options < <(sed -n 's/^#SBATCH //p' "$slurm_folder/$script")
+    [ -z "${CLUSTER_ACCOUNT:-}" ] || set_option account "$CLUSTER_ACCOUNT"
+    [ -z "${CLUSTER_PARTITION:-}" ] || set_option partition "$CLUSTER_PARTITION"
+    [ -z "${CLUSTER_TIME:-}" ] || set_option time "$CLUSTER_TIME"
+    set_count CLUSTER_NODES nodes
+    set_count CLUSTER_CPUS_PER_TASK cpus-per-task
+    if [ -n "$gpus" ]; then
+        [[ $gpus =~ ^([A-Za-z0-9_.-]+:)?[1-9][0-9]*$ ]] ||
+            fail "CLUSTER_GPUS_PER_NODE is '$gpus'; it must be a positive number, or TYPE:NUMBER"
+        set_option gpus-per-node "$gpus"
+        set_option ntasks-per-node "${gpus##*:}"
+    fi
+    set_option output "$run/logs/slurm-%j.out"
+    read -ra extra <<<"${CLUSTER_SBATCH_OPTIONS:-}"
+    options+=("${extra[@]}")
+}
+
+# --- what is started in the job ---
+
+# make_launch VERB NODES TASKS_PER_NODE CPUS_PER_TASK: sets launch, the srun command.
+# One task a GPU: srun gives each its rank, and `cherry` takes it from SLURM_PROCID. Each task sees
+# all GPUs of its node (no --gpus-per-task), which is what NCCL and LOCAL_RANK expect.
+make_launch() {
+    local program extra
+    launch=(srun --nodes="$2" --ntasks="$(($2 * $3))" --ntasks-per-node="$3"
+        --cpus-per-task="$4" # srun no longer takes it from sbatch (SLURM 22.05)
+        --kill-on-bad-exit=1 # one rank that fails would leave the others waiting for it
+        --open-mode=append --output="$run/logs/slurm-%j-%t.out")
+    if [ -n "${CLUSTER_CONTAINER:-}" ]; then
+        launch+=(--container-image="$CLUSTER_CONTAINER" --container-workdir="$root"
+            --container-mounts="$root:$root${CLUSTER_CONTAINER_MOUNTS:+,$CLUSTER_CONTAINER_MOUNTS}")
+    fi
+    read -ra extra <<<"${CLUSTER_SRUN_OPTIONS:-}"
+    if [ -n "${CHERRY:-}" ]; then
+        read -ra program <<<"$CHERRY"
+    elif [ -n "${CLUSTER_VENV:-}" ]; then
+        program=("$CLUSTER_VENV/bin/cherry")
+    elif [ -z "${CLUSTER_CONTAINER:-}" ] && [ -x "$root/.venv/bin/cherry" ]; then
+        program=("$root/.venv/bin/cherry")
+    else
+        program=(cherry)
+    fi
+    launch+=("${extra[@]}" "${program[@]}" "$1" --config "$config" "${sets[@]}" "${flags[@]}")
+    if [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${CLUSTER_CONTAINER:-}" ] && [ "${DRY_RUN:-0}" = 0 ]; then
+        command -v "${program[0]}" >/dev/null || fail "there is no command ${program[0]}; set CLUSTER_VENV or CHERRY"
+    fi
+}
+
+load_modules() {
+    [ -n "${CLUSTER_MODULES:-}" ] || return 0
+    type module >/dev/null 2>&1 || fail "CLUSTER_MODULES is set, but the job's shell has no command 'module'"
+    set +eu +o pipefail # module systems are not written for strict shells
+    # shellcheck disable=SC2086
+    module load $CLUSTER_MODULES || fail "cannot load the modules $CLUSTER_MODULES"
+    set -euo pipefail
+}
+
+# The allocation decides how many, not the settings: sbatch's command line may have asked for something else.
+start_job() {
+    local nodes=${SLURM_JOB_NUM_NODES:-1} cpus=${SLURM_CPUS_PER_TASK:-1} hosts
+    local tasks=${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-${SLURM_NTASKS_PER_NODE:-1}}}
+    tasks=${tasks##*:}
+    [ "$tasks" != 0 ] || tasks=${SLURM_NTASKS_PER_NODE:-1} # a rehearsal on nodes without GPUs
+    load_modules
+    cd "$root"
+    make_launch "$1" "$nodes" "$tasks" "$cpus"
+    hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    MASTER_ADDR=$(head -n 1 <<<"$hosts")
+    MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000)) # below the ports that systems hand out by themselves
+    export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS="${OMP_NUM_THREADS:-$cpus}"
+    unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE # of the shell that submitted: each task gets its own
+    printf '%s: job %s, start %s, %s nodes of %s tasks, master %s:%s\n' "$script" "$SLURM_JOB_ID" \
+        "$((${SLURM_RESTART_COUNT:-0} + 1))" "$nodes" "$tasks" "$MASTER_ADDR" "$MASTER_PORT"
+    print_command "${launch[@]}"
+    exec "${launch[@]}"
+}
+
+print_command() {
+    local line
+    printf -v line '%q ' "$@"
+    printf '%s\n' "${line% }"
+}
+
+make_logs() {
+    mkdir -p "$run/logs" 2>/dev/null || fail "cannot write the run's folder $run"
+}
+
+cherry_job() {
+    local verb=$1 default=$2 submission gpus
+    shift 2
+    parse_arguments "$default" "$@"
+    if [ -n "${SLURM_JOB_ID:-}" ] && [ "${DRY_RUN:-0}" = 0 ]; then
+        make_logs
+        start_job "$verb"
+    fi
+    resolve_options
+    submission=(sbatch "${options[@]}" "$slurm_folder/$script" "$config" "${sets[@]}" "${flags[@]}")
+    if [ "${DRY_RUN:-0}" != 0 ]; then
+        gpus=$(get_option gpus-per-node)
+        make_launch "$verb" "$(get_option nodes)" "${gpus##*:}" "$(get_option cpus-per-task)"
+        echo "# submitted:"
+        print_command "${submission[@]}"
+        echo "# started in the job, with MASTER_ADDR its first node and MASTER_PORT 10000 + job id % 20000:"
+        print_command "${launch[@]}"
+        return
+    fi
+    command -v sbatch >/dev/null ||
+        fail "there is no sbatch here; run it on a SLURM login node, or with DRY_RUN=1 to see what it would submit"
+    make_logs
+    cd "$root" # where the job finds slurm/common.sh, and what relative paths in a configuration are relative to
+    exec "${submission[@]}"
+}

@@ -1,0 +1,36 @@
+#!/bin/bash
+# Pretrains a CHERRY model on a SLURM cluster, one process a GPU. From the project's folder:
+#
+#   sbatch slurm/pretrain_cherry_1p8b.sh [CONFIG] [--set KEY=VALUE ...] [-- MEGATRON_FLAGS ...]
+#   bash slurm/pretrain_cherry_1p8b.sh ...             submits it with the settings of slurm/cluster.env
+#   DRY_RUN=1 bash slurm/pretrain_cherry_1p8b.sh ...   prints what would be submitted and started
+#
+# Named for the 1.8B mixture, whose configuration does not exist yet: until it does, CONFIG is by
+# default the recurrent 227M model, configs/cherry_227m.yaml. See docs/slurm.md.
+#
+# The defaults; sbatch's command line overrides them, and with `bash` so do the settings.
+#SBATCH --job-name=cherry-pretrain
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -euo pipefail
+
+script=pretrain_cherry_1p8b.sh
+# sbatch runs a copy of this file from elsewhere, so what lies beside it is found from where it was submitted.
+submitted=${SLURM_SUBMIT_DIR:-$PWD}
+for folder in "$(dirname "${BASH_SOURCE[0]}")" "$submitted/slurm" "$submitted/../slurm"; do
+    [ -f "$folder/common.sh" ] && break
+done
+if [ ! -f "$folder/common.sh" ]; then
+    echo "$script: cannot find slurm/common.sh from $submitted; submit from the project's folder" >&2
+    exit 2
+fi
+# shellcheck source=slurm/common.sh
+. "$folder/common.sh"
+
+cherry_job pretrain configs/cherry_227m.yaml "$@"

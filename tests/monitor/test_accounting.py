@@ -1,0 +1,74 @@
+"""Parameters, FLOPs and memory: the published sizes, hand-computed cases, and the model itself."""
+
+from pathlib import Path
+
+import pytest
+
+from cherry_megatron.model.options import Recurrence
+from cherry_megatron.model.plan import make_plan
+from cherry_megatron.model.shape import Shape
+from cherry_megatron.monitor.accounting import Layout, account, memory, together, training_flops
+from tests.conftest import run_ranks
+
+SHAPE = Shape(hidden=1280, ffn=3200, heads=10, groups=10, head_size=128, vocabulary=44544)
+SIZES = {"cherry_227m": (227.1, 754.7), "dense_566m": (566.3, 566.3), "base_1b": (1018.6, 1018.6)}
+
+
+def load_all():
+    from cherry_megatron.config import load
+    from cherry_megatron.platform.machine import prepare
+
+    prepare()
+    result = {}
+    for name in SIZES:
+        config = load(Path(__file__).parents[2] / f"configs/{name}.yaml")
+        rows = together(account(config.recurrence, config.shape, config.value("seq-length")))
+        result[name] = (rows.stored, rows.effective, rows.flops)
+    return result
+
+
+def test_shipped_configurations_have_the_papers_sizes(tmp_path: Path):
+    (sizes,) = run_ranks(tmp_path, 1, load_all)
+    for name, (stored, effective) in SIZES.items():
+        assert round(sizes[name][0] / 1e6, 1) == stored
+        assert round(sizes[name][1] / 1e6, 1) == effective
+    assert sizes["base_1b"][0] == pytest.approx(1019e6, rel=1e-3)
+    assert sizes["cherry_227m"][2] == pytest.approx(5.255e9, rel=1e-3)
+
+
+def test_the_untied_twin_costs_the_same_flops():
+    looped = training_flops(Recurrence("*-[(*-)x4]x8*-"), SHAPE, 4096)
+    assert looped == training_flops(Recurrence("(*-)x34"), SHAPE, 4096)
+    # 6 for each of 34 layers' 18.84M weights and of the head's 57M, 6*h*s for attention in each layer
+    by_hand = 6 * (34 * (4 * 1280**2 + 3 * 1280 * 3200) + 1280 * 44544) + 34 * 6 * 1280 * 4096
+    assert looped == by_hand
+
+
+def test_fewer_loops_cost_less():
+    recurrence = Recurrence("*-[(*-)x4]x8*-", loops=1)
+    assert training_flops(recurrence, SHAPE, 4096) == training_flops(Recurrence("(*-)x6"), SHAPE, 4096)
+
+
+@pytest.mark.parametrize("scales", [False, True])
+def test_account_is_the_models_own_count(scales, tmp_path: Path):
+    recurrence = Recurrence("*-[*-*-]x3*-", loop_scales=scales)
+    shape = Shape(hidden=32, ffn=48, heads=4, groups=2, head_size=8, vocabulary=64)
+    (counted,) = run_ranks(tmp_path, 1, count_parameters, recurrence)
+    assert together(account(recurrence, shape, 16)).stored == counted
+
+
+def count_parameters(recurrence):
+    from tests.model.test_stack import build
+
+    model, _, _ = build(recurrence)
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_memory_counts_copies_of_the_core_on_each_stage():
+    plan = make_plan(Recurrence("*-[(*-)x4]x8*-"), SHAPE, 4096, 2)
+    layout = Layout(1, 4, 1, 4096, True, True, False, False)
+    first, last = memory(plan, SHAPE, layout, loop_scales=False)
+    layer = 4 * 1280**2 + 3 * 1280 * 3200 + 2 * 1280
+    assert first["weights"] == 2 * (5 * layer + 1280 * 44544)
+    assert last["weights"] == 2 * (5 * layer + 1280 + 1280 * 44544)
+    assert first["optimizer"] == first["weights"] / 2 * 12 / 4

@@ -1,0 +1,71 @@
+"""What will be used on a machine, and what `cherry doctor` says of it."""
+
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import HAS_GPU, run_ranks
+
+
+def doctor(arguments: list[str]):
+    import contextlib
+    import io
+
+    from cherry_megatron.cli import main
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        status = main(["doctor", *arguments])
+    return status, out.getvalue()
+
+
+@pytest.mark.skipif(HAS_GPU, reason="describes a machine without GPU")
+def test_doctor_on_a_cpu(tmp_path: Path, write_config):
+    ((status, text),) = run_ranks(tmp_path, 1, doctor, ["--config", str(write_config(tmp_path))])
+    assert status == 0
+    for line in (
+        "devices               CPU",
+        "--transformer-impl local",
+        "--distributed-backend gloo",
+        "can run here",
+    ):
+        assert line in text
+
+
+@pytest.mark.skipif(HAS_GPU, reason="describes a machine without GPU")
+def test_doctor_names_every_obstacle(tmp_path: Path, write_config):
+    path = write_config(tmp_path, megatron={"fp8-format": "hybrid", "bf16": True, "data-path": ["nowhere"]})
+    ((status, text),) = run_ranks(tmp_path, 1, doctor, ["--config", str(path)])
+    assert status == 1
+    assert "FP8 needs Transformer Engine" in text
+    assert "nowhere" in text
+
+
+def test_the_apex_of_pypi_is_not_nvidias(monkeypatch):
+    from cherry_megatron.platform import machine
+
+    monkeypatch.setattr(machine, "installed_version", lambda name: "0.9.10" if name == "apex" else None)
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    library = machine._apex(has_gpu=True)
+    assert not library.usable
+    assert "not NVIDIA's apex" in library.note
+
+
+def ranks_from_slurm(environment):
+    import os
+
+    from cherry_megatron.platform.machine import _ranks
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    os.environ.update(environment)
+    _ranks()
+    return [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+
+
+def test_ranks_come_from_srun(tmp_path: Path):
+    srun = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}
+    assert run_ranks(tmp_path / "srun", 1, ranks_from_slurm, srun) == [["5", "8", "1"]]
+    assert run_ranks(tmp_path / "alone", 1, ranks_from_slurm, {}) == [["0", "1", "0"]]
