@@ -8,6 +8,7 @@ first third of the steps is left out as warm-up.
 
 import argparse
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -21,7 +22,6 @@ from cherry_megatron.runs import git_state, read_steps
 FP8 = "--fp8-format hybrid --fp8-recipe"
 # name: (configuration, Megatron flags)
 VARIANTS = {
-    "dense_566m, BF16": ("dense_566m", ""),
     "cherry_227m, BF16": ("cherry_227m", ""),
     "cherry_227m, BF16, loop scales": ("cherry_227m", "SCALES"),
     "cherry_227m, BF16, recompute": (
@@ -30,6 +30,7 @@ VARIANTS = {
     ),
     "cherry_227m, FP8 delayed": ("cherry_227m", f"{FP8} delayed"),
     "cherry_227m, FP8 tensorwise": ("cherry_227m", f"{FP8} tensorwise"),
+    "dense_566m, BF16": ("dense_566m", ""),
 }
 
 
@@ -42,13 +43,30 @@ def measure(name: str, configuration: str, flags: str, options: argparse.Namespa
             command += ["--set", "recurrence.loop_scales=true"]
         extra = flags.replace("SCALES", "").split()
         length = ["--train-iters", str(options.steps), "--lr-warmup-iters", "2", "--global-batch-size", "8"]
-        length += ["--eval-iters", "1", "--eval-interval", "1000", "--save-interval", "100000", "--split", "98,1,1", "--no-save-optim"]
+        length += [
+            "--eval-iters",
+            "4",
+            "--eval-interval",
+            "1000",
+            "--save-interval",
+            "100000",
+            "--split",
+            "98,1,1",
+            "--no-save-optim",
+        ]
         environment = {**os.environ, "CHERRY_TOKENIZER": options.tokenizer, "CHERRY_DATA": options.data}
-        done = subprocess.run(
-            [*command, "--", *length, *extra], env=environment, capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            return f"| {name} | failed: {done.stderr.strip().splitlines()[-1][:120]} | | | | |"
+        environment["PYTHONFAULTHANDLER"] = "1"
+        with subprocess.Popen(
+            [*command, "--", *length, *extra], env=environment, stderr=subprocess.PIPE, text=True
+        ) as process:
+            try:
+                _, errors = process.communicate(timeout=options.limit)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGABRT)  # faulthandler then says where it was
+                _, errors = process.communicate()
+            if process.returncode:
+                print(errors[-2000:], file=sys.stderr)
+                return f"| {name} | failed with status {process.returncode} | | | | |"
         steps = read_steps(Path(folder))
     timed = steps[len(steps) // 3 :]
     seconds = statistics.median(step["seconds"] for step in timed)
@@ -75,6 +93,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--limit", type=int, default=600, help="seconds a variant may take")
     options = parser.parse_args()
     device = torch.cuda.get_device_name(0)
     lines = [

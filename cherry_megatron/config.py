@@ -347,6 +347,11 @@ def _check(config: Config) -> None:
                 "megatron.recompute-granularity full recomputes a loop at a time: set recompute-method uniform and "
                 "recompute-num-layers 1"
             )
+        if config.evaluation.batches > config.value("eval-iters"):
+            raise CherryError(
+                f"evaluation.batches {config.evaluation.batches} is more than megatron.eval-iters "
+                f"{config.value('eval-iters')}, for which the validation split is sampled"
+            )
         _check_batch(config)
         iterations = config.value("lr-decay-iters") or config.value("train-iters")
         if iterations and config.value("lr-warmup-iters") >= iterations:

@@ -47,9 +47,7 @@ def _reads_data() -> bool:
     return first_or_last and mpu.get_tensor_model_parallel_rank() == 0
 
 
-def next_batch(
-    iterator: Iterator[dict[str, Tensor]] | None, micro_batch_size: int
-) -> dict[str, Tensor | None]:
+def next_batch(iterator: Iterator[dict[str, Tensor]] | None, micro_batch_size: int) -> dict[str, Tensor | None]:
     """One micro-batch of `micro_batch_size` sequences.
 
     Returns:

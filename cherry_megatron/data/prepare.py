@@ -1,60 +1,52 @@
 """Text files to Megatron's indexed token files, in parallel and resumable.
 
-The work is cut into parts of a fixed number of input batches. A finished part is a pair of indexed
-files and a journal entry in OUTPUT.parts/; a later run of the same command goes on after the last
-one. The parts are joined and moved into place at the very end, so OUTPUT.bin and OUTPUT.idx are
-either absent or whole.
+OUTPUT.parts/ grows part by part: the tokens (already what Megatron's .bin holds), the lengths of the
+documents, and a journal that says up to where both are whole and where in the input to go on. A later
+run of the same command cuts off what came after the journal's last entry and goes on from there. At
+the end the files are moved into place, the .idx last: without it there is no data set.
 """
 
+import fcntl
 import hashlib
+import importlib
 import json
 import multiprocessing
 import os
-import shutil
+import signal
+import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers as library
 from tqdm import tqdm
 
 from cherry_megatron.data import tokenizer as tokenizers
-from cherry_megatron.data.text import Line, document, find_files, read_lines
+from cherry_megatron.data.text import CHUNK_BYTES, Chunk, find_files, read_chunks
+from cherry_megatron.data.tokenizer import Counts, Encoded
 from cherry_megatron.errors import CherryError
 
-BATCH_BYTES = 1 << 20
-BATCHES_A_PART = 64
-NAMED_LINES = 100  # malformed lines that the report names one by one
-
-
-@dataclass
-class Counts:
-    """What was read and written."""
-
-    lines: int = 0
-    bytes: int = 0
-    documents: int = 0
-    tokens: int = 0
-    empty: int = 0
-    malformed: int = 0
-    named: list[str] = field(default_factory=list)
-
-    def add(self, other: "Counts") -> None:
-        for name in ("lines", "bytes", "documents", "tokens", "empty", "malformed"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.named = (self.named + other.named)[:NAMED_LINES]
+BATCH_BYTES = CHUNK_BYTES // 2  # small files share a batch; a chunk of a large one is a batch
+BATCHES_A_WORKER = 4  # in flight: read ahead, in work, or waiting for their turn to be written
+PART_BYTES = 64 << 20  # of text, between two entries in the journal
+LAYOUT = 1  # of OUTPUT.parts, so that another version of the program does not go on from it
+INDEXED_DATASET = "megatron.core.datasets.indexed_dataset"
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A batch after tokenization: token ids of all documents, the length of each, and its counts."""
+class Position:
+    """A place in the input: a file, and how many of its chunks lie before."""
 
-    ids: np.ndarray
-    lengths: list[int]
-    counts: Counts
+    file: int = 0
+    chunks: int = 0
 
 
 def prepare(
@@ -65,220 +57,337 @@ def prepare(
     key: str = "text",
     max_malformed: float = 0.01,
 ) -> dict[str, Any]:
-    """Write OUTPUT.bin, OUTPUT.idx and OUTPUT.json.
+    """Write OUTPUT.bin, OUTPUT.idx and OUTPUT.json, going on where an earlier run was cut off.
 
     Args:
         inputs: text files or folders.
         output: path prefix of the indexed files.
         tokenizer_folder: made by `cherry tokenizer`.
-        workers: processes that tokenize; 0 takes all cores.
+        workers: processes that tokenize; 0 takes all cores. The output does not depend on it.
         key: the key of the text in .jsonl lines.
-        max_malformed: stop if more than this share of the lines is malformed.
+        max_malformed: stop if more than this share of the lines read so far is malformed. Looked at
+            after every part and at the end.
 
     Returns:
         The report that OUTPUT.json holds.
 
     Raises:
-        CherryError: unusable input; no output is left behind.
+        CherryError: unusable input, output or numbers, or a worker that died. No output is left
+            behind, only OUTPUT.parts to go on from.
     """
     started = time.perf_counter()
+    if workers < 0:
+        raise CherryError(f"--workers {workers} is negative; 0 takes all cores")
+    if not 0 <= max_malformed <= 1:
+        raise CherryError(f"--max-malformed {max_malformed} is no share; give a number from 0 to 1")
+    workers = workers or len(os.sched_getaffinity(0))
     files = find_files(inputs)
     tokenizer = tokenizers.load(tokenizer_folder)
     end = tokenizers.end_of_document(tokenizer, tokenizer_folder)
-    if Path(f"{output}.bin").exists() or Path(f"{output}.idx").exists():
-        raise CherryError(f"{output}.bin or .idx exists; remove them or choose another --output")
-    parts = _Parts(output, files, tokenizer_folder, key, tokenizer.get_vocab_size())
-    counts = parts.finished_counts()
-    resumed_bytes = counts.bytes
-    workers = workers or os.cpu_count() or 1
-    encode = partial(_encode, key=key, end=end)
-    context = multiprocessing.get_context("spawn")
-    total = sum(path.stat().st_size for path in files) if _plain(files) else None
-    with (
-        context.Pool(workers, _start_worker, (str(tokenizer_folder),)) as pool,
-        tqdm(total=total, initial=counts.bytes, unit="B", unit_scale=True, desc="tokens", disable=None) as bar,
-    ):
-        # imap reads the input ahead without bound; a window keeps memory small.
-        for encoded in _windowed(pool, encode, _batches(files, counts.lines), 4 * workers):
-            parts.write(encoded)
-            counts.add(encoded.counts)
-            bar.update(encoded.counts.bytes)
-            _check_share(counts, max_malformed, final=False)
-    _check_share(counts, max_malformed, final=True)
-    if counts.documents == 0:
-        raise CherryError(f"the inputs hold no documents ({counts.lines} lines, {counts.malformed} malformed)")
-    seconds = time.perf_counter() - started
-    report = {
-        **asdict(counts),
-        "tokenizer": tokenizers.fingerprint(tokenizer_folder),
-        "vocabulary": tokenizer.get_vocab_size(),
-        "inputs": [str(path) for path in files],
-        "workers": workers,
-        "seconds": round(seconds, 2),
-        "mb_per_second_and_worker": round((counts.bytes - resumed_bytes) / 1e6 / seconds / workers, 3),
-    }
-    parts.join(report)
-    return report
+    vocabulary = tokenizers.size(tokenizer)
+    identity = _identity(files, tokenizer_folder, key)
+    with _locked(output) as folder:
+        parts = _Parts(output, folder, identity, token_type(vocabulary))
+        if parts.finished:
+            return parts.publish()
+        resumed = parts.counts.bytes
+        _check_share(parts.counts, max_malformed)
+        with (
+            _bar(files, parts.counts) as bar,
+            _pool(workers, tokenizer_folder) as pool,
+            ThreadPoolExecutor(1) as importer,
+        ):
+            encode = (key, end, parts.dtype.char)
+            batches = _batches(files, parts.position)
+            for encoded, position in _in_order(pool, batches, encode, BATCHES_A_WORKER * workers):
+                bar.update(encoded.counts.input_bytes)
+                parts.append(encoded, position)
+                if parts.unsaved >= PART_BYTES:
+                    parts.save()
+                    _check_share(parts.counts, max_malformed)
+                    # The end needs Megatron, which takes seconds to import: do it while workers tokenize.
+                    importer.submit(importlib.import_module, INDEXED_DATASET)
+        parts.save()
+        counts = parts.counts
+        _check_share(counts, max_malformed)
+        if not counts.documents:
+            raise CherryError(f"the inputs hold no documents ({counts.lines} lines, {counts.malformed} malformed)")
+        parts.write_index()
+        if _identity(files, tokenizer_folder, key) != identity:
+            raise CherryError("the inputs or the tokenizer changed while they were read; run it again")
+        seconds = time.perf_counter() - started
+        return parts.finish(
+            {
+                **asdict(counts),
+                "tokenizer": tokenizers.fingerprint(tokenizer_folder),
+                "vocabulary": vocabulary,
+                "end_of_document": end,
+                "inputs": [str(path) for path in files],
+                "workers": workers,
+                "resumed_bytes": resumed,
+                "seconds": round(seconds, 2),
+                "mb_per_second_and_worker": round((counts.bytes - resumed) / 1e6 / seconds / workers, 3),
+            }
+        )
 
 
-def _plain(files: list[Path]) -> bool:
-    return not any(path.suffix in (".gz", ".zst") for path in files)
+def token_type(vocabulary: int) -> np.dtype[Any]:
+    """Megatron's own rule, DType.optimal_dtype, repeated because importing Megatron takes seconds."""
+    return np.dtype(np.uint16 if vocabulary < 65500 else np.int32)
 
 
-def _batches(files: list[Path], skip: int) -> Iterator[list[Line]]:
-    """Lines in batches of about BATCH_BYTES, without the first `skip` lines."""
-    batch: list[Line] = []
-    size = seen = 0
-    for path in files:
-        for line in read_lines(path):
-            seen += 1
-            if seen <= skip:
-                continue
-            batch.append(line)
-            size += len(line.raw)
+def _identity(files: list[Path], tokenizer: Path, key: str) -> str:
+    """What the output follows from; parts made from anything else are of no use."""
+    try:
+        stats = [(str(path.absolute()), path.stat()) for path in files]
+    except OSError as error:
+        raise CherryError(f"cannot read {error.filename}: {error.strerror}") from None
+    described = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    made_from = [LAYOUT, CHUNK_BYTES, library.__version__, tokenizers.fingerprint(tokenizer), key, described]
+    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
+
+
+def _check_share(counts: Counts, allowed: float) -> None:
+    if counts.malformed > allowed * counts.lines:
+        raise CherryError(
+            f"{counts.malformed} of {counts.lines} lines are malformed, more than --max-malformed {allowed:g} "
+            f"allows; the first: {counts.named[0]}"
+        )
+
+
+def _bar(files: list[Path], before: Counts) -> tqdm:
+    total = sum(path.stat().st_size for path in files)
+    return tqdm(total=total, initial=before.input_bytes, unit="B", unit_scale=True, desc="tokens", disable=None)
+
+
+def _batches(files: list[Path], start: Position) -> Iterator[tuple[list[Chunk], Position]]:
+    """The chunks after a position in batches, each with the position after it."""
+    batch: list[Chunk] = []
+    size = 0
+    position = start
+    for index in range(start.file, len(files)):
+        skip = start.chunks if index == start.file else 0
+        for number, chunk in enumerate(islice(read_chunks(files[index]), skip, None), start=skip + 1):
+            batch.append(chunk)
+            size += len(chunk.raw)
+            position = Position(index, number)
             if size >= BATCH_BYTES:
-                yield batch
+                yield batch, position
                 batch, size = [], 0
     if batch:
-        yield batch
+        yield batch, position
 
 
-def _windowed(pool: Any, function: Any, items: Iterator[Any], window: int) -> Iterator[Any]:
-    """Results in order, with at most `window` items in flight."""
-    waiting: list[Any] = []
-    for item in items:
-        waiting.append(pool.apply_async(function, (item,)))
+def _in_order(
+    pool: Executor, batches: Iterator[tuple[list[Chunk], Position]], arguments: tuple[Any, ...], window: int
+) -> Iterator[tuple[Encoded, Position]]:
+    """Every batch encoded, in order; at most `window` are in flight, which keeps memory small."""
+    waiting: deque[tuple[Any, Position]] = deque()
+    for batch, position in batches:
+        waiting.append((pool.submit(_encode, batch, *arguments), position))
         if len(waiting) >= window:
-            yield waiting.pop(0).get()
-    for result in waiting:
-        yield result.get()
+            future, after = waiting.popleft()
+            yield future.result(), after
+    for future, after in waiting:
+        yield future.result(), after
+
+
+@contextmanager
+def _pool(workers: int, tokenizer: Path) -> Iterator[Executor]:
+    """Processes that tokenize. Unlike multiprocessing.Pool, this one says when a process dies."""
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer,))
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise CherryError(
+            "a worker process died (perhaps for want of memory); run the same command again to go on, "
+            "with fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 _worker_tokenizer: Any = None
 
 
-def _start_worker(folder: str) -> None:
+def _start_worker(tokenizer: Path) -> None:
     global _worker_tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says that it was interrupted
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_tokenizer = tokenizers.load(Path(folder))
+    _worker_tokenizer = tokenizers.load(tokenizer)
 
 
-def _encode(lines: list[Line], key: str, end: int) -> Encoded:
-    """Tokenize a batch of lines in a worker."""
-    counts = Counts(lines=len(lines), bytes=sum(len(line.raw) for line in lines))
-    texts = []
-    for line in lines:
+def _end_with_parent() -> None:
+    """Workers of a parent that was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _encode(chunks: list[Chunk], key: str, end: int, typecode: str) -> Encoded:
+    return tokenizers.encode(_worker_tokenizer, chunks, key, end, typecode)
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[Path]:
+    """OUTPUT.parts, for this process alone."""
+    folder = Path(f"{output}.parts")
+    lock = folder / "lock"
+    taken = CherryError(f"another run is writing {output}; wait for its end or choose another --output")
+    if not (folder / "journal").exists():
+        _refuse_existing(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+    except OSError as error:
+        raise CherryError(f"cannot write {folder}: {error.strerror}") from None
+    with file:
         try:
-            text = document(line, key)
-        except ValueError as error:
-            counts.malformed += 1
-            counts.named.append(f"{line.path}:{line.number}: {error}")
-            continue
-        if text.strip():
-            texts.append(text)
-        else:
-            counts.empty += 1
-    rows = [encoding.ids for encoding in _worker_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-    lengths = [len(row) + 1 for row in rows]
-    ids = np.empty(sum(lengths), dtype=np.int32)
-    position = 0
-    for row in rows:
-        ids[position : position + len(row)] = row
-        position += len(row) + 1
-        ids[position - 1] = end
-    counts.documents, counts.tokens = len(rows), len(ids)
-    return Encoded(ids, lengths, counts)
+            # The system gives it back when the process ends, however it ends.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise taken from None
+        except OSError as error:
+            raise CherryError(f"cannot lock {lock}: {error.strerror}; choose an --output elsewhere") from None
+        # A run that ended between the two steps above has removed the file.
+        if not lock.exists() or not os.path.samestat(lock.stat(), os.fstat(file.fileno())):
+            raise taken
+        yield folder
 
 
-def _check_share(counts: Counts, allowed: float, final: bool) -> None:
-    if counts.malformed > allowed * counts.lines and (final or counts.lines >= 1000):
-        example = counts.named[0] if counts.named else ""
+def _refuse_existing(output: Path, suffixes: Iterable[str] = (".bin", ".json", ".idx")) -> None:
+    for suffix in suffixes:
+        if Path(f"{output}{suffix}").exists():
+            raise CherryError(f"{output}{suffix} exists; remove it or choose another --output")
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
         raise CherryError(
-            f"{counts.malformed} of {counts.lines} lines are malformed, more than --max-malformed {allowed:.2%} "
-            f"allows; the first: {example}"
-        )
+            f"cannot write {folder}: {error.strerror}; mend that and run the same command again to go on"
+        ) from None
 
 
 class _Parts:
-    """OUTPUT.parts/: finished parts, their journal, and what they were made from."""
+    """OUTPUT.parts/: tokens, lengths, and the journal. Nothing beyond the journal's sizes is ever used."""
 
-    def __init__(self, output: Path, files: list[Path], tokenizer: Path, key: str, vocabulary: int) -> None:
-        from megatron.core.datasets.indexed_dataset import DType
+    MOVES = (("tokens", ".bin"), ("report", ".json"), ("index", ".idx"))
 
+    def __init__(self, output: Path, folder: Path, identity: str, dtype: np.dtype[Any]) -> None:
         self._output = output
-        self._folder = Path(f"{output}.parts")
-        self._dtype: Any = DType.optimal_dtype(vocabulary)
-        identity = "\n".join(
-            [tokenizers.fingerprint(tokenizer), key]
-            + [f"{p.absolute()} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
-        )
-        self._identity = hashlib.sha256(identity.encode()).hexdigest()
+        self._folder = folder
+        self._identity = identity
+        self.dtype = dtype
+        journal = self._read_journal()
+        self.finished: bool = journal.get("finished", False)
+        self.counts = Counts(**journal.get("counts", {}))
+        self.position = Position(**journal.get("position", {}))
+        self._sizes: dict[str, int] = journal.get("sizes", {"tokens": 0, "lengths": 0})
         self._pending: list[Encoded] = []
+        # A run that was cut off while it moved its files has moved some of them already.
+        moved = [suffix for name, suffix in self.MOVES if self.finished and not (folder / name).exists()]
+        _refuse_existing(output, [suffix for _, suffix in self.MOVES if suffix not in moved])
+        if not journal:
+            # Before anything is written over what an older journal speaks of.
+            with _writing(folder):
+                (folder / "journal").unlink(missing_ok=True)
+
+    def _read_journal(self) -> dict[str, Any]:
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            mark = self._folder / "made-from"
-            if not mark.exists() or mark.read_text() != self._identity:
-                for stale in self._folder.iterdir():
-                    stale.unlink()
-                mark.write_text(self._identity)
-        except OSError as error:
-            raise CherryError(f"cannot write {self._folder}: {error.strerror}") from None
-        # A part without its journal entry was cut off while it was written: it is made again.
-        self._count = 0
-        while self._journal(self._count).exists():
-            self._count += 1
+            journal: dict[str, Any] = json.loads((self._folder / "journal").read_text())
+        except (FileNotFoundError, ValueError):
+            return {}
+        if journal["identity"] != self._identity:
+            return {}
+        # Not even the disk's loss of a file may let a run go on from nothing.
+        whole = journal["finished"] or all(
+            (self._folder / name).exists() and (self._folder / name).stat().st_size >= size
+            for name, size in journal["sizes"].items()
+        )
+        return journal if whole else {}
 
-    def _prefix(self, index: int) -> str:
-        return str(self._folder / f"{index:06}")
+    @property
+    def unsaved(self) -> int:
+        """Bytes of text not yet in the journal."""
+        return sum(encoded.counts.bytes for encoded in self._pending)
 
-    def _journal(self, index: int) -> Path:
-        return self._folder / f"{index:06}.json"
-
-    def finished_counts(self) -> Counts:
-        total = Counts()
-        for index in range(self._count):
-            total.add(Counts(**json.loads(self._journal(index).read_text())))
-        return total
-
-    def write(self, encoded: Encoded) -> None:
+    def append(self, encoded: Encoded, position: Position) -> None:
         self._pending.append(encoded)
-        if len(self._pending) >= BATCHES_A_PART:
-            self._finish_part()
+        self.counts.add(encoded.counts)
+        self.position = position
 
-    def _finish_part(self) -> None:
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder, get_bin_path, get_idx_path
+    def save(self) -> None:
+        """Write what was appended, then the journal."""
+        with _writing(self._folder):
+            self._extend("tokens", [encoded.ids for encoded in self._pending])
+            self._extend("lengths", [encoded.lengths for encoded in self._pending])
+            self._pending.clear()
+            self._write_journal()
 
-        if not self._pending:
-            return
-        prefix = self._prefix(self._count)
-        builder = IndexedDatasetBuilder(get_bin_path(prefix), dtype=self._dtype)
-        counts = Counts()
-        for encoded in self._pending:
-            counts.add(encoded.counts)
-            start = 0
-            for length in encoded.lengths:
-                builder.add_document(encoded.ids[start : start + length], [length])  # type: ignore[arg-type]
-                start += length
-        builder.finalize(get_idx_path(prefix))
-        temporary = self._folder / "journal.tmp"
-        temporary.write_text(json.dumps(asdict(counts)))
-        temporary.replace(self._journal(self._count))
-        self._pending.clear()
-        self._count += 1
+    def _extend(self, name: str, contents: list[bytes]) -> None:
+        with (self._folder / name).open("ab") as file:
+            file.truncate(self._sizes[name])
+            file.writelines(contents)
+            self._sizes[name] += sum(map(len, contents))
+            _to_disk(file)
 
-    def join(self, report: dict[str, Any]) -> None:
-        """Write the joined files and remove the parts."""
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder, get_bin_path, get_idx_path
+    def _write_journal(self, finished: bool = False) -> None:
+        content = {
+            "identity": self._identity,
+            "finished": finished,
+            "sizes": self._sizes,
+            "counts": asdict(self.counts),
+            "position": asdict(self.position),
+        }
+        temporary = self._folder / "journal.new"
+        with temporary.open("w") as file:
+            json.dump(content, file)
+            _to_disk(file)
+        temporary.replace(self._folder / "journal")
 
-        self._finish_part()
-        joined = str(self._folder / "joined")
-        builder = IndexedDatasetBuilder(get_bin_path(joined), dtype=self._dtype)
-        for index in range(self._count):
-            builder.add_index(self._prefix(index))
-        builder.finalize(get_idx_path(joined))
-        described = self._folder / "report.tmp"
-        described.write_text(json.dumps(report, indent=1, ensure_ascii=False))
-        os.replace(get_bin_path(joined), f"{self._output}.bin")
-        os.replace(described, f"{self._output}.json")
-        os.replace(get_idx_path(joined), f"{self._output}.idx")
-        shutil.rmtree(self._folder)
+    def write_index(self) -> None:
+        """Write Megatron's index. Its builder is given all lengths at once, and no tokens to copy."""
+        builder = importlib.import_module(INDEXED_DATASET).IndexedDatasetBuilder
+        with _writing(self._folder):
+            lengths = np.fromfile(self._folder / "lengths", np.int32)
+            index = builder(os.devnull, dtype=self.dtype.type)
+            index.sequence_lengths = lengths
+            index.document_indices = np.arange(len(lengths) + 1)
+            index.finalize(str(self._folder / "index"))
+            with (self._folder / "index").open("ab") as file:
+                _to_disk(file)
+
+    def finish(self, report: dict[str, Any]) -> dict[str, Any]:
+        """Mark the parts as finished, then publish them."""
+        with _writing(self._folder):
+            # A file name that is no UTF-8 becomes an escape that JSON knows.
+            with (self._folder / "report").open("w", encoding="utf-8", errors="backslashreplace") as file:
+                json.dump(report, file, indent=1, ensure_ascii=False)
+                _to_disk(file)
+            self._write_journal(finished=True)
+        return self.publish()
+
+    def publish(self) -> dict[str, Any]:
+        """Move the finished files into place, remove the rest, and return the report."""
+        with _writing(self._folder):
+            for name, suffix in self.MOVES:
+                if (self._folder / name).exists():
+                    (self._folder / name).replace(f"{self._output}{suffix}")
+            report: dict[str, Any] = json.loads(Path(f"{self._output}.json").read_text(encoding="utf-8"))
+            for name in ("lengths", "journal", "lock"):
+                (self._folder / name).unlink(missing_ok=True)
+        # Not empty if another run has just made its lock there, to be told that the output exists.
+        with suppress(OSError):
+            self._folder.rmdir()
+        return report
+
+
+def _to_disk(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,11 +1,17 @@
-"""Documents in text files: .txt and .md (one document a file), .jsonl (one a line), also .gz and .zst."""
+"""Documents in text files: .txt and .md (one document a file), .jsonl (one a line), also .gz and .zst.
 
+Files are read in chunks of whole lines, so that a process can hand the splitting and parsing of lines
+to others and never holds more than a chunk (or a line, where a line is longer) of a file.
+"""
+
+import functools
 import gzip
-import io
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import zstandard
 
@@ -13,17 +19,26 @@ from cherry_megatron.errors import CherryError
 
 SUFFIXES = (".txt", ".md", ".jsonl")
 COMPRESSED = (".gz", ".zst")
-# A longer plain-text document is cut at line ends: very long ones slow tokenizers down.
-LONGEST_DOCUMENT = 1 << 20
+# Also where a longer plain-text document is cut, at a line end: very long ones keep one worker busy alone.
+CHUNK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 18
+# One block of a .zst file may decompress to thousands of times its size, all of it at once: keep it small.
+ZSTD_BLOCK_BYTES = 1 << 14
+# What `zstd --long=31` needs, the most it can be asked for; by default the library refuses such files.
+ZSTD_WINDOW_BYTES = 1 << 31
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
-class Line:
-    """One raw record: where it is, and its bytes (a JSON object, or a document's text)."""
+class Chunk:
+    """Some whole lines of a file (the last one may lack its line end)."""
 
     path: Path
-    number: int
+    line: int
+    """Number of the first line."""
     raw: bytes
+    disk: int
+    """How many bytes of the file, as it lies on disk, were read for it."""
 
 
 def find_files(inputs: Iterable[Path]) -> list[Path]:
@@ -32,11 +47,12 @@ def find_files(inputs: Iterable[Path]) -> list[Path]:
     Raises:
         CherryError: if one does not exist, has another suffix, or there are none.
     """
+    inputs = list(inputs)
     known = {*SUFFIXES, *(s + c for s in SUFFIXES for c in COMPRESSED)}
     found: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            found.extend(sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) in known))
+            found.extend(sorted(p for p in path.rglob("*") if _suffix(p) in known and p.is_file()))
         elif not path.exists():
             raise CherryError(f"input {path} does not exist")
         elif _suffix(path) not in known:
@@ -49,69 +65,107 @@ def find_files(inputs: Iterable[Path]) -> list[Path]:
 
 
 def _suffix(path: Path) -> str:
-    parts = path.suffixes
-    return "".join(parts[-2:]) if parts and parts[-1] in COMPRESSED else path.suffix
+    parts = [part.lower() for part in path.suffixes]
+    return "".join(parts[-2:]) if parts and parts[-1] in COMPRESSED else "".join(parts[-1:])
 
 
-def read_lines(path: Path) -> Iterator[Line]:
-    """The records of a file.
+def read_chunks(path: Path) -> Iterator[Chunk]:
+    """A file in chunks. The same file always gives the same chunks.
 
     Raises:
-        CherryError: if it cannot be read or decompressed.
+        CherryError: if it cannot be read or decompressed, or ends too early.
     """
+    line = 1
+    before = 0
     try:
-        with _open(path) as file:
-            if ".jsonl" in path.suffixes:
-                for number, raw in enumerate(file, start=1):
-                    yield Line(path, number, raw)
-            else:
-                yield from _plain_documents(path, file)
-    except (OSError, EOFError, zstandard.ZstdError) as error:
+        with path.open("rb") as raw:
+            for piece in _cut(_blocks(path, raw)):
+                lines = piece.count(b"\n")
+                if line == 1 and before == 0:
+                    piece = piece.removeprefix(BYTE_ORDER_MARK)
+                after = raw.tell()
+                yield Chunk(path, line, piece, after - before)
+                line, before = line + lines, after
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         raise CherryError(f"cannot read {path}: {error}") from None
 
 
-def _plain_documents(path: Path, file: io.BufferedIOBase) -> Iterator[Line]:
-    """The whole file, cut after lines where it is very long. Numbers are those of first lines."""
-    start, size, lines = 1, 0, []
-    number = 0
-    for number, line in enumerate(file, start=1):
-        lines.append(line)
-        size += len(line)
-        if size >= LONGEST_DOCUMENT:
-            yield Line(path, start, b"".join(lines))
-            start, size, lines = number + 1, 0, []
-    if lines:
-        yield Line(path, start, b"".join(lines))
+def _cut(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Pieces of about CHUNK_BYTES that end at line ends, in time linear in the length of a line."""
+    pending: list[bytes] = []
+    size = 0
+    for block in blocks:
+        end = block.rfind(b"\n") + 1 if size + len(block) >= CHUNK_BYTES else 0
+        if end:
+            yield b"".join([*pending, block[:end]])
+            pending, size = [], 0
+        pending.append(block[end:])
+        size += len(block) - end
+    if size:
+        yield b"".join(pending)
 
 
-def _open(path: Path) -> io.BufferedIOBase:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    if path.suffix == ".zst":
-        stream = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), closefd=True)
-        return io.BufferedReader(stream, buffer_size=1 << 20)  # type: ignore[arg-type]
-    return path.open("rb")
+def _blocks(path: Path, raw: BinaryIO) -> Iterator[bytes]:
+    match path.suffix.lower():
+        case ".zst":
+            yield from _zstd_blocks(raw)
+        case ".gz":
+            yield from iter(functools.partial(gzip.GzipFile(fileobj=raw).read, BLOCK_BYTES), b"")
+        case _:
+            yield from iter(functools.partial(raw.read, BLOCK_BYTES), b"")
 
 
-def document(line: Line, key: str = "text") -> str:
-    """The text of a record.
+def _zstd_blocks(raw: BinaryIO) -> Iterator[bytes]:
+    """Every frame of a file. The library's own stream reader takes a file that was cut off for a whole one."""
+    decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES)
+    frame = None
+    while block := raw.read(ZSTD_BLOCK_BYTES):
+        while block:
+            frame = frame or decompressor.decompressobj()
+            if text := frame.decompress(block):
+                yield text
+            block = b""
+            if frame.eof:
+                block, frame = frame.unused_data, None
+    if frame is not None:
+        raise EOFError("it ends in the middle of a compressed frame")
+
+
+def documents(chunk: Chunk, key: str = "text") -> Iterator[tuple[int, str | ValueError]]:
+    """The documents of a chunk: the number of the (first) line, and the text or why it is malformed."""
+    is_jsonl = _suffix(chunk.path).startswith(".jsonl")
+    # Only \n ends a line: splitlines() would also cut at characters that JSON allows in a string.
+    records = chunk.raw.removesuffix(b"\n").split(b"\n") if is_jsonl else [chunk.raw]
+    for number, record in enumerate(records, start=chunk.line):
+        try:
+            yield number, _parse(record, key) if is_jsonl else record.decode("utf-8")
+        except UnicodeDecodeError as error:
+            yield number, ValueError(f"not UTF-8 (byte {error.start} is {error.object[error.start]:#04x})")
+        except ValueError as error:
+            yield number, error
+
+
+def _parse(record: bytes, key: str) -> str:
+    """The text of a JSON line; none for a blank line.
 
     Raises:
-        ValueError: why the record is malformed, without naming where.
+        ValueError: why it is malformed.
     """
+    text = record.decode("utf-8")
+    if not text.strip():
+        return ""
     try:
-        text = line.raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.start})") from None
-    if ".jsonl" not in line.path.suffixes:
-        return text
-    try:
-        record = json.loads(text)
+        parsed = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg})") from None
-    if not isinstance(record, dict) or not isinstance(record.get(key), str):
+    except (ValueError, RecursionError) as error:  # numbers too long, brackets nested too deeply
+        raise ValueError(f"not usable JSON ({error})") from None
+    if not isinstance(parsed, dict) or not isinstance(parsed.get(key), str):
         raise ValueError(f"no text under the key {key!r}")
-    # Half of a surrogate pair is valid JSON but no text.
-    if any("\ud800" <= c <= "\udfff" for c in record[key]):
-        raise ValueError("an unpaired surrogate is no character")
-    return record[key]
+    found: str = parsed[key]
+    try:
+        found.encode()
+    except UnicodeEncodeError:
+        # Half of a surrogate pair is valid JSON but no text.
+        raise ValueError("an unpaired surrogate is no character") from None
+    return found

@@ -3,30 +3,71 @@ transformers and Megatron's HuggingFaceTokenizer open."""
 
 import hashlib
 import itertools
+import os
+import shutil
+from array import array
+from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from cherry_megatron.data.text import document, find_files, read_lines
+from cherry_megatron.data.text import Chunk, documents, find_files, read_chunks
 from cherry_megatron.errors import CherryError
 
 END_OF_DOCUMENT = "<|endoftext|>"
 PADDING = "<|padding|>"
 SMALLEST = 256 + 2  # every byte, and the two special tokens
+OPEN_FILES = 64
+NAMED_LINES = 100  # malformed lines that are named one by one
+
+
+@dataclass
+class Counts:
+    """What was read and written."""
+
+    input_bytes: int = 0
+    """Of the input files, as they lie on disk."""
+    lines: int = 0
+    """Lines of .jsonl files, documents of others."""
+    bytes: int = 0
+    """Of UTF-8 text in the documents."""
+    characters: int = 0
+    documents: int = 0
+    tokens: int = 0
+    """Each document's end included."""
+    empty: int = 0
+    malformed: int = 0
+    named: list[str] = field(default_factory=list)
+
+    def add(self, later: "Counts") -> None:
+        """Add the counts of input that follows."""
+        for name in vars(self):
+            setattr(self, name, getattr(self, name) + getattr(later, name))
+        del self.named[NAMED_LINES:]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch after tokenization: the ids of all its documents, and how many each has (int32)."""
+
+    ids: bytes
+    lengths: bytes
+    counts: Counts
 
 
 def train(
     inputs: Iterable[Path], output: Path, vocabulary: int, limit_mb: int = 200, key: str = "text"
 ) -> Tokenizer:
-    """Train a tokenizer and save it as a folder.
+    """Train a tokenizer and save it as a folder, whole or not at all.
 
     Args:
-        inputs: text files or folders.
+        inputs: text files or folders. They take turns, about a megabyte each, so that a limit does not
+            leave the later ones out. Malformed lines are passed over: `cherry data` reports them.
         output: the folder to write; must not exist or be empty.
-        vocabulary: number of tokens, special ones included.
+        vocabulary: number of tokens, special ones included. Little text may give fewer.
         limit_mb: read at most so many megabytes of text.
         key: the key of the text in .jsonl lines.
 
@@ -35,6 +76,8 @@ def train(
     """
     if vocabulary < SMALLEST:
         raise CherryError(f"--vocab-size {vocabulary} is too small; a byte-level vocabulary needs {SMALLEST}")
+    if limit_mb < 1:
+        raise CherryError(f"--limit-mb {limit_mb} leaves nothing to read; it must be at least 1")
     if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
         raise CherryError(f"{output} exists; remove it or choose another --output")
     tokenizer = Tokenizer(models.BPE())
@@ -47,43 +90,63 @@ def train(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = _texts(find_files(inputs), limit_mb << 20, key)
+    texts = _texts(find_files(inputs), limit_mb * 1_000_000, key)
     first = next(texts, None)
     if first is None:
-        raise CherryError("the inputs hold no text to train a tokenizer on")
+        raise CherryError(f"the inputs hold no text to train a tokenizer on; is {key!r} the right --key?")
     tokenizer.train_from_iterator(itertools.chain([first], texts), trainer)
     _save(tokenizer, output)
     return tokenizer
 
 
 def _texts(files: list[Path], limit: int, key: str) -> Iterator[str]:
-    """Usable documents up to a number of bytes; `cherry data` is where malformed ones are reported."""
+    """Usable documents up to a number of bytes."""
+    read = 0
     with tqdm(total=limit, unit="B", unit_scale=True, desc="reading", disable=None) as bar:
-        for line in itertools.chain.from_iterable(map(read_lines, files)):
-            try:
-                text = document(line, key)
-            except ValueError:
-                continue
-            if text.strip():
+        for chunk in _take_turns(files):
+            for _, text in documents(chunk, key):
+                if isinstance(text, ValueError) or not text.strip():
+                    continue
                 yield text
-            bar.update(len(line.raw))
-            if bar.n >= limit:
-                return
+                size = len(text.encode())
+                read += size
+                bar.update(size)
+                if read >= limit:
+                    return
+
+
+def _take_turns(files: list[Path]) -> Iterator[Chunk]:
+    """A chunk of each file in turn; of so many files at a time, as open files are limited."""
+    waiting = deque(files)
+    reading: deque[Iterator[Chunk]] = deque()
+    while waiting or reading:
+        while waiting and len(reading) < OPEN_FILES:
+            reading.append(read_chunks(waiting.popleft()))
+        chunks = reading.popleft()
+        chunk = next(chunks, None)
+        if chunk is not None:
+            reading.append(chunks)
+            yield chunk
 
 
 def _save(tokenizer: Tokenizer, output: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
+    partial = output.with_name(f"{output.name}.{os.getpid()}.partial")
     try:
+        partial.mkdir(parents=True)
         PreTrainedTokenizerFast(
             tokenizer_object=tokenizer, eos_token=END_OF_DOCUMENT, pad_token=PADDING
-        ).save_pretrained(output)
+        ).save_pretrained(partial)
+        partial.replace(output)
     except OSError as error:
         raise CherryError(f"cannot write the tokenizer to {output}: {error.strerror}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load(folder: Path) -> Tokenizer:
-    """Open a tokenizer folder.
+    """Open a tokenizer folder to encode documents with.
 
     Raises:
         CherryError: if it is not one.
@@ -92,9 +155,14 @@ def load(folder: Path) -> Tokenizer:
     if not file.is_file():
         raise CherryError(f"{folder} holds no tokenizer.json; make one with `cherry tokenizer`")
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:
         raise CherryError(f"{file} is not a tokenizer: {error}") from None
+    # A document that speaks of "<|endoftext|>" holds these characters, not the end of a document.
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def end_of_document(tokenizer: Tokenizer, folder: Path) -> int:
@@ -103,12 +171,62 @@ def end_of_document(tokenizer: Tokenizer, folder: Path) -> int:
     Raises:
         CherryError: if the tokenizer has none.
     """
-    found: Any = tokenizer.token_to_id(END_OF_DOCUMENT)
+    found: int | None = tokenizer.token_to_id(END_OF_DOCUMENT)
     if found is None:
-        raise CherryError(f"the tokenizer {folder} has no {END_OF_DOCUMENT} token")
-    return int(found)
+        raise CherryError(
+            f"the tokenizer {folder} has no {END_OF_DOCUMENT} token; make one with `cherry tokenizer`"
+        )
+    return found
+
+
+def size(tokenizer: Tokenizer) -> int:
+    """One more than the largest id: what a model's vocabulary must hold at least."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def fingerprint(folder: Path) -> str:
-    """Twelve hex digits of the vocabulary and merges, to compare tokenizers."""
-    return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()[:12]
+    """Twelve hex digits of the vocabulary and merges, to compare tokenizers.
+
+    Raises:
+        CherryError: if the folder cannot be read.
+    """
+    try:
+        return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()[:12]
+    except OSError as error:
+        raise CherryError(f"cannot read {folder}/tokenizer.json: {error.strerror}") from None
+
+
+def encode(tokenizer: Tokenizer, chunks: Iterable[Chunk], key: str, end: int, typecode: str) -> Encoded:
+    """Tokenize the documents of some chunks.
+
+    Args:
+        tokenizer: from `load`.
+        chunks: of any files.
+        key: the key of the text in .jsonl lines.
+        end: the id that ends every document.
+        typecode: of the ids, as `array` names it.
+    """
+    counts = Counts()
+    texts = []
+    for chunk in chunks:
+        counts.input_bytes += chunk.disk
+        for number, text in documents(chunk, key):
+            counts.lines += 1
+            if isinstance(text, ValueError):
+                counts.malformed += 1
+                if len(counts.named) < NAMED_LINES:
+                    counts.named.append(f"{chunk.path}:{number}: {text}")
+            elif not text or text.isspace():
+                counts.empty += 1
+            else:
+                counts.characters += len(text)
+                counts.bytes += len(text.encode())
+                texts.append(text)
+    ids, lengths = array(typecode), array("i")
+    for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+        row = encoding.ids
+        row.append(end)
+        ids.fromlist(row)
+        lengths.append(len(row))
+    counts.documents, counts.tokens = len(lengths), len(ids)
+    return Encoded(ids.tobytes(), lengths.tobytes(), counts)

@@ -1,6 +1,7 @@
 """The Transformer Engine specs on a GPU agree with the local ones, in FP32, BF16 and FP8.
 
-Tolerances: Transformer Engine multiplies FP32 matrices in TF32; BF16 has 8 bits of mantissa, so single losses of
+Tolerances: Transformer Engine multiplies FP32 matrices in TF32, and the fused attention's
+backward pass is not deterministic; BF16 has 8 bits of mantissa, so single losses of
 the first steps, of about 6.2, agree to some 1e-3; FP8 is held against BF16.
 """
 
@@ -31,7 +32,7 @@ PAIRS = [
     ("te-fp32", "local-fp32", 1e-3, 1e-2),
     ("local-bf16", "local-fp32", 5e-3, 5e-2),
     ("te-bf16", "local-fp32", 5e-3, 5e-2),
-    ("te-bf16-recompute", "te-bf16", 1e-5, 1e-4),
+    ("te-bf16-recompute", "te-bf16", 5e-4, 5e-3),
     ("te-fp8-delayed", "te-bf16", 1e-2, 1e-1),
     ("te-fp8-tensorwise", "te-bf16", 1e-2, 1e-1),
     ("te-fp8-recompute", "te-fp8-delayed", 5e-3, 5e-2),
