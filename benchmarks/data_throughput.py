@@ -40,14 +40,13 @@ class Timing:
     megabytes: float
     wall: float
     cpu: float
-    peak_mib: float
 
     def row(self, cores: int) -> str:
         """Its line of the table."""
         speed = self.megabytes / self.wall
         return (
             f"| {self.name} | {self.wall:.1f} | {self.cpu:.1f} | {speed:.2f} | {speed / cores:.2f} "
-            f"| {self.megabytes / self.cpu:.2f} | {self.peak_mib:,.0f} |"
+            f"| {self.megabytes / self.cpu:.2f} |"
         )
 
 
@@ -110,8 +109,8 @@ def _measure(inputs: list[Path], folder: Path, repeats: int, cores: int, scratch
     characters = sum(map(len, texts))
     print(f"{megabytes:.1f} MB of text in {len(texts):,} documents; {tokens:,} tokens, ", end="")
     print(f"{characters / tokens:.2f} characters and {1e6 * megabytes / tokens:.2f} bytes a token\n")
-    print("| | wall s | CPU s | MB/s | MB/s a core | MB a CPU second | peak MiB of a process |")
-    print("|---|---|---|---|---|---|---|")
+    print("| | wall s | CPU s | MB/s | MB/s a core | MB a CPU second |")
+    print("|---|---|---|---|---|---|")
     for timing in timings:
         print(timing.row(cores))
     ours = [t for t in timings if t.name == "cherry data"]
@@ -132,7 +131,7 @@ def _time(name: str, megabytes: float, work: Callable[[], object], who: int = re
     wall, cpu = time.perf_counter(), _cpu(who)
     work()
     wall, cpu = time.perf_counter() - wall, _cpu(who) - cpu
-    return Timing(name, megabytes, wall, cpu, resource.getrusage(who).ru_maxrss / 1024)
+    return Timing(name, megabytes, wall, cpu)
 
 
 def _cpu(who: int) -> float:

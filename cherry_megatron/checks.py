@@ -74,7 +74,11 @@ def _data(config: Config) -> list[str]:
             continue
         made = Path(f"{prefix}.json")
         if made.is_file():
-            known = json.loads(made.read_text()).get("tokenizer")
+            try:
+                known = json.loads(made.read_text())["tokenizer"]
+            except (ValueError, TypeError, KeyError):
+                found.append(f"{made} is not a report of `cherry data`; restore it or make the data again")
+                continue
             if known != tokenizers.fingerprint(folder):
                 found.append(
                     f"{prefix} was made with another tokenizer than {folder}; name the one it was made with"

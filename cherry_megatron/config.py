@@ -11,23 +11,21 @@ A value may name environment variables as ${NAME} or ${NAME:-default}. Command-l
 the file: `--set recurrence.loops=4`, and any Megatron flag after `--`.
 """
 
-import argparse
 import dataclasses
-import difflib
 import hashlib
 import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from cherry_megatron.errors import CherryError
+from cherry_megatron.flags import action_of, megatron_arguments, nearest, parse_flags
 from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.plan import Plan, make_plan
 from cherry_megatron.model.shape import Shape
@@ -38,7 +36,7 @@ class Evaluation:
     """What evaluation measures besides the held-out loss.
 
     Attributes:
-        loops: report the loss at these numbers of loops; by default 1, 2, 4, ... and the model's own.
+        loops: report the loss at these numbers of loops besides the model's own; by default 1, 2, 4, ...
         batches: global batches of the validation split that are used for it.
     """
 
@@ -52,7 +50,7 @@ class Evaluation:
     def loop_counts(self, trained: int) -> list[int]:
         """The numbers of loops to evaluate, ascending."""
         if self.loops:
-            return sorted(set(self.loops))
+            return sorted({*self.loops, trained})
         return sorted({2**k for k in range(trained.bit_length()) if 2**k <= trained} | {trained})
 
 
@@ -93,8 +91,13 @@ class Config:
     def value(self, flag: str, default: Any = None) -> Any:
         """A Megatron flag's value: from the flags after `--`, else from the file, else `default`."""
         arguments = parse_flags(megatron_arguments(self.megatron) + list(self.flags))
-        found = getattr(arguments, _action(flag).dest)
+        found = getattr(arguments, action_of(flag).dest)
         return default if found is None else found
+
+    def holds(self, flag: str, wanted: Any) -> bool:
+        """Whether a flag has a value; of a switch, whether it is given."""
+        action = action_of(flag)
+        return self.value(flag) == (action.const if action.nargs == 0 and wanted is True else wanted)
 
     @property
     def shape(self) -> Shape:
@@ -138,10 +141,19 @@ _FIXED: dict[str, tuple[Any, str]] = {
         "its state resumes under any layout, that of Megatron's other optimizers does not; to replicate the "
         "state, set num-distributed-optimizer-instances to the data-parallel size",
     ),
+    "tensorboard-log-interval": (1, "steps.jsonl and throughput are taken from it"),
     "ckpt-format": ("torch_dist", "a checkpoint must resume under any layout"),
     "position-embedding-type": ("rope", "it is what the recurrent stack is built with"),
     "disable-bias-linear": (True, "it is what the recurrent stack is built with"),
     "normalization": ("RMSNorm", "it is what the recurrent stack is built with"),
+}
+# What the recurrent stack would accept and not do.
+_UNSUPPORTED = {
+    "reset-attention-mask": "attention is causal over the whole packed sequence",
+    "reset-position-ids": "rotary positions count through the whole packed sequence",
+    "qk-layernorm": "the attention is built without norms on queries and keys",
+    "fp4-format": "the stack has no FP4 context",
+    "use-mup": "it would treat copies of the core as embeddings",
 }
 # What follows from other keys.
 _DERIVED = {
@@ -164,7 +176,7 @@ _DEFAULTS: dict[str, Any] = {
     "override-opt-param-scheduler": True,
     "verify-integrity": True,
     "log-interval": 10,
-    "tensorboard-log-interval": 1,
+    "eval-interval": 1000,
     "eval-iters": 10,
     "dist-ckpt-strictness": "raise_unexpected",
 }
@@ -188,7 +200,7 @@ def load(path: Path, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -
         _override(data, override)
     for key in data:
         if key not in _TOP_KEYS:
-            raise CherryError(f"{path}: unknown key {key!r}{_nearest(key, _TOP_KEYS)}")
+            raise CherryError(f"{path}: unknown key {key!r}{nearest(key, _TOP_KEYS)}")
     if not isinstance(data.get("run"), str):
         raise CherryError(f"{path}: `run` must name the run's folder, e.g. run: runs/{path.stem}")
     sections = {name: _section(path, name, cls, data.get(name, {})) for name, cls in _SECTIONS.items()}
@@ -268,7 +280,7 @@ def _section(path: Path, name: str, cls: Any, values: Any) -> Any:
     types_ = typing.get_type_hints(cls)
     for key, value in values.items():
         if key not in known:
-            raise CherryError(f"{path}: unknown key {name}.{key}{_nearest(key, known)}")
+            raise CherryError(f"{path}: unknown key {name}.{key}{nearest(key, known)}")
         values = {**values, key: _typed(path, f"{name}.{key}", types_[key], value)}
     missing = [k for k, f in known.items() if f.default is dataclasses.MISSING and k not in values]
     if missing:
@@ -308,7 +320,7 @@ def _megatron(path: Path, values: Any) -> dict[str, Any]:
         if key in _FIXED and value != _FIXED[key][0]:
             wanted, why = _FIXED[key]
             raise CherryError(f"{path}: megatron.{key} must be {wanted}: {why}")
-        _action(key, path)
+        action_of(key, path)
     fixed = {key: value for key, (value, _) in _FIXED.items()}
     return {**_DEFAULTS, **given, **fixed}
 
@@ -319,7 +331,15 @@ def _check(config: Config) -> None:
     for key in megatron_keys & set(_DERIVED):
         raise CherryError(f"--{key} follows from `{_DERIVED[key]}`; set that instead")
     try:
+        for flag, (wanted, why) in _FIXED.items():
+            if not config.holds(flag, wanted):
+                raise CherryError(f"--{flag} must be {wanted}: {why}")
+        for flag, why in _UNSUPPORTED.items():
+            if config.value(flag):
+                raise CherryError(f"megatron.{flag}: {why}; take it out")
         shape = config.shape
+        for flag in ("tensor-model-parallel-size", "pipeline-model-parallel-size", "micro-batch-size"):
+            config._positive(flag)
         tensor = config.value("tensor-model-parallel-size")
         for name, size in (
             ("num-attention-heads", shape.heads),
@@ -347,6 +367,7 @@ def _check(config: Config) -> None:
                 "megatron.recompute-granularity full recomputes a loop at a time: set recompute-method uniform and "
                 "recompute-num-layers 1"
             )
+        _check_loops(config)
         if config.evaluation.batches > config.value("eval-iters"):
             raise CherryError(
                 f"evaluation.batches {config.evaluation.batches} is more than megatron.eval-iters "
@@ -363,6 +384,22 @@ def _check(config: Config) -> None:
     except CherryError as error:
         text = str(error)
         raise CherryError(text if str(config.source) in text else f"{config.source}: {text}") from None
+
+
+def _check_loops(config: Config) -> None:
+    recurrence = config.recurrence
+    if max(config.evaluation.loops, default=0) > recurrence.loops:
+        raise CherryError(
+            f"evaluation.loops {max(config.evaluation.loops)} is more than the model's {recurrence.loops}; "
+            "`cherry evaluate --loops` walks more loops than were trained"
+        )
+    # Megatron starts a bucket's reduction after as many gradients as the first step had.
+    varies = config.value("recompute-granularity") == "full" or config.value("pipeline-model-parallel-size") > 1
+    if recurrence.random_loops and config.value("overlap-grad-reduce") and varies:
+        raise CherryError(
+            "recurrence.random_loops: with recomputation or pipeline stages the number of gradients changes from "
+            "step to step; set megatron.overlap-grad-reduce and megatron.overlap-param-gather to false"
+        )
 
 
 def _check_batch(config: Config) -> None:
@@ -382,62 +419,7 @@ def _check_batch(config: Config) -> None:
         )
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]!r}?" if matches else f"; known are {', '.join(sorted(known)[:12])}"
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise CherryError(f"Megatron's flags: {message}")
-
-
-@cache
-def _parser() -> argparse.ArgumentParser:
-    from megatron.training.arguments import add_megatron_arguments
-
-    return add_megatron_arguments(_Parser(allow_abbrev=False, add_help=False))
-
-
-def _action(flag: str, path: Path | None = None) -> argparse.Action:
-    """Megatron's definition of a flag."""
-    options = _parser()._option_string_actions
-    if f"--{flag}" not in options:
-        known = [option.removeprefix("--") for option in options]
-        where = f"{path}: unknown key megatron.{flag}" if path else f"unknown Megatron flag --{flag}"
-        raise CherryError(f"{where}{_nearest(flag, known)}")
-    return options[f"--{flag}"]
-
-
-def megatron_arguments(values: dict[str, Any]) -> list[str]:
-    """Flags and values as Megatron's command line has them."""
-    arguments: list[str] = []
-    for key, value in values.items():
-        takes_value = _action(key).nargs != 0
-        if isinstance(value, bool) and not takes_value:
-            arguments += [f"--{key}"] if value else []
-        elif value is None:
-            continue
-        elif not takes_value:
-            raise CherryError(f"megatron.{key} is {value!r}; it is a switch: use true or false")
-        elif isinstance(value, list):
-            arguments += [f"--{key}", *map(str, value)]
-        else:
-            arguments += [f"--{key}", str(value)]
-    return arguments
-
-
-def parse_flags(arguments: list[str]) -> argparse.Namespace:
-    """Megatron's own parser, with errors as one sentence."""
-    known, unknown = _parser().parse_known_args(arguments)
-    if unknown:
-        flag = unknown[0].lstrip("-").split("=")[0]
-        _action(flag)
-        raise CherryError(f"Megatron's flags: do not know what to do with {unknown[0]!r}")
-    return known

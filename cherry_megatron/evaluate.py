@@ -13,7 +13,7 @@ from cherry_megatron.runs import checkpoint_to_load
 def evaluate(
     config: Config, machine: Machine, loops: list[int] | None = None, show_all: bool = False
 ) -> LoopEvaluation:
-    """Load the checkpoint, evaluate the validation and test split, print the table.
+    """Load the checkpoint, evaluate the validation split, print the table.
 
     Args:
         config: the run's configuration.
@@ -30,6 +30,17 @@ def evaluate(
         )
     if loops:
         config = replace(config, evaluation=replace(config.evaluation, loops=tuple(loops)))
-    counts = config.evaluation.loop_counts(config.recurrence.loops)
-    config = replace(config, recurrence=replace(config.recurrence, loops=max(counts), random_loops=None))
-    return pretrain(config, machine, {"skip-train": True, "no-load-optim": True, "no-load-rng": True}, show_all)
+    walked = max(config.evaluation.loop_counts(config.recurrence.loops))
+    recurrence = replace(
+        config.recurrence,
+        loops=walked,
+        random_loops=None,
+        backprop_loops=None,
+        stages=config.recurrence.stages if walked == config.recurrence.loops else None,
+    )
+    config = replace(config, recurrence=recurrence)
+    extra = {"skip-train": True, "no-load-optim": True, "no-load-rng": True}
+    evaluation = pretrain(config, machine, extra, show_all)
+    if not evaluation.losses:
+        raise CherryError(f"{config.source}: megatron.split leaves no validation text to evaluate on")
+    return evaluation

@@ -17,9 +17,10 @@ from megatron.training.arguments import core_transformer_config_from_args, parse
 from torch import Tensor
 
 from cherry_megatron.checks import require
-from cherry_megatron.config import Config, megatron_arguments
+from cherry_megatron.config import Config
 from cherry_megatron.data.batches import build_datasets, next_batch
 from cherry_megatron.errors import CherryError
+from cherry_megatron.flags import megatron_arguments
 from cherry_megatron.model.build import build_model, prepare_config
 from cherry_megatron.model.stack import RecurrentStack
 from cherry_megatron.monitor.accounting import training_flops
@@ -61,7 +62,11 @@ def _pretrain(config: Config, args: Any, terminal: TextIO) -> LoopEvaluation:
     evaluation = LoopEvaluation(config, progress, run_micro_batch)
 
     def datasets(samples: tuple[int, int, int]) -> tuple[Any, Any, Any]:
-        train, valid, _ = build_datasets(samples)
+        # How a split is shuffled depends on its size: evaluation must ask for what training asks for.
+        iterations = args.train_iters or args.train_samples // args.global_batch_size
+        points = iterations // args.eval_interval + 1
+        valid_samples = points * args.eval_iters * args.eval_global_batch_size
+        train, valid, _ = build_datasets((samples[0], valid_samples, samples[2]))
         progress.valid_dataset = valid
         # Megatron would report the test split under the validation's tags.
         return train, valid, None

@@ -39,6 +39,23 @@ CONFIGS = {
     "fixed-flag": ({"megatron": {"calculate-per-token-loss": False}}, [], "must be True"),
     "derived-flag": ({"megatron": {"num-layers": 6}}, [], "follows from `recurrence.pattern`"),
     "derived-trailing-flag": ({}, ["--", "--save", "x"], "follows from `run`"),
+    "fixed-trailing-flag": ({}, ["--", "--normalization", "LayerNorm"], "must be RMSNorm"),
+    "unsupported-flag": ({"megatron": {"reset-attention-mask": True}}, [], "take it out"),
+    "zero-stages": ({"megatron": {"pipeline-model-parallel-size": 0}}, [], "positive number"),
+    "more-loops-than-trained": ({"evaluation": {"loops": [9]}}, [], "evaluation.loops 9"),
+    "random-loops-overlap": (
+        {
+            "recurrence": {"random_loops": [1, 3]},
+            "megatron": {
+                "overlap-grad-reduce": True,
+                "recompute-granularity": "full",
+                "recompute-method": "uniform",
+                "recompute-num-layers": 1,
+            },
+        },
+        [],
+        "overlap-grad-reduce",
+    ),
     "missing-number": ({"megatron": {"hidden-size": None}}, [], "set megatron.hidden-size"),
     "warmup-too-long": ({"megatron": {"lr-warmup-iters": 20}}, [], "lr-warmup-iters 20"),
     "switch-with-value": ({"megatron": {"swiglu": "yes please"}}, [], "it is a switch"),

@@ -38,7 +38,8 @@ def seeded(seed: int, name: str) -> Iterator[None]:
     """Draw initial weights from (seed, name) alone, so that every layout starts from the same ones."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        # Not torch.manual_seed, which would seed the GPU's generator too.
+        torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         yield
 
 

@@ -140,11 +140,15 @@ class RecurrentStack(HybridStack):
         return self.recurrence.order == "sequence" or visit.layer == last
 
     def _segments(self) -> Iterator[tuple[int | None, list[Visit]]]:
-        """This stage's visits, skipped ones left out, cut where the loop changes."""
+        """This stage's visits, skipped ones left out, cut where the loop changes (or layer by layer)."""
         visits = [v for v in self.visits if v.loop is None or v.loop < self.loops]
         by_part = groupby(visits, key=lambda v: (v.loop, v.layer < len(self.plan.pattern.prelude)))
-        for (loop, _), segment in by_part:
-            yield loop, list(segment)
+        for (loop, _), grouped in by_part:
+            segment = list(grouped)
+            # Recomputation keeps one state a segment: a loop, or a layer where there are no loops.
+            whole = loop is not None and self.plan.pattern.loops > 1
+            for start in range(0, len(segment), len(segment) if whole else 1):
+                yield loop, segment[start : start + (len(segment) if whole else 1)]
 
     def _gradient_of(self, loop: int | None) -> AbstractContextManager[None]:
         """No gradient before the last `backprop_loops` loops."""

@@ -165,7 +165,10 @@ def _activations(plan: Plan, shape: Shape, layout: Layout, visits: list[Visit]) 
 
     if not layout.recompute:
         return sum(map(kept, visits))
-    segments: dict[int | None, float] = {}
+    # As the stack cuts them: a loop at a time, or a layer at a time where there are no loops.
+    segments: dict[tuple[int, int | None], float] = {}
     for visit in visits:
-        segments[visit.loop] = segments.get(visit.loop, 0.0) + kept(visit)
+        looped = visit.loop is not None and plan.pattern.loops > 1
+        key = (-1, visit.loop) if looped else (visit.layer, None)
+        segments[key] = segments.get(key, 0.0) + kept(visit)
     return len(segments) * shape.hidden * shared + max(segments.values())

@@ -39,8 +39,9 @@ def _with_padding(optimizer: Any, packed: dict | None) -> dict | None:
     for index, buffer in enumerate(optimizer.buffers):
         for tensors in packed[index].values():
             for key, values in tensors.items():
-                if not isinstance(values, torch.Tensor):
+                if not isinstance(values, torch.Tensor) or values.numel() == buffer.numel:
                     continue
+                assert values.numel() == sum(bucket.numel_unpadded for bucket in buffer.buckets)
                 spread = values.new_zeros(buffer.numel)
                 begin = 0
                 for bucket in buffer.buckets:
