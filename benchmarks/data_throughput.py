@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from itertools import batched, chain
 from pathlib import Path
@@ -89,19 +90,14 @@ def _measure(inputs: list[Path], folder: Path, repeats: int, cores: int, scratch
     timings: list[Timing] = []
     for turn in range(repeats):
         for name in ("encode_batch", "encode_batch_fast"):
-            function = getattr(tokenizer, name)
-            timings.append(_time(f"library: {name}", megabytes, lambda f=function: encode(f)))
+            work = partial(encode, getattr(tokenizer, name))
+            timings.append(_time(f"library: {name}", megabytes, work))
         output = scratch / f"text{turn}"
         command = [sys.executable, "-m", "cherry_megatron.cli", "data", "--output", str(output)]
         command += ["--tokenizer", str(folder), "--input", *map(str, inputs)]
-        timings.append(
-            _time(
-                "cherry data",
-                megabytes,
-                lambda c=command: subprocess.run(c, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE),
-                resource.RUSAGE_CHILDREN,
-            )
-        )
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        run = partial(subprocess.run, command, check=True, **quiet)
+        timings.append(_time("cherry data", megabytes, run, resource.RUSAGE_CHILDREN))
         written = output.with_suffix(".bin").stat().st_size // (2 if tokenizers.size(tokenizer) < 65500 else 4)
         if written != tokens + len(texts):
             raise SystemExit(f"cherry data wrote {written} tokens, the library gave {tokens} and {len(texts)} ends")

@@ -38,11 +38,11 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Two tokenizers, and two files of 300 documents each with lines that are blank or malformed."""
+    """Two tokenizers, and two files of 100 documents each with lines that are blank or malformed."""
     path = tmp_path_factory.mktemp("prepare")
     for seed in (1, 2):
-        lines = [json.dumps({"text": found}, ensure_ascii=False) for found in korean_text(seed)]
-        for place, line in ((7, ""), (100, "{"), (200, '{"text": 3}')):
+        lines = [json.dumps({"text": found}, ensure_ascii=False) for found in korean_text(seed, 100)]
+        for place, line in ((7, ""), (40, "{"), (80, '{"text": 3}')):
             lines.insert(place, line)
         (path / f"{seed}.jsonl").write_text("\n".join(lines))
     tokenizers.train([path / "1.jsonl"], path / "tokenizer", 400)
@@ -62,10 +62,10 @@ def _no_hanging() -> Iterator[None]:
 
 
 def small_parts() -> None:
-    """The two files make three parts, of batches of 8 kB."""
+    """The two files make three parts, of batches of 4 kB."""
     text.BLOCK_BYTES = 1 << 10
-    text.CHUNK_BYTES = prepare.CHUNK_BYTES = prepare.BATCH_BYTES = 1 << 13
-    prepare.PART_BYTES = 150_000
+    text.CHUNK_BYTES = prepare.CHUNK_BYTES = prepare.BATCH_BYTES = 1 << 12
+    prepare.PART_BYTES = 50_000
 
 
 @contextmanager
@@ -111,12 +111,12 @@ def _write_and_read(
 def test_documents_in_order_whatever_the_number_of_workers(folder, tmp_path):
     report, written, ids = run_ranks(tmp_path, 1, _write_and_read, folder, tmp_path / "one", 1)[0]
     tokenizer = tokenizers.load(folder / "tokenizer")
-    texts = [*korean_text(1), *korean_text(2)]
+    texts = [*korean_text(1, 100), *korean_text(2, 100)]
     assert ids == [[*tokenizer.encode(found).ids, 0] for found in texts]
     other_report, other, _ = run_ranks(tmp_path, 1, _write_and_read, folder, tmp_path / "three", 3)[0]
     assert other == written and other_report["workers"] == 3
     expected = {
-        "lines": 606, "documents": 600, "malformed": 4, "empty": 2, "tokens": sum(map(len, ids)),
+        "lines": 206, "documents": 200, "malformed": 4, "empty": 2, "tokens": sum(map(len, ids)),
         "bytes": len("".join(texts).encode()), "characters": len("".join(texts)),
         "input_bytes": sum((folder / f"{seed}.jsonl").stat().st_size for seed in (1, 2)),
         "tokenizer": tokenizers.fingerprint(folder / "tokenizer"), "end_of_document": 0,
@@ -127,8 +127,8 @@ def test_documents_in_order_whatever_the_number_of_workers(folder, tmp_path):
         f"{folder}/{seed}.jsonl:{line}: {reason}"
         for seed in (1, 2)
         for line, reason in (
-            (101, "not JSON (Expecting property name enclosed in double quotes)"),
-            (201, "no text under the key 'text'"),
+            (41, "not JSON (Expecting property name enclosed in double quotes)"),
+            (81, "no text under the key 'text'"),
         )
     ]
 
@@ -409,15 +409,15 @@ def test_a_worker_that_dies_stops_the_run(folder, tmp_path, small, monkeypatch):
 
 def test_too_many_malformed_lines_end_with_status_2(folder, tmp_path, small, capsys):
     arguments = ["data", "--output", str(tmp_path / "out"), "--tokenizer", str(folder / "tokenizer")]
-    arguments += ["--input", str(folder / "1.jsonl"), "--max-malformed", "0.006"]
+    arguments += ["--input", str(folder / "1.jsonl"), "--max-malformed", "0.018"]
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
-    assert "2 of 303 lines are malformed, more than --max-malformed 0.006" in error
-    assert f"the first: {folder}/1.jsonl:101: not JSON" in error and error.count("\n") == 1
+    assert "2 of 103 lines are malformed, more than --max-malformed 0.018" in error
+    assert f"the first: {folder}/1.jsonl:41: not JSON" in error and error.count("\n") == 1
     assert not outputs(tmp_path)
     # What was read stays for a run with a larger share, but says the same at once to the same share.
-    with pytest.raises(CherryError, match="2 of 303"):
-        prepare.prepare([folder / "1.jsonl"], tmp_path / "out", folder / "tokenizer", max_malformed=0.006)
+    with pytest.raises(CherryError, match="2 of 103"):
+        prepare.prepare([folder / "1.jsonl"], tmp_path / "out", folder / "tokenizer", max_malformed=0.018)
 
 
 def test_the_share_is_looked_at_after_every_part(folder, tmp_path, small):
@@ -492,7 +492,7 @@ def test_a_full_disk_is_one_sentence(folder, tmp_path, small, monkeypatch):
         ({"workers": -1}, "--workers -1 is negative"),
         ({"max_malformed": 1.5}, "--max-malformed 1.5 is no share"),
         ({"tokenizer": "absent"}, "absent holds no tokenizer.json"),
-        ({"key": "body", "max_malformed": 1}, r"hold no documents \(606 lines, 604 malformed\)"),
+        ({"key": "body", "max_malformed": 1}, r"hold no documents \(206 lines, 204 malformed\)"),
         ({"key": "body"}, "no text under the key 'body'"),
         ({"output": "file/out"}, "cannot write .*file/out.parts: Not a directory"),
     ],
