@@ -7,7 +7,6 @@ PY := $(VENV)/bin/python
 CHERRY := $(VENV)/bin/cherry
 STAMP := $(VENV)/.installed
 DEMO := runs/tiny
-export TOKENIZERS_PARALLELISM := true
 
 .PHONY: demo test test-full test-deps lint format board clean setup
 

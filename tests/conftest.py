@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests fork, and the library's threads do not survive that
 
 # Children are forked from a server that has imported Megatron once: 7 s saved for each. With a GPU they
 # are started afresh, because CUDA does not survive a fork.

@@ -12,17 +12,17 @@ import importlib
 import json
 import multiprocessing
 import os
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
+from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ BATCH_BYTES = CHUNK_BYTES // 2  # small files share a batch; a chunk of a large 
 BATCHES_A_WORKER = 4  # in flight: read ahead, in work, or waiting for their turn to be written
 PART_BYTES = 64 << 20  # of text, between two entries in the journal
 LAYOUT = 1  # of OUTPUT.parts, so that another version of the program does not go on from it
+Submit = Callable[..., "Future[Encoded]"]
 INDEXED_DATASET = "megatron.core.datasets.indexed_dataset"
 
 
@@ -92,14 +93,16 @@ def prepare(
             return parts.publish()
         resumed = parts.counts.bytes
         _check_share(parts.counts, max_malformed)
+        total = sum(path.stat().st_size for path in files)
         with (
-            _bar(files, parts.counts) as bar,
-            _pool(workers, tokenizer_folder) as pool,
+            tqdm(total=total, unit="B", unit_scale=True, desc="tokens", disable=None) as bar,
+            _pool(workers, tokenizer_folder) as submit,
             ThreadPoolExecutor(1) as importer,
         ):
+            bar.update(parts.counts.input_bytes)
             encode = (key, end, parts.dtype.char)
             batches = _batches(files, parts.position)
-            for encoded, position in _in_order(pool, batches, encode, BATCHES_A_WORKER * workers):
+            for encoded, position in _in_order(submit, batches, encode, BATCHES_A_WORKER * workers):
                 bar.update(encoded.counts.input_bytes)
                 parts.append(encoded, position)
                 if parts.unsaved >= PART_BYTES:
@@ -155,11 +158,6 @@ def _check_share(counts: Counts, allowed: float) -> None:
         )
 
 
-def _bar(files: list[Path], before: Counts) -> tqdm:
-    total = sum(path.stat().st_size for path in files)
-    return tqdm(total=total, initial=before.input_bytes, unit="B", unit_scale=True, desc="tokens", disable=None)
-
-
 def _batches(files: list[Path], start: Position) -> Iterator[tuple[list[Chunk], Position]]:
     """The chunks after a position in batches, each with the position after it."""
     batch: list[Chunk] = []
@@ -179,12 +177,12 @@ def _batches(files: list[Path], start: Position) -> Iterator[tuple[list[Chunk], 
 
 
 def _in_order(
-    pool: Executor, batches: Iterator[tuple[list[Chunk], Position]], arguments: tuple[Any, ...], window: int
+    submit: Submit, batches: Iterator[tuple[list[Chunk], Position]], arguments: tuple[Any, ...], window: int
 ) -> Iterator[tuple[Encoded, Position]]:
     """Every batch encoded, in order; at most `window` are in flight, which keeps memory small."""
-    waiting: deque[tuple[Any, Position]] = deque()
+    waiting: deque[tuple[Future[Encoded], Position]] = deque()
     for batch, position in batches:
-        waiting.append((pool.submit(_encode, batch, *arguments), position))
+        waiting.append((submit(batch, *arguments), position))
         if len(waiting) >= window:
             future, after = waiting.popleft()
             yield future.result(), after
@@ -193,42 +191,50 @@ def _in_order(
 
 
 @contextmanager
-def _pool(workers: int, tokenizer: Path) -> Iterator[Executor]:
-    """Processes that tokenize. Unlike multiprocessing.Pool, this one says when a process dies."""
+def _pool(workers: int, tokenizer: Path) -> Iterator[Submit]:
+    """Processes that tokenize, each with a pipe of its own and a thread here that waits for its answer.
+
+    The pools of the standard library share one pipe among their processes: one that is killed while it
+    writes there leaves half a message, and the run waits for the other half for ever.
+    """
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer,))
+    idle: SimpleQueue[Connection] = SimpleQueue()
+    processes = []
+    with ThreadPoolExecutor(workers) as threads:
+        try:
+            for _ in range(workers):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=tokenizers.work, args=(theirs, tokenizer), daemon=True)
+                process.start()
+                theirs.close()  # the process has the only one, so that its end is the pipe's end
+                processes.append(process)
+                idle.put(ours)
+            yield partial(threads.submit, _ask, idle)
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _ask(idle: SimpleQueue[Connection], *batch: Any) -> Encoded:
+    """Have a batch encoded by a process that has nothing to do; there is one for every thread.
+
+    Raises:
+        CherryError: if it died.
+    """
+    process = idle.get()
     try:
-        yield pool
-    except BrokenProcessPool:
+        process.send(batch)
+        encoded: Encoded = process.recv()
+        return encoded
+    except (OSError, EOFError):
         raise CherryError(
             "a worker process died (perhaps for want of memory); run the same command again to go on, "
             "with fewer --workers"
         ) from None
     finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_worker_tokenizer: Any = None
-
-
-def _start_worker(tokenizer: Path) -> None:
-    global _worker_tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says that it was interrupted
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_tokenizer = tokenizers.load(tokenizer)
-
-
-def _end_with_parent() -> None:
-    """Workers of a parent that was killed would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _encode(chunks: list[Chunk], key: str, end: int, typecode: str) -> Encoded:
-    return tokenizers.encode(_worker_tokenizer, chunks, key, end, typecode)
+        idle.put(process)
 
 
 @contextmanager
@@ -290,6 +296,7 @@ class _Parts:
         self.position = Position(**journal.get("position", {}))
         self._sizes: dict[str, int] = journal.get("sizes", {"tokens": 0, "lengths": 0})
         self._pending: list[Encoded] = []
+        self.unsaved = 0  # bytes of text that the journal does not know of yet
         # A run that was cut off while it moved its files has moved some of them already.
         moved = [suffix for name, suffix in self.MOVES if self.finished and not (folder / name).exists()]
         _refuse_existing(output, [suffix for _, suffix in self.MOVES if suffix not in moved])
@@ -312,13 +319,9 @@ class _Parts:
         )
         return journal if whole else {}
 
-    @property
-    def unsaved(self) -> int:
-        """Bytes of text not yet in the journal."""
-        return sum(encoded.counts.bytes for encoded in self._pending)
-
     def append(self, encoded: Encoded, position: Position) -> None:
         self._pending.append(encoded)
+        self.unsaved += encoded.counts.bytes
         self.counts.add(encoded.counts)
         self.position = position
 
@@ -327,8 +330,9 @@ class _Parts:
         with _writing(self._folder):
             self._extend("tokens", [encoded.ids for encoded in self._pending])
             self._extend("lengths", [encoded.lengths for encoded in self._pending])
-            self._pending.clear()
             self._write_journal()
+        self._pending.clear()
+        self.unsaved = 0
 
     def _extend(self, name: str, contents: list[bytes]) -> None:
         with (self._folder / name).open("ab") as file:

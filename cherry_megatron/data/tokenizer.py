@@ -5,10 +5,13 @@ import hashlib
 import itertools
 import os
 import shutil
+import signal
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -230,3 +233,13 @@ def encode(tokenizer: Tokenizer, chunks: Iterable[Chunk], key: str, end: int, ty
         lengths.append(len(row))
     counts.documents, counts.tokens = len(lengths), len(ids)
     return Encoded(ids.tobytes(), lengths.tobytes(), counts)
+
+
+def work(parent: Connection, folder: Path) -> None:
+    """What a worker process does: encode what comes through the pipe, until the other side ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says that it was interrupted
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer = load(folder)
+    with suppress(EOFError, ConnectionError):
+        while True:
+            parent.send(encode(tokenizer, *parent.recv()))

@@ -17,8 +17,10 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,7 @@ from cherry_megatron.data import tokenizer as tokenizers
 from cherry_megatron.errors import CherryError
 from tests.conftest import korean_text, run_ranks
 
+PROCESSES = prepare._pool
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
 
 
@@ -69,10 +72,10 @@ def small_parts() -> None:
 
 
 @contextmanager
-def threads(workers: int, tokenizer: Path) -> Iterator[ThreadPoolExecutor]:
-    prepare._worker_tokenizer = tokenizers.load(tokenizer)
+def threads(workers: int, folder: Path) -> Iterator[prepare.Submit]:
+    tokenizer = tokenizers.load(folder)
     with ThreadPoolExecutor(workers) as pool:
-        yield pool
+        yield partial(pool.submit, tokenizers.encode, tokenizer)
 
 
 def run(folder: Path, output: Path, tokenizer: str = "tokenizer", **arguments: Any) -> dict[str, Any]:
@@ -365,8 +368,8 @@ def test_reading_ahead_is_bounded(folder):
             line = json.dumps({"text": str(read)}).encode()
             yield [text.Chunk(Path("a.jsonl"), read, line, len(line))], prepare.Position(0, read)
 
-    with threads(2, folder / "tokenizer") as pool:
-        for number, (encoded, position) in enumerate(prepare._in_order(pool, batches(), ("text", 0, "H"), 4), 1):
+    with threads(2, folder / "tokenizer") as submit:
+        for number, (encoded, position) in enumerate(prepare._in_order(submit, batches(), ("text", 0, "H"), 4), 1):
             assert position.chunks == number and encoded.counts.documents == 1
             assert read <= number + 3
     assert number == read == 50
@@ -391,9 +394,7 @@ def outputs(tmp_path: Path) -> list[str]:
 
 
 def test_a_worker_that_dies_stops_the_run(folder, tmp_path, small, monkeypatch):
-    monkeypatch.undo()
-    monkeypatch.setattr(text, "CHUNK_BYTES", 1 << 13)
-    monkeypatch.setattr(prepare, "BATCH_BYTES", 1 << 13)
+    monkeypatch.setattr(prepare, "_pool", PROCESSES)
     in_order = prepare._in_order
 
     def kill_one(*arguments: Any) -> Iterator[Any]:
@@ -404,7 +405,18 @@ def test_a_worker_that_dies_stops_the_run(folder, tmp_path, small, monkeypatch):
     monkeypatch.setattr(prepare, "_in_order", kill_one)
     with pytest.raises(CherryError, match=r"a worker process died .* run the same command again"):
         run(folder, tmp_path / "out", workers=2)
-    assert not outputs(tmp_path)
+    assert not outputs(tmp_path) and not multiprocessing.active_children()
+
+
+def test_a_worker_that_dies_in_the_middle_of_its_answer_is_noticed():
+    idle: SimpleQueue[Any] = SimpleQueue()
+    ours, theirs = multiprocessing.Pipe()
+    idle.put(ours)
+    os.write(theirs.fileno(), (1000).to_bytes(4) + b"the first bytes of a thousand")
+    theirs.close()
+    for _ in range(2):  # others that find the worker dead must not wait for it either
+        with pytest.raises(CherryError, match="a worker process died"):
+            prepare._ask(idle, [])
 
 
 def test_too_many_malformed_lines_end_with_status_2(folder, tmp_path, small, capsys):
