@@ -13,6 +13,8 @@ from cherry_megatron.errors import CherryError
 from cherry_megatron.platform.machine import Machine
 from cherry_megatron.runs import checkpoint_to_load
 
+DATA_FLAGS = ("data-path", "train-data-path", "valid-data-path", "test-data-path")
+
 
 def obstacles(machine: Machine, config: Config) -> list[str]:
     """Why a configuration cannot run on this machine, one sentence each; empty if it can."""
@@ -66,11 +68,9 @@ def _data(config: Config) -> list[str]:
         found.append(
             f"megatron.padded-vocab-size {config.shape.vocabulary} is less than the {size} tokens of {folder}"
         )
-    for prefix in _prefixes(config.value("data-path") or []):
+    for flag, prefix in _prefixes(config):
         if not Path(f"{prefix}.idx").is_file() or not Path(f"{prefix}.bin").is_file():
-            found.append(
-                f"megatron.data-path {prefix}: {prefix}.idx or .bin is missing; make it with `cherry data`"
-            )
+            found.append(f"megatron.{flag} {prefix}: {prefix}.idx or .bin is missing; make it with `cherry data`")
             continue
         made = Path(f"{prefix}.json")
         if made.is_file():
@@ -86,14 +86,21 @@ def _data(config: Config) -> list[str]:
     return found
 
 
-def _prefixes(data_path: list[str]) -> list[str]:
-    """The path prefixes of --data-path, which may hold weights between them."""
-
-    def is_weight(text: str) -> bool:
+def _prefixes(config: Config) -> list[tuple[str, str]]:
+    """Every data set's path prefix with the flag that names it; weights may stand between the prefixes."""
+    named: list[tuple[str, list[str]]] = [(flag, config.value(flag) or []) for flag in DATA_FLAGS]
+    listing = config.value("data-args-path")
+    if listing is not None:
         try:
-            float(text)
-        except ValueError:
-            return False
-        return True
+            named.append(("data-args-path", Path(listing).read_text().split()))
+        except OSError as error:
+            raise CherryError(f"megatron.data-args-path {listing}: {error.strerror}") from None
+    return [(flag, str(text)) for flag, texts in named for text in texts if not _is_number(str(text))]
 
-    return [text for text in map(str, data_path) if not is_weight(text)]
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

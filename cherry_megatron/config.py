@@ -24,6 +24,7 @@ from typing import Any
 
 import yaml
 
+from cherry_megatron import rules
 from cherry_megatron.errors import CherryError
 from cherry_megatron.flags import action_of, megatron_arguments, nearest, parse_flags
 from cherry_megatron.model.options import Recurrence
@@ -102,24 +103,25 @@ class Config:
     @property
     def shape(self) -> Shape:
         """The model's sizes."""
-        heads = self._positive("num-attention-heads")
-        hidden = self._positive("hidden-size")
+        heads = self.positive("num-attention-heads")
+        hidden = self.positive("hidden-size")
         if hidden % heads and self.value("kv-channels") is None:
             raise CherryError(
                 f"{self.source}: megatron.hidden-size {hidden} is not a multiple of num-attention-heads {heads}"
             )
         return Shape(
             hidden=hidden,
-            ffn=self._positive("ffn-hidden-size"),
+            ffn=self.positive("ffn-hidden-size"),
             heads=heads,
-            groups=self._positive("num-query-groups") if self.value("group-query-attention") else heads,
+            groups=self.positive("num-query-groups") if self.value("group-query-attention") else heads,
             head_size=self.value("kv-channels") or hidden // heads,
-            vocabulary=self._positive("padded-vocab-size"),
+            vocabulary=self.positive("padded-vocab-size"),
             gated=bool(self.value("swiglu")),
             tied=not self.value("untie-embeddings-and-output-weights"),
         )
 
-    def _positive(self, flag: str) -> int:
+    def positive(self, flag: str) -> int:
+        """The value of a flag that must be a positive whole number."""
         value = self.value(flag)
         if not isinstance(value, int) or value < 1:
             raise CherryError(f"{self.source}: set megatron.{flag} to a positive number (it is {value})")
@@ -128,58 +130,9 @@ class Config:
     def plan(self) -> Plan:
         """The unrolled model over the configured pipeline stages."""
         stages = self.value("pipeline-model-parallel-size")
-        return make_plan(self.recurrence, self.shape, self._positive("seq-length"), stages)
+        return make_plan(self.recurrence, self.shape, self.positive("seq-length"), stages)
 
 
-# What the results rest on; a configuration may not turn it off.
-_FIXED: dict[str, tuple[Any, str]] = {
-    "calculate-per-token-loss": (True, "the loss must not depend on the split into micro-batches and ranks"),
-    "use-cpu-initialization": (True, "initial weights must not depend on the layout"),
-    "dist-ckpt-optim-fully-reshardable": (True, "a checkpoint must resume under any layout"),
-    "use-distributed-optimizer": (
-        True,
-        "its state resumes under any layout, that of Megatron's other optimizers does not; to replicate the "
-        "state, set num-distributed-optimizer-instances to the data-parallel size",
-    ),
-    "tensorboard-log-interval": (1, "steps.jsonl and throughput are taken from it"),
-    "ckpt-format": ("torch_dist", "a checkpoint must resume under any layout"),
-    "position-embedding-type": ("rope", "it is what the recurrent stack is built with"),
-    "disable-bias-linear": (True, "it is what the recurrent stack is built with"),
-    "normalization": ("RMSNorm", "it is what the recurrent stack is built with"),
-}
-# What the recurrent stack would accept and not do.
-_UNSUPPORTED = {
-    "reset-attention-mask": "attention is causal over the whole packed sequence",
-    "reset-position-ids": "rotary positions count through the whole packed sequence",
-    "qk-layernorm": "the attention is built without norms on queries and keys",
-    "fp4-format": "the stack has no FP4 context",
-    "use-mup": "it would treat copies of the core as embeddings",
-}
-# What follows from other keys.
-_DERIVED = {
-    "hybrid-layer-pattern": "recurrence.pattern",
-    "num-layers": "recurrence.pattern",
-    "spec": "recurrence.pattern",
-    "num-layers-per-virtual-pipeline-stage": "recurrence.stages",
-    "num-virtual-stages-per-pipeline-rank": "recurrence.stages",
-    "pipeline-model-parallel-layout": "recurrence.stages",
-    "save": "run",
-    "tensorboard-dir": "run",
-}
-# Defaults that differ from Megatron's.
-_DEFAULTS: dict[str, Any] = {
-    "attention-dropout": 0.0,
-    "hidden-dropout": 0.0,
-    "tokenizer-type": "HuggingFaceTokenizer",
-    "no-create-attention-mask-in-dataloader": True,
-    "exit-signal-handler": True,
-    "override-opt-param-scheduler": True,
-    "verify-integrity": True,
-    "log-interval": 10,
-    "eval-interval": 1000,
-    "eval-iters": 10,
-    "dist-ckpt-strictness": "raise_unexpected",
-}
 _SECTIONS = {"recurrence": Recurrence, "evaluation": Evaluation}
 _TOP_KEYS = ("extends", "run", *_SECTIONS, "megatron")
 
@@ -204,9 +157,9 @@ def load(path: Path, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -
     if not isinstance(data.get("run"), str):
         raise CherryError(f"{path}: `run` must name the run's folder, e.g. run: runs/{path.stem}")
     sections = {name: _section(path, name, cls, data.get(name, {})) for name, cls in _SECTIONS.items()}
-    megatron = _megatron(path, data.get("megatron", {}))
+    megatron = rules.fill_in(path, data.get("megatron", {}))
     config = Config(path, Path(data["run"]), megatron=megatron, flags=tuple(flags), **sections)
-    _check(config)
+    rules.check(config)
     return config
 
 
@@ -307,116 +260,6 @@ def _typed(path: Path, name: str, kind: Any, value: Any) -> Any:
         return kind(value)
     expected = "a list of whole numbers" if origin is tuple else kind.__name__
     raise CherryError(f"{path}: {name} is {value!r}; expected {expected}")
-
-
-def _megatron(path: Path, values: Any) -> dict[str, Any]:
-    """Check flag names, take out contradictions, fill in defaults."""
-    if not isinstance(values, dict):
-        raise CherryError(f"{path}: megatron must hold Megatron's flags and their values")
-    given = {str(key).replace("_", "-"): value for key, value in values.items()}
-    for key, value in given.items():
-        if key in _DERIVED:
-            raise CherryError(f"{path}: megatron.{key} follows from `{_DERIVED[key]}`; set that instead")
-        if key in _FIXED and value != _FIXED[key][0]:
-            wanted, why = _FIXED[key]
-            raise CherryError(f"{path}: megatron.{key} must be {wanted}: {why}")
-        action_of(key, path)
-    fixed = {key: value for key, (value, _) in _FIXED.items()}
-    return {**_DEFAULTS, **given, **fixed}
-
-
-def _check(config: Config) -> None:
-    """Contradictions between keys that would otherwise surface deep inside Megatron."""
-    megatron_keys = {flag.lstrip("-").split("=")[0] for flag in config.flags if flag.startswith("--")}
-    for key in megatron_keys & set(_DERIVED):
-        raise CherryError(f"--{key} follows from `{_DERIVED[key]}`; set that instead")
-    try:
-        for flag, (wanted, why) in _FIXED.items():
-            if not config.holds(flag, wanted):
-                raise CherryError(f"--{flag} must be {wanted}: {why}")
-        for flag, why in _UNSUPPORTED.items():
-            if config.value(flag):
-                raise CherryError(f"megatron.{flag}: {why}; take it out")
-        shape = config.shape
-        for flag in ("tensor-model-parallel-size", "pipeline-model-parallel-size", "micro-batch-size"):
-            config._positive(flag)
-        tensor = config.value("tensor-model-parallel-size")
-        for name, size in (
-            ("num-attention-heads", shape.heads),
-            ("num-query-groups", shape.groups),
-            ("ffn-hidden-size", shape.ffn),
-            ("padded-vocab-size", shape.vocabulary),
-        ):
-            if size % tensor:
-                raise CherryError(
-                    f"megatron.{name} {size} is not a multiple of tensor-model-parallel-size {tensor}"
-                )
-        if config.value("sequence-parallel") and config.value("seq-length") % tensor:
-            raise CherryError(
-                f"megatron.seq-length {config.value('seq-length')} is not a multiple of "
-                f"tensor-model-parallel-size {tensor}, which sequence-parallel needs"
-            )
-        if config.value("context-parallel-size") > 1:
-            raise CherryError(
-                f"megatron.context-parallel-size {config.value('context-parallel-size')}: the recurrent stack does "
-                "not split sequences over ranks; use 1"
-            )
-        uniform = config.value("recompute-method") == "uniform" and config.value("recompute-num-layers") == 1
-        if config.value("recompute-granularity") == "full" and not uniform:
-            raise CherryError(
-                "megatron.recompute-granularity full recomputes a loop at a time: set recompute-method uniform and "
-                "recompute-num-layers 1"
-            )
-        _check_loops(config)
-        if config.evaluation.batches > config.value("eval-iters"):
-            raise CherryError(
-                f"evaluation.batches {config.evaluation.batches} is more than megatron.eval-iters "
-                f"{config.value('eval-iters')}, for which the validation split is sampled"
-            )
-        _check_batch(config)
-        iterations = config.value("lr-decay-iters") or config.value("train-iters")
-        if iterations and config.value("lr-warmup-iters") >= iterations:
-            raise CherryError(
-                f"megatron.lr-warmup-iters {config.value('lr-warmup-iters')} must be less than the {iterations} "
-                "iterations of the learning rate's schedule"
-            )
-        config.plan()
-    except CherryError as error:
-        text = str(error)
-        raise CherryError(text if str(config.source) in text else f"{config.source}: {text}") from None
-
-
-def _check_loops(config: Config) -> None:
-    recurrence = config.recurrence
-    if max(config.evaluation.loops, default=0) > recurrence.loops:
-        raise CherryError(
-            f"evaluation.loops {max(config.evaluation.loops)} is more than the model's {recurrence.loops}; "
-            "`cherry evaluate --loops` walks more loops than were trained"
-        )
-    # Megatron starts a bucket's reduction after as many gradients as the first step had.
-    varies = config.value("recompute-granularity") == "full" or config.value("pipeline-model-parallel-size") > 1
-    if recurrence.random_loops and config.value("overlap-grad-reduce") and varies:
-        raise CherryError(
-            "recurrence.random_loops: with recomputation or pipeline stages the number of gradients changes from "
-            "step to step; set megatron.overlap-grad-reduce and megatron.overlap-param-gather to false"
-        )
-
-
-def _check_batch(config: Config) -> None:
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    ranks = config.value("tensor-model-parallel-size") * config.value("pipeline-model-parallel-size")
-    if world % ranks and world > 1:
-        raise CherryError(
-            f"{world} ranks cannot hold models of {ranks} ranks each (tensor-model-parallel-size x "
-            "pipeline-model-parallel-size); start a multiple of it"
-        )
-    micro, whole = config.value("micro-batch-size"), config.value("global-batch-size")
-    share = micro * max(world // ranks, 1) if micro else 0
-    if whole is not None and share and whole % share:
-        raise CherryError(
-            f"megatron.global-batch-size {whole} is not a multiple of micro-batch-size {micro} x {share // micro} "
-            "data-parallel ranks"
-        )
 
 
 def _plain(value: Any) -> Any:

@@ -65,6 +65,13 @@ CONFIGS = {
     "batch-does-not-divide": ({"megatron": {"global-batch-size": 7}}, [], "global-batch-size 7"),
     "small-vocabulary": ({"megatron": {"padded-vocab-size": 256}}, [], "padded-vocab-size 256"),
     "missing-data": ({"megatron": {"data-path": ["nowhere/text"]}}, [], "nowhere/text"),
+    "missing-validation-data": (
+        {"megatron": {"valid-data-path": ["1", "nowhere/v"]}},
+        [],
+        "valid-data-path nowhere/v",
+    ),
+    "missing-data-list": ({"megatron": {"data-args-path": "nowhere.txt"}}, [], "data-args-path nowhere.txt"),
+    "rope-that-is-not-built": ({"megatron": {"rotary-percent": 0.5}}, [], "rotary-percent"),
     "missing-tokenizer": ({"megatron": {"tokenizer-model": "nowhere"}}, [], "nowhere"),
     "missing-checkpoint": ({"megatron": {"load": "nowhere"}}, [], "no checkpoint there"),
     "context-parallel": ({"megatron": {"context-parallel-size": 2}}, [], "context-parallel-size 2"),

@@ -23,6 +23,12 @@ REST = {
         4,
         "--pipeline-model-parallel-size 2 --overlap-grad-reduce --overlap-param-gather",
     ),
+    "dp2-overlap": (2, "--overlap-grad-reduce --overlap-param-gather"),
+    "dp2-overlap-recompute": (
+        2,
+        "--overlap-grad-reduce --overlap-param-gather "
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    ),
     "tp2-sp-pp2-recompute": (
         4,
         "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 "
@@ -85,7 +91,7 @@ def test_injection_over_stages(tmp_path: Path, write_config, train, reference, t
 
 @pytest.mark.full
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("name", ["pp2", "pp4", "tp2-sp", "tp2-pp2"])
+@pytest.mark.parametrize("name", ["pp2", "pp4", "tp2-sp", "tp2-pp2", "dp2-overlap"])
 def test_layout_of_options(name, option, tmp_path: Path, write_config, train, reference, tmp_path_factory):
     ranks, flags = {**SAMPLE, **REST}[name]
     args = (tmp_path, write_config, train, reference, tmp_path_factory)

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import logging
 import os
+import sys
 import types
 from typing import Any
 
@@ -40,7 +41,8 @@ def activate() -> None:
         raise RuntimeError("the CPU platform does not run where a GPU is in use")
     # torch.compile would spend minutes compiling small fused functions for the CPU.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo") if _single_node() else None
+    if sys.platform == "linux" and _single_node():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     _redirect_device()
     _redirect_cuda_module()
     _redirect_rng()
