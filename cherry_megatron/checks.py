@@ -11,7 +11,8 @@ from cherry_megatron.config import Config
 from cherry_megatron.data import tokenizer as tokenizers
 from cherry_megatron.errors import CherryError
 from cherry_megatron.platform.machine import Machine
-from cherry_megatron.runs import checkpoint_to_load
+from cherry_megatron.runs import checkpoint_to_load, own_checkpoints
+from cherry_megatron.surgery.checkpoint import OPTIMIZER, Checkpoint, newest
 
 DATA_FLAGS = ("data-path", "train-data-path", "valid-data-path", "test-data-path")
 
@@ -20,8 +21,7 @@ def obstacles(machine: Machine, config: Config) -> list[str]:
     """Why a configuration cannot run on this machine, one sentence each; empty if it can."""
     found = _machine(machine, config) + _writable(config.run)
     try:
-        checkpoint_to_load(config)
-        found += _data(config)
+        found += _checkpoint(config) + _data(config)
     except CherryError as error:
         found.append(str(error))
     return found
@@ -54,6 +54,19 @@ def _writable(run: Path) -> list[str]:
     return [f"cannot write the run's folder {run}: {there} is not a folder that you may write"]
 
 
+def _checkpoint(config: Config) -> list[str]:
+    """A checkpoint to start from is there, and holds what will be loaded of it."""
+    load = checkpoint_to_load(config)
+    if load is None or own_checkpoints(config) or config.value("finetune") or config.value("no-load-optim"):
+        return []
+    folder = newest(load)
+    if any(name.startswith(OPTIMIZER) for name in Checkpoint(folder).tensors):
+        return []
+    return [
+        f"megatron.load {folder} holds no optimizer state; set megatron.finetune: true to start from its weights"
+    ]
+
+
 def _data(config: Config) -> list[str]:
     """Tokenizer and indexed files are there, belong together, and fit the vocabulary."""
     found = []
@@ -68,7 +81,7 @@ def _data(config: Config) -> list[str]:
         found.append(
             f"megatron.padded-vocab-size {config.shape.vocabulary} is less than the {size} tokens of {folder}"
         )
-    for flag, prefix in _prefixes(config):
+    for flag, prefix in data_prefixes(config):
         if not Path(f"{prefix}.idx").is_file() or not Path(f"{prefix}.bin").is_file():
             found.append(f"megatron.{flag} {prefix}: {prefix}.idx or .bin is missing; make it with `cherry data`")
             continue
@@ -86,7 +99,7 @@ def _data(config: Config) -> list[str]:
     return found
 
 
-def _prefixes(config: Config) -> list[tuple[str, str]]:
+def data_prefixes(config: Config) -> list[tuple[str, str]]:
     """Every data set's path prefix with the flag that names it; weights may stand between the prefixes."""
     named: list[tuple[str, list[str]]] = [(flag, config.value(flag) or []) for flag in DATA_FLAGS]
     listing = config.value("data-args-path")

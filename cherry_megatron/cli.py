@@ -49,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_pretrain(verbs)
     _add_evaluate(verbs)
     _add_params(verbs)
+    _add_compress_depth(verbs)
+    _add_lineage(verbs)
     return parser
 
 
@@ -197,6 +199,52 @@ def _add_params(verbs: argparse._SubParsersAction) -> None:
 
     parser = _verb(verbs, "params", "parameters, FLOPs and memory of a configuration", run)
     _add_config(parser, positional=True)
+
+
+def _add_compress_depth(verbs: argparse._SubParsersAction) -> None:
+    def run(arguments: argparse.Namespace) -> None:
+        from cherry_megatron.surgery import compress
+
+        if arguments.expand:
+            surgery = compress.plan_expansion(arguments.load, arguments.config, arguments.set)
+        else:
+            options = compress.Options(
+                arguments.groups, arguments.method, tuple(arguments.weights), arguments.keep, arguments.align,
+                arguments.optimizer,
+            )  # fmt: skip
+            surgery = compress.plan_compression(arguments.load, arguments.config, arguments.set, options)
+        print(compress.summary(surgery, arguments.workers))
+        if not arguments.dry_run:
+            print(f"written     {surgery.run(arguments.save, arguments.workers)}")
+
+    parser = _verb(verbs, "compress-depth", "average the layers of a checkpoint into few, without a GPU", run)
+    parser.add_argument("--load", type=Path, required=True, help="a run's folder, or one of checkpoints")
+    parser.add_argument("--save", type=Path, required=True, help="folder to write, of the form that training loads")
+    parser.add_argument("--groups", default="adjacent", help="adjacent (default), slots, or e.g. 0-7,8-36/4,...")
+    parser.add_argument("--method", default="average", help="average, weighted or select (default average)")
+    parser.add_argument("--weights", type=_numbers, default=(), help="of a group's layers, for weighted: 1,2,1")
+    parser.add_argument("--keep", type=int, help="which layer of a group, for select (default the middle one)")
+    parser.add_argument("--align", choices=("none", "weights"), default="none", help="match heads and neurons")
+    parser.add_argument("--optimizer", choices=("drop", "average"), default="drop", help="its state (default drop)")
+    parser.add_argument("--expand", action="store_true", help="the reverse: write the unrolled, dense equivalent")
+    parser.add_argument("--workers", type=int, default=0, help="processes (default: all cores)")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, sizes and memory, and stop")
+    _add_config(parser)
+
+
+def _add_lineage(verbs: argparse._SubParsersAction) -> None:
+    def run(arguments: argparse.Namespace) -> None:
+        from cherry_megatron.surgery.ancestry import describe
+
+        print("\n".join(describe(arguments.checkpoint, not arguments.no_verify)))
+
+    parser = _verb(verbs, "lineage", "what a checkpoint was made from; verifies its hashes", run)
+    parser.add_argument("checkpoint", type=Path, metavar="DIR", help="a run's folder, or one of checkpoints")
+    parser.add_argument("--no-verify", action="store_true", help="do not read the tensors")
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
 
 
 if __name__ == "__main__":

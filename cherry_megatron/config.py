@@ -148,12 +148,7 @@ def load(path: Path, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -
     Raises:
         CherryError: one sentence that names file and key, with the nearest valid name.
     """
-    data = _read(path)
-    for override in overrides:
-        _override(data, override)
-    for key in data:
-        if key not in _TOP_KEYS:
-            raise CherryError(f"{path}: unknown key {key!r}{nearest(key, _TOP_KEYS)}")
+    data = _read_with(path, overrides)
     if not isinstance(data.get("run"), str):
         raise CherryError(f"{path}: `run` must name the run's folder, e.g. run: runs/{path.stem}")
     sections = {name: _section(path, name, cls, data.get(name, {})) for name, cls in _SECTIONS.items()}
@@ -161,6 +156,32 @@ def load(path: Path, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -
     config = Config(path, Path(data["run"]), megatron=megatron, flags=tuple(flags), **sections)
     rules.check(config)
     return config
+
+
+def outline(path: Path, overrides: Sequence[str] = ()) -> tuple[Recurrence, dict[str, Any]]:
+    """A configuration's recurrence, and its `megatron` section as it stands.
+
+    For checkpoint surgery, which does without Megatron: its import takes longer than the work.
+
+    Raises:
+        CherryError: as `load`, but Megatron's flags are not looked at.
+    """
+    data = _read_with(path, overrides)
+    megatron = data.get("megatron", {})
+    if not isinstance(megatron, dict):
+        raise CherryError(f"{path}: megatron must hold Megatron's flags and their values")
+    flags = {str(key).replace("_", "-"): value for key, value in megatron.items()}
+    return _section(path, "recurrence", Recurrence, data.get("recurrence", {})), flags
+
+
+def _read_with(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    data = _read(path)
+    for override in overrides:
+        _override(data, override)
+    for key in data:
+        if key not in _TOP_KEYS:
+            raise CherryError(f"{path}: unknown key {key!r}{nearest(key, _TOP_KEYS)}")
+    return data
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:

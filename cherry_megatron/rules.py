@@ -48,6 +48,8 @@ _DERIVED = {
     "save": "run",
     "tensorboard-dir": "run",
 }
+# They hold until the run has a checkpoint of its own, which is loaded whole.
+_AT_THE_START = ("load", "finetune", "no-load-optim", "no-load-rng")
 # Defaults that differ from Megatron's.
 _DEFAULTS: dict[str, Any] = {
     "attention-dropout": 0.0,
@@ -85,6 +87,8 @@ def check(config: "Config") -> None:
     megatron_keys = {flag.lstrip("-").split("=")[0] for flag in config.flags if flag.startswith("--")}
     for key in megatron_keys & set(_DERIVED):
         raise CherryError(f"--{key} follows from `{_DERIVED[key]}`; set that instead")
+    for key in megatron_keys & set(_AT_THE_START):
+        raise CherryError(f"--{key} would undo every resume; set megatron.{key}, which holds for the first start")
     try:
         for flag, (wanted, why) in _FIXED.items():
             if not config.holds(flag, wanted):

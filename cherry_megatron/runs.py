@@ -14,38 +14,39 @@ import json
 import os
 import shlex
 import socket
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from cherry_megatron.config import Config
 from cherry_megatron.errors import CherryError
-from cherry_megatron.platform.machine import installed_version
+from cherry_megatron.files import write_atomically
+from cherry_megatron.surgery.checkpoint import TRACKER, saved_folder
+from cherry_megatron.versions import git_state, installed_versions
 
-TRACKER = "latest_checkpointed_iteration.txt"
-_VERSIONS = ("cherry-megatron", "megatron-core", "torch", "transformer-engine", "tokenizers", "transformers")
+
+def own_checkpoints(config: Config) -> Path | None:
+    """The run's folder of checkpoints, if it holds one."""
+    return saved_folder(config.run.absolute() / "checkpoints")
 
 
-def checkpoint_to_load(config: Config) -> str | None:
+def checkpoint_to_load(config: Config) -> Path | None:
     """The folder of checkpoints to start from: the run's own if it has one, else `megatron.load`.
 
     Raises:
         CherryError: if `megatron.load` names a folder without a checkpoint.
     """
-    own = config.run.absolute() / "checkpoints"
-    if (own / TRACKER).exists():
-        return str(own)
     named = config.megatron.get("load")
-    if named is None:
-        return None
-    if not (Path(named) / TRACKER).is_file():
+    found = own_checkpoints(config)
+    if found is not None or named is None:
+        return found
+    found = saved_folder(Path(named).absolute())
+    if found is None:
         raise CherryError(
             f"megatron.load {named}: no checkpoint there ({TRACKER} is missing); name the folder that holds it"
         )
-    return str(Path(named).absolute())
+    return found
 
 
 def make_run_folder(config: Config) -> None:
@@ -64,32 +65,13 @@ def record_start(config: Config, rank: int, world_size: int) -> None:
         "config": str(config.source),
         "config_hash": config.hash(),
         "git": git_state(),
-        "versions": {name: version for name in _VERSIONS if (version := installed_version(name))},
+        "versions": installed_versions(),
         "host": socket.gethostname(),
         "world_size": world_size,
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
     with (config.run / "starts.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(start) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content at once."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-def git_state() -> dict[str, Any]:
-    """Commit of this code and whether the tree differs from it; empty outside a repository."""
-    root = Path(__file__).parent
-
-    def git(*args: str) -> str | None:
-        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    return {"commit": commit, "modified": bool(git("status", "--porcelain"))} if commit else {}
 
 
 def read_steps(run: Path) -> list[dict[str, float]]:

@@ -10,19 +10,15 @@ import fcntl
 import hashlib
 import importlib
 import json
-import multiprocessing
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import islice
-from multiprocessing.connection import Connection
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -33,12 +29,12 @@ from cherry_megatron.data import tokenizer as tokenizers
 from cherry_megatron.data.text import CHUNK_BYTES, Chunk, find_files, read_chunks
 from cherry_megatron.data.tokenizer import Counts, Encoded
 from cherry_megatron.errors import CherryError
+from cherry_megatron.workers import Submit, worker_processes
 
 BATCH_BYTES = CHUNK_BYTES // 2  # small files share a batch; a chunk of a large one is a batch
 BATCHES_A_WORKER = 4  # in flight: read ahead, in work, or waiting for their turn to be written
 PART_BYTES = 64 << 20  # of text, between two entries in the journal
 LAYOUT = 1  # of OUTPUT.parts, so that another version of the program does not go on from it
-Submit = Callable[..., "Future[Encoded]"]
 INDEXED_DATASET = "megatron.core.datasets.indexed_dataset"
 
 
@@ -96,7 +92,7 @@ def prepare(
         total = sum(path.stat().st_size for path in files)
         with (
             tqdm(total=total, unit="B", unit_scale=True, desc="tokens", disable=None) as bar,
-            _pool(workers, tokenizer_folder) as submit,
+            worker_processes(workers, tokenizers.worker, tokenizer_folder) as submit,
             ThreadPoolExecutor(1) as importer,
         ):
             bar.update(parts.counts.input_bytes)
@@ -188,53 +184,6 @@ def _in_order(
             yield future.result(), after
     for future, after in waiting:
         yield future.result(), after
-
-
-@contextmanager
-def _pool(workers: int, tokenizer: Path) -> Iterator[Submit]:
-    """Processes that tokenize, each with a pipe of its own and a thread here that waits for its answer.
-
-    The pools of the standard library share one pipe among their processes: one that is killed while it
-    writes there leaves half a message, and the run waits for the other half for ever.
-    """
-    context = multiprocessing.get_context("spawn")
-    idle: SimpleQueue[Connection] = SimpleQueue()
-    processes = []
-    with ThreadPoolExecutor(workers) as threads:
-        try:
-            for _ in range(workers):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=tokenizers.work, args=(theirs, tokenizer), daemon=True)
-                process.start()
-                theirs.close()  # the process has the only one, so that its end is the pipe's end
-                processes.append(process)
-                idle.put(ours)
-            yield partial(threads.submit, _ask, idle)
-        finally:
-            threads.shutdown(wait=False, cancel_futures=True)
-            for process in processes:
-                process.kill()
-                process.join()
-
-
-def _ask(idle: SimpleQueue[Connection], *batch: Any) -> Encoded:
-    """Have a batch encoded by a process that has nothing to do; there is one for every thread.
-
-    Raises:
-        CherryError: if it died.
-    """
-    process = idle.get()
-    try:
-        process.send(batch)
-        encoded: Encoded = process.recv()
-        return encoded
-    except (OSError, EOFError):
-        raise CherryError(
-            "a worker process died (perhaps for want of memory); run the same command again to go on, "
-            "with fewer --workers"
-        ) from None
-    finally:
-        idle.put(process)
 
 
 @contextmanager

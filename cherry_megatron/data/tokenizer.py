@@ -5,13 +5,11 @@ import hashlib
 import itertools
 import os
 import shutil
-import signal
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -235,11 +233,7 @@ def encode(tokenizer: Tokenizer, chunks: Iterable[Chunk], key: str, end: int, ty
     return Encoded(ids.tobytes(), lengths.tobytes(), counts)
 
 
-def work(parent: Connection, folder: Path) -> None:
-    """What a worker process does: encode what comes through the pipe, until the other side ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says that it was interrupted
+def worker(folder: Path) -> Callable[..., Encoded]:
+    """`encode` with the tokenizer of a folder, for a worker process."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer = load(folder)
-    with suppress(EOFError, ConnectionError):
-        while True:
-            parent.send(encode(tokenizer, *parent.recv()))
+    return partial(encode, load(folder))

@@ -80,7 +80,8 @@ class Progress:
         if tag == "grad-norm":  # the last of a step's scalars
             self._step_ended(iteration)
         elif tag == "lm loss validation":
-            self.say(f"step {iteration:>7}  held-out loss {value:.4f}")
+            # Megatron goes on in the validation split, so two evaluations at one step differ.
+            self.say(f"step {iteration:>7}  held-out loss {value:.4f} on the next {self._args.eval_iters} batches")
 
     def _step_ended(self, iteration: int) -> None:
         args = self._args

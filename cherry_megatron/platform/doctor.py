@@ -4,7 +4,8 @@ import platform
 
 import torch
 
-from cherry_megatron.platform.machine import Machine, installed_version
+from cherry_megatron.platform.machine import Machine
+from cherry_megatron.versions import installed_version
 
 _PACKAGES = ("cherry-megatron", "torch", "megatron-core", "transformers", "tokenizers", "tensorboard")
 

@@ -13,6 +13,7 @@ from functools import cache
 import torch
 
 from cherry_megatron.platform import cpu, optimizer_state, wheel
+from cherry_megatron.versions import installed_version
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,6 @@ def inspect_machine() -> Machine:
         flags["num-workers"] = 0
         flags["no-masked-softmax-fusion"] = True
     return Machine(devices, libraries, flags)
-
-
-def installed_version(distribution: str) -> str | None:
-    """The version of an installed package, or None."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _transformer_engine(has_gpu: bool) -> Library:

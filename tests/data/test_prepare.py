@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,7 @@ from cherry_megatron.data import tokenizer as tokenizers
 from cherry_megatron.errors import CherryError
 from tests.conftest import korean_text, run_ranks
 
-PROCESSES = prepare._pool
+PROCESSES = prepare.worker_processes
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
 
 
@@ -72,10 +71,10 @@ def small_parts() -> None:
 
 
 @contextmanager
-def threads(workers: int, folder: Path) -> Iterator[prepare.Submit]:
-    tokenizer = tokenizers.load(folder)
+def threads(workers: int, prepared: Any, folder: Path) -> Iterator[prepare.Submit]:
+    encode = prepared(folder)
     with ThreadPoolExecutor(workers) as pool:
-        yield partial(pool.submit, tokenizers.encode, tokenizer)
+        yield partial(pool.submit, encode)
 
 
 def run(folder: Path, output: Path, tokenizer: str = "tokenizer", **arguments: Any) -> dict[str, Any]:
@@ -138,7 +137,7 @@ def test_documents_in_order_whatever_the_number_of_workers(folder, tmp_path):
 
 def _any_mixture_comes_back(folder: Path) -> int:
     """Returns how many mixtures of files were tried."""
-    prepare._pool = threads
+    prepare.worker_processes = threads
     tokenizer = tokenizers.load(folder / "tokenizer")
     tried = 0
     texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
@@ -242,7 +241,7 @@ def _killed(step: int, folder: Path, output: Path, **arguments: Any) -> bool:
 def _kill_at_every_step(folder: Path, scratch: Path) -> tuple[int, int]:
     """Returns the number of steps, and how many of the second runs went on from a part."""
     small_parts()
-    prepare._pool = threads
+    prepare.worker_processes = threads
     run(folder, scratch / "whole", workers=1)
     whole = contents(scratch / "whole")
     resumed = 0
@@ -271,7 +270,7 @@ def test_killed_at_any_step_a_second_run_gives_the_same_bytes(folder, tmp_path):
 
 def _resume_from_something_else(folder: Path, scratch: Path) -> None:
     small_parts()
-    prepare._pool = threads
+    prepare.worker_processes = threads
     changed = scratch / "changed"
     shutil.copytree(folder, changed)
 
@@ -368,7 +367,7 @@ def test_reading_ahead_is_bounded(folder):
             line = json.dumps({"text": str(read)}).encode()
             yield [text.Chunk(Path("a.jsonl"), read, line, len(line))], prepare.Position(0, read)
 
-    with threads(2, folder / "tokenizer") as submit:
+    with threads(2, tokenizers.worker, folder / "tokenizer") as submit:
         for number, (encoded, position) in enumerate(prepare._in_order(submit, batches(), ("text", 0, "H"), 4), 1):
             assert position.chunks == number and encoded.counts.documents == 1
             assert read <= number + 3
@@ -380,13 +379,18 @@ def test_reading_ahead_is_bounded(folder):
 
 @pytest.fixture
 def small(monkeypatch) -> None:
-    for module, name in ((text, "BLOCK_BYTES"), (text, "CHUNK_BYTES"), (prepare, "PART_BYTES"), (prepare, "_pool")):
+    for module, name in (
+        (text, "BLOCK_BYTES"),
+        (text, "CHUNK_BYTES"),
+        (prepare, "PART_BYTES"),
+        (prepare, "worker_processes"),
+    ):
         monkeypatch.setattr(module, name, getattr(module, name))
     for name in ("CHUNK_BYTES", "BATCH_BYTES"):
         monkeypatch.setattr(prepare, name, getattr(prepare, name))
     small_parts()
     prepare.PART_BYTES = 1 << 30  # nothing here gets as far as an index: Megatron is not imported
-    prepare._pool = threads
+    prepare.worker_processes = threads
 
 
 def outputs(tmp_path: Path) -> list[str]:
@@ -394,7 +398,7 @@ def outputs(tmp_path: Path) -> list[str]:
 
 
 def test_a_worker_that_dies_stops_the_run(folder, tmp_path, small, monkeypatch):
-    monkeypatch.setattr(prepare, "_pool", PROCESSES)
+    monkeypatch.setattr(prepare, "worker_processes", PROCESSES)
     in_order = prepare._in_order
 
     def kill_one(*arguments: Any) -> Iterator[Any]:
@@ -406,17 +410,6 @@ def test_a_worker_that_dies_stops_the_run(folder, tmp_path, small, monkeypatch):
     with pytest.raises(CherryError, match=r"a worker process died .* run the same command again"):
         run(folder, tmp_path / "out", workers=2)
     assert not outputs(tmp_path) and not multiprocessing.active_children()
-
-
-def test_a_worker_that_dies_in_the_middle_of_its_answer_is_noticed():
-    idle: SimpleQueue[Any] = SimpleQueue()
-    ours, theirs = multiprocessing.Pipe()
-    idle.put(ours)
-    os.write(theirs.fileno(), (1000).to_bytes(4) + b"the first bytes of a thousand")
-    theirs.close()
-    for _ in range(2):  # others that find the worker dead must not wait for it either
-        with pytest.raises(CherryError, match="a worker process died"):
-            prepare._ask(idle, [])
 
 
 def test_too_many_malformed_lines_end_with_status_2(folder, tmp_path, small, capsys):

@@ -1,0 +1,1 @@
+"""Checkpoint -> checkpoint, streaming, without a GPU, a model or torch."""

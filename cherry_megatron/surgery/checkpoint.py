@@ -1,0 +1,227 @@
+"""A torch_dist checkpoint as a source: which tensors it holds, and any of them, whole, on request.
+
+How many ranks wrote it does not matter: a tensor's chunks are put together, and every chunk is checked
+against the checkpoint's manifest (see lineage.py) as it is read. Nothing that is not asked for is read.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cherry_megatron.errors import CherryError
+from cherry_megatron.surgery.lineage import Manifest, read_manifest
+from cherry_megatron.surgery.records import DTYPES, Array, load_pickle, read_object, read_tensor
+
+TRACKER = "latest_checkpointed_iteration.txt"
+OPTIMIZER = "optimizer."  # what begins so is the optimizer's
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a record lies."""
+
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of a tensor, as one rank wrote it."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    place: Place
+
+    @property
+    def key(self) -> str:
+        """Its name in the manifest: where it begins in the tensor."""
+        return ",".join(map(str, self.offsets))
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A stored tensor: torch's name of its type, its shape, its chunks."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(DTYPES[self.dtype][1]).itemsize
+
+
+class Checkpoint:
+    """One checkpoint folder, the one that holds `.metadata`.
+
+    Attributes:
+        folder: it.
+        tensors: by name.
+        objects: what is no tensor, by name.
+        manifest: hashes written when it was saved, or None.
+        read_hashes: hashes of the chunks read so far, by tensor and chunk.
+
+    Raises:
+        CherryError: if it is none, or a file that it names is missing or too short.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest: Manifest | None = read_manifest(folder)
+        self.read_hashes: Manifest = {}
+        try:
+            state = load_pickle((folder / ".metadata").read_bytes()).state
+            places = {
+                (index.state["fqn"], _size(index.state.get("offset"))): Place(
+                    info.state["relative_path"], info.state["offset"], info.state["length"]
+                )
+                for index, info in state["storage_data"].items()
+            }
+            self.objects = {name: place for (name, offset), place in places.items() if offset is None}
+            self.tensors = {
+                name: _tensor(name, described.state, places)
+                for name, described in state["state_dict_metadata"].items()
+                if described.path[1] == "TensorStorageMetadata"
+            }
+        except OSError as error:
+            raise CherryError(f"{folder}/.metadata: {error.strerror}; name a torch_dist checkpoint") from None
+        except (CherryError, KeyError, AttributeError, TypeError) as error:
+            raise CherryError(f"{folder}/.metadata is not that of a torch_dist checkpoint ({error})") from None
+
+    @cached_property
+    def model(self) -> dict[str, Tensor]:
+        """The tensors of the model, without the optimizer's."""
+        return {name: tensor for name, tensor in self.tensors.items() if not name.startswith(OPTIMIZER)}
+
+    def check(self, names: list[str]) -> None:
+        """See that all of these tensors' files are there and long enough.
+
+        Raises:
+            CherryError: naming the first that is not.
+        """
+        ends: dict[str, int] = {}
+        for name in names:
+            tensor = self.tensors[name]
+            if sum(math.prod(chunk.sizes) for chunk in tensor.chunks) != math.prod(tensor.shape):
+                raise CherryError(f"{self.folder}: parts of the tensor {name} are missing; restore the checkpoint")
+            for place in (chunk.place for chunk in tensor.chunks):
+                ends[place.file] = max(ends.get(place.file, 0), place.offset + place.length)
+        for file, end in ends.items():
+            path = self.folder / file
+            if not path.is_file():
+                raise CherryError(f"{path} is missing; restore the checkpoint")
+            if path.stat().st_size < end:
+                raise CherryError(
+                    f"{path} is truncated ({path.stat().st_size} of at least {end} bytes); restore the checkpoint"
+                )
+
+    def read(self, name: str) -> Array:
+        """A tensor, whole.
+
+        Raises:
+            CherryError: if a chunk cannot be read or is not what was saved.
+        """
+        tensor = self.tensors[name]
+        whole: Array | None = None
+        for chunk in tensor.chunks:
+            values = self._read_chunk(tensor, chunk)
+            if values.shape == tensor.shape:
+                return values
+            if whole is None:
+                whole = np.empty(tensor.shape, values.dtype)
+            whole[tuple(slice(at, at + n) for at, n in zip(chunk.offsets, chunk.sizes, strict=True))] = values
+        assert whole is not None
+        return whole
+
+    def _read_chunk(self, tensor: Tensor, chunk: Chunk) -> Array:
+        path = self.folder / chunk.place.file
+        try:
+            with path.open("rb", buffering=0) as file:
+                dtype, values = read_tensor(file, chunk.place.offset, chunk.place.length)
+            if dtype != tensor.dtype or values.shape != chunk.sizes:
+                raise CherryError(f"it holds {dtype} {values.shape}, not {tensor.dtype} {chunk.sizes}")
+        except (CherryError, OSError) as error:
+            raise CherryError(f"{path}: cannot read the tensor {tensor.name}: {error}") from None
+        digest = hash_values(values)
+        self.read_hashes.setdefault(tensor.name, {})[chunk.key] = digest
+        if self.manifest is not None and self.manifest.get(tensor.name, {}).get(chunk.key) != digest:
+            raise CherryError(
+                f"{path}: the tensor {tensor.name} is not what was saved (SHA-256); restore the checkpoint"
+            )
+        return values
+
+    def object(self, name: str) -> Any:
+        """An object that is no tensor; classes become stand-ins.
+
+        Raises:
+            CherryError: if there is none or it cannot be read.
+        """
+        place = next((place for found, place in self.objects.items() if found.split("/")[0] == name), None)
+        if place is None:
+            raise CherryError(f"{self.folder} holds no {name}; name a checkpoint that Megatron-core 0.19 saved")
+        try:
+            with (self.folder / place.file).open("rb") as file:
+                return read_object(file, place.offset, place.length)
+        except (CherryError, OSError) as error:
+            raise CherryError(f"{self.folder / place.file}: cannot read {name}: {error}") from None
+
+
+def saved_folder(path: Path) -> Path | None:
+    """The folder that Megatron saved checkpoints to: this one, or a run's checkpoints/ in it."""
+    return next((folder for folder in (path, path / "checkpoints") if (folder / TRACKER).is_file()), None)
+
+
+def newest(saved: Path) -> Path:
+    """The newest checkpoint of a folder that Megatron saved to, by its tracker file.
+
+    Raises:
+        CherryError: if the tracker holds no iteration.
+    """
+    text = (saved / TRACKER).read_text().strip()
+    if text != "release" and not text.isdigit():
+        raise CherryError(f"{saved / TRACKER} says {text[:20]!r}; it must hold an iteration")
+    return saved / (text if text == "release" else f"iter_{int(text):07d}")
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The newest checkpoint of a run or of a folder that Megatron saved to, or the checkpoint in a folder.
+
+    Raises:
+        CherryError: if there is none.
+    """
+    if (path / ".metadata").is_file():
+        return Checkpoint(path)
+    saved = saved_folder(path)
+    if saved is None:
+        raise CherryError(f"{path}: no checkpoint there ({TRACKER} is missing); name the folder that holds it")
+    return Checkpoint(newest(saved))
+
+
+def hash_values(values: Array) -> str:
+    """SHA-256 of a tensor's values, row by row."""
+    return hashlib.sha256(np.ascontiguousarray(values).data.cast("B") if values.size else b"").hexdigest()
+
+
+def _tensor(name: str, state: dict[str, Any], places: dict[tuple[str, Any], Place]) -> Tensor:
+    chunks = [(_size(c.state["offsets"]), _size(c.state["sizes"])) for c in state["chunks"]]
+    dtype = state["properties"].state[0].path[1]
+    if dtype not in DTYPES:
+        raise CherryError(f"{name} has the type {dtype}, which is not supported")
+    return Tensor(
+        name,
+        dtype,
+        _size(state["size"]) or (),
+        tuple(Chunk(at or (), size or (), places[name, at]) for at, size in chunks),
+    )
+
+
+def _size(found: Any) -> tuple[int, ...] | None:
+    """A torch.Size."""
+    return None if found is None else tuple(found.args[0]) if found.args else ()

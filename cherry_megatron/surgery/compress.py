@@ -1,0 +1,206 @@
+"""`cherry compress-depth`: a deep checkpoint becomes one with few layers, or a recurrent one a dense one."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cherry_megatron.config import outline
+from cherry_megatron.errors import CherryError
+from cherry_megatron.model.pattern import Pattern
+from cherry_megatron.surgery.align import Alignment
+from cherry_megatron.surgery.checkpoint import Checkpoint, open_checkpoint
+from cherry_megatron.surgery.depth import compression, expansion, objects, peak_bytes, written_bytes
+from cherry_megatron.surgery.grouping import METHODS, Method, Mix, make_groups, mix
+from cherry_megatron.surgery.layers import EMBEDDING, FC1, HEAD, QKV, Source, source_layers
+from cherry_megatron.surgery.lineage import Manifest, parent, record
+from cherry_megatron.surgery.writing import CHECKPOINT, Job, new_folder, publish, run_jobs
+
+SPARE = 1 << 20  # for what is no tensor
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to compress; see grouping.py and align.py.
+
+    Attributes:
+        groups: `adjacent`, `slots`, or the groups written out.
+        method: `average`, `weighted`, `select`.
+        weights: of the members of a group, for `weighted`.
+        keep: which member of a group to take, for `select`.
+        align: `none` or `weights`.
+        optimizer: `drop` or `average` its moments.
+    """
+
+    groups: str = "adjacent"
+    method: Method = "average"
+    weights: tuple[float, ...] = ()
+    keep: int | None = None
+    align: Literal["none", "weights"] = "none"
+    optimizer: Literal["drop", "average"] = "drop"
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise CherryError(f"--method {self.method} is not one of {', '.join(METHODS)}")
+        if self.align != "none" and self.optimizer == "average":
+            raise CherryError("--optimizer average: moments of layers that were aligned are not carried; use drop")
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """What is going to be done, before anything is written.
+
+    Attributes:
+        source: the checkpoint.
+        jobs: what the workers do.
+        objects: what is no tensor in the new checkpoint.
+        operation: for the lineage.
+        details: likewise.
+        lines: what `--dry-run` prints.
+    """
+
+    source: Checkpoint
+    jobs: list[Job]
+    objects: dict[str, Any]
+    operation: str
+    details: dict[str, Any]
+    lines: list[str]
+
+    def run(self, save: Path, workers: int) -> Path:
+        """Do it; returns the new checkpoint's folder.
+
+        Raises:
+            CherryError: if the source is damaged, or the target cannot be written.
+        """
+        if workers < 0:
+            raise CherryError(f"--workers {workers} is negative; 0 takes all cores")
+        count = workers or len(os.sched_getaffinity(0))
+        with new_folder(save, written_bytes(self.jobs) + SPARE) as partial:
+            reports = run_jobs(self.source, partial / CHECKPOINT, self.jobs, count)
+            read = {name: chunks for report in reports for name, chunks in report.read.items()}
+
+            def lineage(manifest: Manifest) -> dict[str, Any]:
+                before = parent(self.source.folder, self.source.manifest, read)
+                return record(self.operation, manifest, [before], **self.details)
+
+            return publish(partial, save, reports, self.objects, lineage)
+
+
+def plan_compression(load: Path, config: Path, overrides: Sequence[str], options: Options) -> Surgery:
+    """Look at everything that a compression needs.
+
+    Args:
+        load: the source, see `open_checkpoint`.
+        config: of the compressed model.
+        overrides: as in `config.load`.
+        options: how.
+
+    Raises:
+        CherryError: if something does not fit.
+    """
+    recurrence, megatron = outline(config, overrides)
+    source = open_checkpoint(load)
+    layers = source_layers(source)
+    _check_sizes(source, layers, config, megatron)
+    groups = make_groups(options.groups, len(layers.layers), recurrence)
+    mixes = mix(groups, options.method, options.weights, options.keep)
+    alignment = _alignment(megatron) if options.align == "weights" else None
+    moments = options.optimizer == "average"
+    jobs = compression(source, layers, recurrence, mixes, alignment, moments)
+    source.check([name for job in jobs for name in job.reads])
+    pattern = recurrence.parsed
+    details = {
+        "config": str(config),
+        "recurrence": asdict(recurrence),
+        "options": asdict(options),
+        "plan": [{"layers": mixed.members, "weights": mixed.weights} for mixed in mixes],
+    }
+    lines = [
+        f"source      {source.folder}: {len(layers.layers)} layers",
+        *(_describe(pattern, layer, mixed) for layer, mixed in enumerate(mixes)),
+        f"method      {options.method}, alignment {options.align}",
+        f"optimizer   {'its moments are averaged' if moments else 'its state is dropped; training starts it anew'}",
+    ]
+    made = objects(source, pattern, HEAD in layers.top, moments)
+    return Surgery(source, jobs, made, "compress-depth", details, lines)
+
+
+def plan_expansion(load: Path, config: Path, overrides: Sequence[str]) -> Surgery:
+    """Look at everything that the expansion of a recurrent checkpoint into a dense one needs.
+
+    Args:
+        load: the recurrent checkpoint.
+        config: that it was trained with.
+        overrides: as in `config.load`.
+    """
+    recurrence, megatron = outline(config, overrides)
+    source = open_checkpoint(load)
+    layers = source_layers(source, looped=True)
+    _check_sizes(source, layers, config, megatron)
+    dense, jobs = expansion(source, layers, recurrence)
+    source.check([name for job in jobs for name in job.reads])
+    lines = [
+        f"source      {source.folder}: {len(layers.layers)} stored layers",
+        f"target      {len(dense.layers)} layers, pattern {dense.symbols}",
+        "optimizer   its state is dropped",
+    ]
+    details = {"config": str(config), "recurrence": asdict(recurrence), "pattern": dense.symbols}
+    return Surgery(source, jobs, objects(source, dense, HEAD in layers.top, False), "expand", details, lines)
+
+
+def summary(surgery: Surgery, workers: int) -> str:
+    """What `--dry-run` prints."""
+    tensors = {name for job in surgery.jobs for name in job.reads}
+    read = sum(surgery.source.tensors[name].nbytes for name in tensors)
+    count = workers or len(os.sched_getaffinity(0))
+    return "\n".join(
+        [
+            *surgery.lines,
+            f"reads       {read / 1e9:,.3f} GB in {len(tensors)} tensors"
+            + ("" if surgery.source.manifest else " (no manifest: hashed while read, not verified)"),
+            f"writes      {written_bytes(surgery.jobs) / 1e9:,.3f} GB",
+            f"memory      at most {peak_bytes(surgery.jobs, count) / 1e9:,.3f} GB of tensors in {count} processes",
+        ]
+    )
+
+
+def _describe(pattern: Pattern, layer: int, mixed: Mix) -> str:
+    first, last = len(pattern.prelude), len(pattern.prelude) + len(pattern.core)
+    part = "prelude" if layer < first else "core" if layer < last else "coda"
+    return f"layer {layer:<5} {part:<8} from {', '.join(map(str, mixed.members))}"
+
+
+def _check_sizes(source: Checkpoint, layers: Source, config: Path, megatron: dict[str, Any]) -> None:
+    """A configuration that does not fit its checkpoint would only be noticed when training starts."""
+    vocabulary, hidden = source.tensors[layers.top[EMBEDDING]].shape
+    found = {"padded-vocab-size": vocabulary, "hidden-size": hidden}
+    attention, *mlps = layers.layers[0]
+    if mlps:
+        rows = source.tensors[mlps[0].names[f"{FC1}.weight"]].shape[0]
+        found["ffn-hidden-size"] = rows // 2 if megatron.get("swiglu") else rows
+    heads = megatron.get("num-attention-heads")
+    if heads:
+        groups = megatron.get("num-query-groups", heads) if megatron.get("group-query-attention") else heads
+        size = megatron.get("kv-channels") or hidden // heads
+        rows = source.tensors[attention.names[f"{QKV}.weight"]].shape[0]
+        if rows != (heads + 2 * groups) * size:
+            raise CherryError(
+                f"{config}: {heads} heads and {groups} query groups of {size} do not make the {rows} rows of the "
+                f"source's {attention.names[f'{QKV}.weight']}"
+            )
+    for key, value in found.items():
+        if megatron.get(key, value) != value:
+            raise CherryError(f"{config}: megatron.{key} is {megatron[key]}, but {source.folder} has {value}")
+    if HEAD not in layers.top and megatron.get("untie-embeddings-and-output-weights"):
+        raise CherryError(
+            f"{config}: megatron.untie-embeddings-and-output-weights is true, but {source.folder} holds no {HEAD}"
+        )
+
+
+def _alignment(megatron: dict[str, Any]) -> Alignment:
+    heads = megatron.get("num-attention-heads")
+    if not isinstance(heads, int):
+        raise CherryError("--align needs megatron.num-attention-heads in the configuration")
+    groups = megatron.get("num-query-groups", heads) if megatron.get("group-query-attention") else heads
+    return Alignment(heads, groups, bool(megatron.get("swiglu")))

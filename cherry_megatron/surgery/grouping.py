@@ -1,0 +1,140 @@
+"""Which source layers each compressed layer is made from, and with what weights.
+
+    adjacent                the paper's: equal runs of neighbours, 48 -> 6 as 0-7, 8-15, ...
+    slots                   by the loop order: a core layer takes the source layers that its unrolled
+                            slots stand in for, so that in `cycle` order it takes every fourth
+    0-7,8-36/4,...          written out: a group a compressed layer, in order; a-b is a run, a-b/n every
+                            n-th of it, + joins, as in 0-3+6
+
+Layers are counted from 0.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, get_args
+
+from cherry_megatron.errors import CherryError
+from cherry_megatron.model.options import Recurrence
+from cherry_megatron.model.pattern import unroll
+
+Method = Literal["average", "weighted", "select"]
+METHODS = get_args(Method)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The source layers of one compressed layer, in the order of its loops, and their weights.
+
+    Attributes:
+        members: source layers.
+        weights: one for each; their sum is not one.
+    """
+
+    members: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+def make_groups(text: str, layers: int, recurrence: Recurrence) -> list[tuple[int, ...]]:
+    """The source layers of each compressed layer.
+
+    Args:
+        text: as in the module's description.
+        layers: of the source.
+        recurrence: the compressed model.
+
+    Raises:
+        CherryError: if there are too few layers, or the groups are not as many as the compressed layers.
+    """
+    wanted = len(recurrence.parsed.layers)
+    if layers < wanted:
+        raise CherryError(f"the source has {layers} layers, fewer than the {wanted} of recurrence.pattern")
+    if text == "adjacent":
+        return _even(range(layers), wanted)
+    if text == "slots":
+        return _slots(layers, recurrence)
+    groups = [_parse(part, layers, text) for part in text.split(",")]
+    if len(groups) != wanted:
+        raise CherryError(f"--groups {text!r} names {len(groups)} groups; recurrence.pattern has {wanted} layers")
+    return groups
+
+
+def _even(layers: Sequence[int], groups: int) -> list[tuple[int, ...]]:
+    """Runs of neighbours whose lengths differ by one at most, the longer ones first."""
+    short, longer = divmod(len(layers), groups)
+    ends = [group * short + min(group, longer) for group in range(groups + 1)]
+    return [tuple(layers[a:b]) for a, b in pairwise(ends)]
+
+
+def _slots(layers: int, recurrence: Recurrence) -> list[tuple[int, ...]]:
+    """Divide the source over the unrolled slots in order: as many layers a slot, the rest before and after."""
+    pattern = recurrence.parsed
+    before, after = len(pattern.prelude), len(pattern.coda)
+    walked = [visit for visit in unroll(pattern, pattern.loops, recurrence.order) if visit.loop is not None]
+    outside = before + after
+    each = (layers - outside) // len(walked)
+    if not outside:
+        middle: Sequence[int] = range(layers)
+    else:
+        inside = each * len(walked) if each else layers - outside
+        first = round((layers - inside) * before / outside)
+        middle = range(first, first + inside)
+    groups: dict[int, list[int]] = {layer: [] for layer in range(before, before + len(pattern.core))}
+    for slot, visit in enumerate(walked):
+        run = range(slot * len(middle) // len(walked), (slot + 1) * len(middle) // len(walked))
+        # Fewer layers than slots: some slots share one.
+        groups[visit.layer] += [middle[k] for k in run] or [middle[slot * len(middle) // len(walked)]]
+    core = [tuple(sorted(set(group))) for group in groups.values()]
+    start, end = middle[0], middle[-1] + 1
+    return [
+        *(_even(range(start), before) if before else []),
+        *core,
+        *(_even(range(end, layers), after) if after else []),
+    ]
+
+
+def _parse(part: str, layers: int, whole: str) -> tuple[int, ...]:
+    members: list[int] = []
+    for piece in part.split("+"):
+        found = re.fullmatch(r"\s*(\d+)(?:-(\d+)(?:/(\d+))?)?\s*", piece)
+        if found is None:
+            raise CherryError(
+                f"--groups {whole!r}: {piece.strip()!r} is no run of layers; write e.g. 0-7,8-15 or 8-36/4, "
+                "or adjacent or slots"
+            )
+        first, last, step = int(found[1]), int(found[2] or found[1]), int(found[3] or 1)
+        if step < 1 or last < first or last >= layers:
+            raise CherryError(f"--groups {whole!r}: {piece.strip()!r} is not within the layers 0-{layers - 1}")
+        members += range(first, last + 1, step)
+    return tuple(members)
+
+
+def mix(
+    groups: Sequence[tuple[int, ...]], method: Method, weights: Sequence[float] = (), keep: int | None = None
+) -> list[Mix]:
+    """What each compressed layer is made of.
+
+    Args:
+        groups: from `make_groups`.
+        method: `average`; `weighted` by `weights`, of which there are as many as a group has members;
+            `select` keeps member `keep` of each group, by default the middle one.
+
+    Raises:
+        CherryError: if weights or keep do not fit.
+    """
+    if method == "average":
+        return [Mix(group, (1.0,) * len(group)) for group in groups]
+    if method == "select":
+        for group in groups:
+            if keep is not None and not 0 <= keep < len(group):
+                raise CherryError(f"--keep {keep}: a group has {len(group)} layers, counted from 0")
+        return [Mix((group[len(group) // 2 if keep is None else keep],), (1.0,)) for group in groups]
+    if not weights or any(not 0 <= weight < float("inf") for weight in weights) or not sum(weights):
+        raise CherryError(
+            "--method weighted needs --weights, e.g. 1,2,2,1: positive numbers, one a layer of a group"
+        )
+    for group in groups:
+        if len(group) != len(weights):
+            raise CherryError(f"--weights names {len(weights)} weights, but a group has {len(group)} layers")
+    return [Mix(group, tuple(map(float, weights))) for group in groups]

@@ -1,0 +1,147 @@
+"""The layers of a checkpoint by their names, and the names of a model's tensors.
+
+Source checkpoints may come from this project, from Megatron's HybridModel (a number a sublayer) or from its
+GPTModel (a number a layer, or all layers stacked in one tensor).
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from cherry_megatron.errors import CherryError
+from cherry_megatron.model.pattern import ATTENTION, MLP, Pattern
+from cherry_megatron.surgery.checkpoint import Checkpoint, Tensor
+
+EMBEDDING, FINAL_NORM, HEAD = "embedding.word_embeddings.weight", "decoder.final_norm.weight", "output_layer.weight"
+QKV, PROJ = "self_attention.linear_qkv", "self_attention.linear_proj"
+FC1, FC2 = "mlp.linear_fc1", "mlp.linear_fc2"
+# What a sublayer holds, and the modules whose (empty) extra state Megatron looks for.
+ROLES = {
+    ATTENTION: (f"{QKV}.layer_norm_weight", f"{QKV}.weight", f"{PROJ}.weight"),
+    MLP: (f"{FC1}.layer_norm_weight", f"{FC1}.weight", f"{FC2}.weight"),
+}
+EXTRA_STATES = {ATTENTION: (QKV, PROJ, "self_attention.core_attention"), MLP: (FC1, FC2)}
+# The per-loop vectors of a core layer: on the norm's weight, on the output.
+LOOP_SCALES = {
+    ATTENTION: (f"{QKV}.layer_norm_loop_scale", "self_attn_bda.loop_scale"),
+    MLP: (f"{FC1}.layer_norm_loop_scale", "mlp_bda.loop_scale"),
+}
+_OTHER_NAMES = {
+    "input_layernorm.weight": f"{QKV}.layer_norm_weight",
+    "pre_mlp_layernorm.weight": f"{FC1}.layer_norm_weight",
+}
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """One attention or MLP: its symbol and, by role, the names of its tensors."""
+
+    symbol: str
+    names: dict[str, str] = field(default_factory=dict)
+
+    def role(self, name: str, where: str) -> str:
+        """The name of the tensor of a role.
+
+        Raises:
+            CherryError: if there is none.
+        """
+        if name not in self.names:
+            raise CherryError(f"{where}: the tensor {name} is missing from a layer that has {sorted(self.names)}")
+        return self.names[name]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The layers of a checkpoint; each is its sublayers, and for `top` the name of each top-level tensor."""
+
+    layers: tuple[tuple[Sublayer, ...], ...]
+    top: dict[str, str]
+
+
+def sublayer_prefixes(pattern: Pattern) -> list[list[tuple[str, str]]]:
+    """For each stored layer the symbols of its sublayers and the prefixes of their tensors."""
+    found = []
+    for layer, symbols in enumerate(pattern.layers):
+        first = pattern.first_symbol(layer)
+        found.append([(symbol, f"decoder.layers.{first + k}.") for k, symbol in enumerate(symbols)])
+    return found
+
+
+def source_layers(checkpoint: Checkpoint, looped: bool = False) -> Source:
+    """Find a checkpoint's layers.
+
+    Args:
+        checkpoint: it.
+        looped: whether per-loop vectors may be there.
+
+    Raises:
+        CherryError: on a missing or an unknown tensor, by its name.
+    """
+    numbered: dict[int, dict[str, dict[str, str]]] = {}
+    top: dict[str, str] = {}
+    for name in checkpoint.model:
+        found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+        if found is None:
+            top["decoder.final_norm.weight" if name == "decoder.final_layernorm.weight" else name] = name
+            continue
+        role = _OTHER_NAMES.get(found[2], found[2])
+        symbol = _symbol(checkpoint, role, name, looped)
+        numbered.setdefault(int(found[1]), {}).setdefault(symbol, {})[role] = name
+    _check_top(checkpoint, top)
+    missing = sorted(set(range(len(numbered))) - set(numbered))
+    if missing or not numbered:
+        raise CherryError(f"{checkpoint.folder}: the layer {missing[0] if missing else 0} is missing")
+    sublayers = [
+        Sublayer(symbol, numbered[k][symbol]) for k in sorted(numbered) for symbol in sorted(numbered[k])
+    ]  # "*" sorts before "-"
+    for sublayer in sublayers:
+        for role in ROLES[sublayer.symbol]:
+            sublayer.role(role, str(checkpoint.folder))
+    return Source(tuple(_group(sublayers)), top)
+
+
+def _symbol(checkpoint: Checkpoint, role: str, name: str, looped: bool) -> str:
+    for symbol in (ATTENTION, MLP):
+        if role in ROLES[symbol]:
+            return symbol
+        if role in LOOP_SCALES[symbol]:
+            if looped:
+                return symbol
+            raise CherryError(f"{checkpoint.folder} is a recurrent model already ({name}); name one without loops")
+    raise CherryError(f"{checkpoint.folder}: the tensor {name} is not one of attention or MLP without biases")
+
+
+def _check_top(checkpoint: Checkpoint, top: dict[str, str]) -> None:
+    for name in (EMBEDDING, FINAL_NORM):
+        if name not in top:
+            raise CherryError(f"{checkpoint.folder}: the tensor {name} is missing")
+    for name in top.keys() - {EMBEDDING, FINAL_NORM, HEAD}:
+        raise CherryError(f"{checkpoint.folder}: the tensor {name} is not known")
+
+
+def _group(sublayers: list[Sublayer]) -> Iterator[tuple[Sublayer, ...]]:
+    """A layer is an attention with the MLPs behind it, as in pattern.py."""
+    layer: list[Sublayer] = []
+    for sublayer in sublayers:
+        if sublayer.symbol == ATTENTION and layer:
+            yield tuple(layer)
+            layer = []
+        layer.append(sublayer)
+    yield tuple(layer)
+
+
+def same(checkpoint: Checkpoint, names: list[str]) -> Tensor:
+    """One of several tensors that must have one shape and one type.
+
+    Raises:
+        CherryError: naming one that differs.
+    """
+    first = checkpoint.tensors[names[0]]
+    for name in names[1:]:
+        other = checkpoint.tensors[name]
+        if (other.shape, other.dtype) != (first.shape, first.dtype):
+            raise CherryError(
+                f"{checkpoint.folder}: {name} is {other.dtype} {list(other.shape)}, but {first.name}, which it is "
+                f"averaged with, is {first.dtype} {list(first.shape)}"
+            )
+    return first

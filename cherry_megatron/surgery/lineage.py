@@ -1,0 +1,114 @@
+"""Where a checkpoint comes from: its manifest, its identity, and the record of how it was made.
+
+manifest.json   SHA-256 of the values of every stored chunk of every tensor
+lineage.json    the operation, its configuration, code and data, and the records of the parents, whole, so that
+                the chain can be told when the parents are gone
+
+A checkpoint's identity is the SHA-256 of its manifest. One that was saved without a manifest is hashed while it
+is read: its identity then covers what was read, and the record calls it partial.
+"""
+
+import datetime
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cherry_megatron.errors import CherryError
+from cherry_megatron.versions import git_state, installed_versions
+
+MANIFEST, LINEAGE = "manifest.json", "lineage.json"
+FORMAT = 1
+# tensor -> the chunk's place in it -> SHA-256
+Manifest = dict[str, dict[str, str]]
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a checkpoint, or None if it has none.
+
+    Raises:
+        CherryError: if it is damaged.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        tensors: Manifest = json.loads(path.read_text(encoding="utf-8"))["tensors"]
+        if not all(isinstance(chunks, dict) for chunks in tensors.values()):
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CherryError(f"{path} is damaged; restore it, or remove it to go on without verification") from None
+    return tensors
+
+
+def manifest_text(tensors: Manifest) -> str:
+    """The content of manifest.json; its SHA-256 is the identity."""
+    return json.dumps({"format": FORMAT, "algorithm": "sha256", "tensors": tensors}, sort_keys=True, indent=0)
+
+
+def identity(tensors: Manifest) -> str:
+    """What a checkpoint with these tensors is called."""
+    return hashlib.sha256(manifest_text(tensors).encode()).hexdigest()
+
+
+def read_lineage(folder: Path) -> dict[str, Any] | None:
+    """The record of a checkpoint, or None if it has none.
+
+    Raises:
+        CherryError: if it is damaged.
+    """
+    path = folder / LINEAGE
+    if not path.is_file():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found["operation"], found["parents"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CherryError(f"{path} is damaged; restore the checkpoint") from None
+    return found
+
+
+def record(operation: str, tensors: Manifest, parents: list[dict[str, Any]], **details: Any) -> dict[str, Any]:
+    """The record of a new checkpoint.
+
+    Args:
+        operation: e.g. pretrain or compress-depth.
+        tensors: its manifest.
+        parents: records of what it was made from, see `parent`.
+        details: configuration, data, plan and so on.
+    """
+    return {
+        "format": FORMAT,
+        "operation": operation,
+        "identity": identity(tensors),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "git": git_state(),
+        "versions": installed_versions(),
+        **details,
+        "parents": parents,
+    }
+
+
+def parent(folder: Path, manifest: Manifest | None, hashes: Manifest) -> dict[str, Any]:
+    """What a child's record says of a checkpoint that it was made from.
+
+    Args:
+        folder: where it lies.
+        manifest: its manifest, or None.
+        hashes: of what was read of it.
+    """
+    known = read_lineage(folder) or {"operation": "unknown", "parents": []}
+    return {
+        **known,
+        "identity": identity(hashes if manifest is None else manifest),
+        "partial": manifest is None,
+        "path": str(folder.absolute()),
+    }
+
+
+def chain(lineage: dict[str, Any], depth: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """A record and all before it, with the number of generations back."""
+    yield depth, lineage
+    for before in lineage["parents"]:
+        yield from chain(before, depth + 1)

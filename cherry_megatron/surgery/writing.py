@@ -1,0 +1,277 @@
+"""Writing a torch_dist checkpoint: a file a job, by worker processes, and all or nothing.
+
+Everything, the tracker file too, is written into a folder with a hidden name beside the target, flushed to the
+disk, and renamed at the end. Whatever dies on the way leaves no checkpoint, and the next run begins anew.
+"""
+
+import errno
+import fcntl
+import functools
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from cherry_megatron.errors import CherryError
+from cherry_megatron.files import sync_folder
+from cherry_megatron.surgery import records
+from cherry_megatron.surgery.checkpoint import TRACKER, Checkpoint, hash_values
+from cherry_megatron.surgery.lineage import LINEAGE, MANIFEST, Manifest, manifest_text
+from cherry_megatron.surgery.records import DTYPES, Array, stand_in
+from cherry_megatron.workers import worker_processes
+
+CHECKPOINT = "iter_0000000"
+LOCK = "lock"
+_METADATA = "torch.distributed.checkpoint.metadata"
+_FILESYSTEM = "torch.distributed.checkpoint.filesystem"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A tensor to be written: name, torch's name of its type, shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(DTYPES[self.dtype][1]).itemsize
+
+
+class Job(Protocol):
+    """A part of the surgery that one process does: what it reads, what it writes, and how."""
+
+    @property
+    def reads(self) -> Sequence[str]: ...
+
+    @property
+    def writes(self) -> Sequence[Spec]: ...
+
+    def make(self, source: Checkpoint) -> Iterator[Array]:
+        """The tensors of `writes`, in that order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a process did: the file, its hash, where its tensors lie, and the hashes of what it read."""
+
+    file: str
+    sha256: str
+    tensors: tuple[tuple[Spec, int, int, str], ...]
+    read: Manifest
+
+
+def carry_out(source: Path, folder: Path) -> Callable[[int, Job], Report]:
+    """What a worker process does: a job, into a file of its own."""
+    checkpoint = Checkpoint(source)
+
+    def do(number: int, job: Job) -> Report:
+        checkpoint.read_hashes.clear()
+        path = folder / f"__{number}_0.distcp"
+        written = []
+        try:
+            with path.open("w+b", buffering=0) as file:
+                for spec, values in zip(job.writes, job.make(checkpoint), strict=True):
+                    assert values.shape == spec.shape, (spec, values.shape)
+                    at = file.seek(0, os.SEEK_END)
+                    length = records.write_tensor(file, spec.dtype, values)
+                    written.append((spec, at, length, hash_values(values)))
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise cannot_write(path, error) from None
+        return Report(path.name, _hash_file(path), tuple(written), dict(checkpoint.read_hashes))
+
+    return do
+
+
+def cannot_write(path: Path, error: OSError) -> CherryError:
+    """An OSError while writing, as one sentence."""
+    if error.errno == errno.ENOSPC:
+        return CherryError(f"no space left for {path}; make room and run the same command again")
+    return CherryError(f"cannot write {path}: {error.strerror}")
+
+
+@contextmanager
+def new_folder(save: Path, needed: int) -> Iterator[Path]:
+    """A folder that becomes `save` by `publish`, and is removed otherwise.
+
+    Args:
+        save: the folder of checkpoints to be, which must not exist or be empty.
+        needed: bytes that will be written.
+
+    Raises:
+        CherryError: if there is something already, another process is at it, or there is no room.
+    """
+    if save.exists() and (not save.is_dir() or any(save.iterdir())):
+        raise CherryError(f"{save} exists and is not empty; choose another --save or remove it")
+    partial = save.parent / f".{save.name}.partial"
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = (partial / LOCK).open("w")
+    except OSError as error:
+        raise cannot_write(partial, error) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given back when the process ends, however it ends
+        except OSError:
+            raise CherryError(f"another run is writing {save}; wait for its end") from None
+        try:
+            for left in partial.iterdir():  # by a run that was killed
+                if left.name != LOCK:
+                    shutil.rmtree(left)
+            free = shutil.disk_usage(partial).free
+            if free < needed:
+                raise CherryError(f"no space left for {save}: {needed:,} bytes are needed, {free:,} are free")
+            (partial / CHECKPOINT).mkdir()
+            yield partial
+        except OSError as error:
+            raise cannot_write(partial, error) from None
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def run_jobs(source: Checkpoint, folder: Path, jobs: Sequence[Job], workers: int) -> list[Report]:
+    """Do all jobs, the largest first; one bar for the bytes read and written."""
+    sizes = [
+        sum(source.tensors[name].nbytes for name in job.reads) + sum(spec.nbytes for spec in job.writes)
+        for job in jobs
+    ]
+    order = sorted(range(len(jobs)), key=lambda k: -sizes[k])
+    with (
+        tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="surgery", disable=None) as bar,
+        worker_processes(min(workers, len(jobs)), carry_out, source.folder, folder) as submit,
+    ):
+        futures = {number: submit(number, jobs[number]) for number in order}
+        for number, future in futures.items():
+            future.add_done_callback(functools.partial(_advance, bar, sizes[number]))
+        return [futures[number].result() for number in range(len(jobs))]
+
+
+def _advance(bar: tqdm, size: int, _: object) -> None:
+    bar.update(size)
+
+
+def publish(
+    partial: Path,
+    save: Path,
+    reports: Sequence[Report],
+    objects: dict[str, Any],
+    lineage: Callable[[Manifest], dict[str, Any]],
+) -> Path:
+    """Complete a checkpoint that jobs have written, and let it appear at once.
+
+    Args:
+        partial: from `new_folder`; the jobs wrote to its CHECKPOINT.
+        save: where it is to lie.
+        reports: of the jobs.
+        objects: what is no tensor, by its name in the checkpoint.
+        lineage: makes the record from the manifest.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    folder = partial / CHECKPOINT
+    manifest = {spec.name: {_origin(spec): digest} for report in reports for spec, _, _, digest in report.tensors}
+    places: dict[str, tuple[str, int, int]] = {}
+    with (folder / "__objects.distcp").open("w+b", buffering=0) as file:
+        for name, value in objects.items():
+            at = file.seek(0, os.SEEK_END)
+            places[name] = ("__objects.distcp", at, records.write_object(file, value))
+        os.fsync(file.fileno())
+    files = {
+        ".metadata": records.dump_pickle(_metadata(reports, places)),
+        "metadata.json": b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1}',
+        MANIFEST: manifest_text(manifest).encode(),
+        LINEAGE: json.dumps(lineage(manifest), indent=1, ensure_ascii=False).encode(),
+    }
+    for name, content in files.items():
+        _write(folder / name, content)
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    hashes |= {report.file: report.sha256 for report in reports}
+    hashes["__objects.distcp"] = _hash_file(folder / "__objects.distcp")
+    # What Megatron's --verify-integrity reads.
+    _write(folder / "integrity.json", json.dumps({"algorithm": "sha256", "files": hashes}, indent=1).encode())
+    sync_folder(folder)
+    _write(partial / TRACKER, b"0")
+    (partial / LOCK).unlink()
+    sync_folder(partial)
+    partial.rename(save)
+    sync_folder(save.parent)
+    return save / CHECKPOINT
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        os.fsync(file.fileno())
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _origin(spec: Spec) -> str:
+    return ",".join("0" for _ in spec.shape)
+
+
+def _metadata(reports: Iterable[Report], objects: dict[str, tuple[str, int, int]]) -> Any:
+    """What torch.distributed.checkpoint keeps in `.metadata`; every tensor is one chunk."""
+    described: dict[str, Any] = {}
+    storage: dict[Any, Any] = {}
+
+    def size(numbers: Sequence[int]) -> Any:
+        return stand_in("torch", "Size")(tuple(numbers))
+
+    def place(name: str, file: str, at: int, length: int, offset: Any, index: int | None) -> None:
+        key = records.new(_METADATA, "MetadataIndex", {"fqn": name, "offset": offset, "index": index})
+        info = {"relative_path": file, "offset": at, "length": length, "transform_descriptors": None}
+        storage[key] = records.new(_FILESYSTEM, "_StorageInfo", info)
+
+    for report in reports:
+        for spec, at, length, _ in report.tensors:
+            origin = (0,) * len(spec.shape)
+            chunk = {"offsets": size(origin), "sizes": size(spec.shape)}
+            described[spec.name] = records.new(
+                _METADATA,
+                "TensorStorageMetadata",
+                {
+                    "properties": _properties(spec.dtype),
+                    "size": size(spec.shape),
+                    "chunks": [records.new(_METADATA, "ChunkStorageMetadata", chunk)],
+                },
+            )
+            place(spec.name, report.file, at, length, size(origin), 0)
+    for name, (file, at, length) in objects.items():
+        described[name] = records.new(_METADATA, "BytesStorageMetadata", None)
+        place(name, file, at, length, None, None)
+    meta: dict[str, Any] = {"checkpoint_id": None, "save_id": None, "load_id": None, "modules": []}
+    return records.new(
+        _METADATA,
+        "Metadata",
+        {
+            "state_dict_metadata": described,
+            "planner_data": None,
+            "storage_data": storage,
+            "storage_meta": records.new(_METADATA, "StorageMeta", meta),
+            "version": "1.0.0",
+        },
+    )
+
+
+def _properties(dtype: str) -> Any:
+    layout = stand_in("torch.serialization", "_get_layout")("torch.strided")
+    memory_format = stand_in(_METADATA, "_MEM_FORMAT_ENCODING")(0)
+    state = (stand_in("torch", dtype), layout, False, memory_format, False)
+    return records.new(_METADATA, "TensorProperties", state)
