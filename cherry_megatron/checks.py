@@ -7,21 +7,19 @@ import json
 import os
 from pathlib import Path
 
+from cherry_megatron.checkpoints import unloadable
 from cherry_megatron.config import Config
 from cherry_megatron.data import tokenizer as tokenizers
+from cherry_megatron.data.paths import data_prefixes
 from cherry_megatron.errors import CherryError
 from cherry_megatron.platform.machine import Machine
-from cherry_megatron.runs import checkpoint_to_load, own_checkpoints
-from cherry_megatron.surgery.checkpoint import OPTIMIZER, Checkpoint, newest
-
-DATA_FLAGS = ("data-path", "train-data-path", "valid-data-path", "test-data-path")
 
 
 def obstacles(machine: Machine, config: Config) -> list[str]:
     """Why a configuration cannot run on this machine, one sentence each; empty if it can."""
     found = _machine(machine, config) + _writable(config.run)
     try:
-        found += _checkpoint(config) + _data(config)
+        found += unloadable(config) + _data(config)
     except CherryError as error:
         found.append(str(error))
     return found
@@ -54,19 +52,6 @@ def _writable(run: Path) -> list[str]:
     return [f"cannot write the run's folder {run}: {there} is not a folder that you may write"]
 
 
-def _checkpoint(config: Config) -> list[str]:
-    """A checkpoint to start from is there, and holds what will be loaded of it."""
-    load = checkpoint_to_load(config)
-    if load is None or own_checkpoints(config) or config.value("finetune") or config.value("no-load-optim"):
-        return []
-    folder = newest(load)
-    if any(name.startswith(OPTIMIZER) for name in Checkpoint(folder).tensors):
-        return []
-    return [
-        f"megatron.load {folder} holds no optimizer state; set megatron.finetune: true to start from its weights"
-    ]
-
-
 def _data(config: Config) -> list[str]:
     """Tokenizer and indexed files are there, belong together, and fit the vocabulary."""
     found = []
@@ -97,23 +82,3 @@ def _data(config: Config) -> list[str]:
                     f"{prefix} was made with another tokenizer than {folder}; name the one it was made with"
                 )
     return found
-
-
-def data_prefixes(config: Config) -> list[tuple[str, str]]:
-    """Every data set's path prefix with the flag that names it; weights may stand between the prefixes."""
-    named: list[tuple[str, list[str]]] = [(flag, config.value(flag) or []) for flag in DATA_FLAGS]
-    listing = config.value("data-args-path")
-    if listing is not None:
-        try:
-            named.append(("data-args-path", Path(listing).read_text().split()))
-        except OSError as error:
-            raise CherryError(f"megatron.data-args-path {listing}: {error.strerror}") from None
-    return [(flag, str(text)) for flag, texts in named for text in texts if not _is_number(str(text))]
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

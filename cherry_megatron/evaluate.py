@@ -1,7 +1,9 @@
 """`cherry evaluate`: the held-out loss of a run's newest checkpoint, loop count by loop count."""
 
+import sys
 from dataclasses import replace
 
+from cherry_megatron.checkpoints import other_text
 from cherry_megatron.config import Config
 from cherry_megatron.errors import CherryError
 from cherry_megatron.monitor.evaluation import LoopEvaluation
@@ -28,6 +30,9 @@ def evaluate(
         raise CherryError(
             f"the run {config.run} has no checkpoint to evaluate; train it first, or set megatron.load"
         )
+    differing = other_text(config)
+    if differing:
+        print(f"note: {', '.join(differing)} differ from training: other text is held out", file=sys.stderr)
     if loops:
         config = replace(config, evaluation=replace(config.evaluation, loops=tuple(loops)))
     walked = max(config.evaluation.loop_counts(config.recurrence.loops))

@@ -1,11 +1,10 @@
 """Wires megatron.training.pretrain(): configuration, model, data, loss, monitor."""
 
-import hashlib
+import contextlib
 import random
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -18,7 +17,8 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 from torch import Tensor
 
-from cherry_megatron.checks import data_prefixes, require
+from cherry_megatron.checkpoints import Loading, recorder, start_from, where_from
+from cherry_megatron.checks import require
 from cherry_megatron.config import Config
 from cherry_megatron.data.batches import build_datasets, next_batch
 from cherry_megatron.errors import CherryError
@@ -31,9 +31,7 @@ from cherry_megatron.monitor.evaluation import LoopEvaluation
 from cherry_megatron.monitor.progress import Progress
 from cherry_megatron.platform.machine import Machine
 from cherry_megatron.platform.saving import before_checkpoint_counts
-from cherry_megatron.runs import checkpoint_to_load, make_run_folder, own_checkpoints, record_start
-from cherry_megatron.surgery.ancestry import record_saved
-from cherry_megatron.surgery.checkpoint import newest
+from cherry_megatron.runs import make_run_folder, only_training, record_start
 
 
 def pretrain(
@@ -60,14 +58,16 @@ def pretrain(
 
 
 def _pretrain(config: Config, args: Any, terminal: TextIO) -> LoopEvaluation:
-    if not args.skip_train:
-        record_start(config, args.rank, args.world_size)
-        record_saved_checkpoints(config, args)
     flops = training_flops(config.recurrence, config.shape, args.seq_length)
     progress = Progress(config.run, args, flops, terminal)
     evaluation = LoopEvaluation(config, progress, run_micro_batch)
+    loading = Loading(args)
 
     def datasets(samples: tuple[int, int, int]) -> tuple[Any, Any, Any]:
+        loading.done()
+        if args.rank == 0 and not args.skip_train:
+            progress.say(where_from(config, args))
+            record_start(config, args.rank, args.world_size)
         # How a split is shuffled depends on its size: evaluation must ask for what training asks for.
         iterations = args.train_iters or args.train_samples // args.global_batch_size
         points = iterations // args.eval_interval + 1
@@ -78,7 +78,12 @@ def _pretrain(config: Config, args: Any, terminal: TextIO) -> LoopEvaluation:
         return train, valid, None
 
     datasets.is_distributed = True  # type: ignore[attr-defined]
-    with progress:
+    with contextlib.ExitStack() as stack:
+        if not args.skip_train:
+            stack.enter_context(only_training(config, args.rank))
+            before_checkpoint_counts(recorder(config, args, progress.say))
+        stack.enter_context(progress)
+        stack.enter_context(loading)
         megatron_pretrain(
             pretrain_cfg_container_from_args(args),
             datasets,
@@ -118,35 +123,6 @@ def initialize(config: Config, machine: Machine, extra: dict[str, Any]) -> Any:
     # Copies of the core on several stages are one layer: what a checkpoint records must not change.
     args.num_layers = len(config.recurrence.parsed.symbols)
     return args
-
-
-def start_from(config: Config) -> dict[str, Any]:
-    """Megatron's flags for where to start: the run's own checkpoint with all its state, or `megatron.load`."""
-    load = checkpoint_to_load(config)
-    if load is None:
-        return {"load": None}
-    own = {"finetune": False, "no-load-optim": False, "no-load-rng": False} if own_checkpoints(config) else {}
-    return {"load": str(load), **own}
-
-
-def record_saved_checkpoints(config: Config, args: Any) -> None:
-    """Have every checkpoint of this run carry its manifest and its lineage."""
-    loaded = newest(Path(args.load)) if args.load else None
-    prefixes = [Path(prefix) for _, prefix in data_prefixes(config)]
-    data = [{"path": str(prefix), "report": _hash(Path(f"{prefix}.json"))} for prefix in prefixes]
-
-    def record(folder: Path) -> None:
-        nonlocal loaded
-        details = {"iteration": int(folder.name.removeprefix("iter_")), "config": config.as_dict(), "data": data}
-        record_saved(folder, "pretrain", loaded, config_hash=config.hash(), **details)
-        loaded = folder
-
-    before_checkpoint_counts(record)
-
-
-def _hash(path: Path) -> str | None:
-    """SHA-256 of the report of `cherry data`, which names text and tokenizer; None if it is gone."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def model_provider(cherry: Config) -> Callable[..., torch.nn.Module]:

@@ -7,14 +7,18 @@ checkpoints/      Megatron's torch_dist checkpoints
 tensorboard/      events
 logs/             Megatron's own output, one file a rank
 cache/            Megatron's data set indices
+lock              held by the training that writes here
 """
 
 import datetime
+import fcntl
 import json
 import os
 import shlex
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -22,31 +26,60 @@ import yaml
 from cherry_megatron.config import Config
 from cherry_megatron.errors import CherryError
 from cherry_megatron.files import write_atomically
-from cherry_megatron.surgery.checkpoint import TRACKER, saved_folder
+from cherry_megatron.surgery.checkpoint import TRACKER, newest, saved_folder
 from cherry_megatron.versions import git_state, installed_versions
 
 
 def own_checkpoints(config: Config) -> Path | None:
-    """The run's folder of checkpoints, if it holds one."""
-    return saved_folder(config.run.absolute() / "checkpoints")
+    """The run's folder of checkpoints, if it holds one.
+
+    Raises:
+        CherryError: if it holds some that do not count.
+    """
+    folder = config.run.absolute() / "checkpoints"
+    if not (folder / TRACKER).exists() and (left := sorted(folder.glob("iter_*/.metadata"))):
+        raise CherryError(
+            f"{folder} holds {left[-1].parent.name}, but {TRACKER} is missing; write the step to go on from into "
+            "it, or choose another run"
+        )
+    return saved_folder(folder)
 
 
 def checkpoint_to_load(config: Config) -> Path | None:
-    """The folder of checkpoints to start from: the run's own if it has one, else `megatron.load`.
+    """The checkpoint to start from: the run's own newest if it has one, else that of `megatron.load`.
 
     Raises:
-        CherryError: if `megatron.load` names a folder without a checkpoint.
+        CherryError: if there should be one and is not.
     """
-    named = config.megatron.get("load")
-    found = own_checkpoints(config)
-    if found is not None or named is None:
-        return found
-    found = saved_folder(Path(named).absolute())
-    if found is None:
+    saved, named = own_checkpoints(config), config.megatron.get("load")
+    if saved is None and named is None:
+        return None
+    saved = saved or saved_folder(Path(str(named)).absolute())
+    if saved is None:
         raise CherryError(
             f"megatron.load {named}: no checkpoint there ({TRACKER} is missing); name the folder that holds it"
         )
-    return found
+    return newest(saved)
+
+
+@contextmanager
+def only_training(config: Config, rank: int) -> Iterator[None]:
+    """Keep a second training out of the run's folder while this one is at it.
+
+    Raises:
+        CherryError: if this is the second.
+    """
+    if rank != 0:
+        yield
+        return
+    with (config.run / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given back when the process ends, however it ends
+        except BlockingIOError:
+            raise CherryError(
+                f"another training writes to {config.run}; wait for its end or choose another run"
+            ) from None
+        yield
 
 
 def make_run_folder(config: Config) -> None:

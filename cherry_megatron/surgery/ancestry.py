@@ -36,6 +36,8 @@ def record_saved(folder: Path, operation: str, loaded: Path | None, **details: A
             parent: its parents are.
         details: what else to record.
     """
+    for name in (MANIFEST, LINEAGE):  # of an older checkpoint that this one was written over
+        (folder / name).unlink(missing_ok=True)
     checkpoint = Checkpoint(folder)
     manifest = hash_all(checkpoint, checkpoint.tensors)
     write_atomically(folder / MANIFEST, manifest_text(manifest))

@@ -179,15 +179,19 @@ def saved_folder(path: Path) -> Path | None:
 
 
 def newest(saved: Path) -> Path:
-    """The newest checkpoint of a folder that Megatron saved to, by its tracker file.
+    """The checkpoint that the tracker file of a folder names.
 
     Raises:
-        CherryError: if the tracker holds no iteration.
+        CherryError: if it names none that is there.
     """
-    text = (saved / TRACKER).read_text().strip()
-    if text != "release" and not text.isdigit():
-        raise CherryError(f"{saved / TRACKER} says {text[:20]!r}; it must hold an iteration")
-    return saved / (text if text == "release" else f"iter_{int(text):07d}")
+    tracker = saved / TRACKER
+    text = tracker.read_text(errors="replace").strip()
+    folder = saved / (f"iter_{int(text):07d}" if text.isdecimal() else text)
+    if (text == "release" or text.isdecimal()) and (folder / ".metadata").is_file():
+        return folder
+    complete = sorted(found.parent.name for found in saved.glob("*/.metadata"))
+    others = f"there are {', '.join(complete)}" if complete else "there is none"
+    raise CherryError(f"{tracker} says {text[:20]!r}, which is no checkpoint beside it; {others}")
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -265,7 +265,8 @@ def objects(source: Checkpoint, pattern: Pattern, has_head: bool, with_optimizer
 
 def _common_state(source: Checkpoint, pattern: Pattern, with_optimizer: bool) -> dict[str, Any]:
     state: dict[str, Any] = source.object("common_state")[0]
-    kept = ("args", "checkpoint_version", "content_metadata", *(("optimizer",) if with_optimizer else ()))
+    kept = {"args", "checkpoint_version", "content_metadata"}
+    kept |= {"optimizer", "opt_param_scheduler"} if with_optimizer else set()
     arguments: StandIn = state["args"]
     arguments.state |= {
         "num_layers": len(pattern.symbols),
@@ -276,6 +277,8 @@ def _common_state(source: Checkpoint, pattern: Pattern, with_optimizer: bool) ->
         "iteration": 0,
     }
     new = {name: value for name, value in state.items() if name in kept}
+    if "opt_param_scheduler" in new:
+        new["opt_param_scheduler"] |= {"num_steps": 0}
     return new | {"iteration": 0, "num_floating_point_operations_so_far": 0}
 
 

@@ -132,7 +132,7 @@ def mix(
         return [Mix((group[len(group) // 2 if keep is None else keep],), (1.0,)) for group in groups]
     if not weights or any(not 0 <= weight < float("inf") for weight in weights) or not sum(weights):
         raise CherryError(
-            "--method weighted needs --weights, e.g. 1,2,2,1: positive numbers, one a layer of a group"
+            "--method weighted needs --weights, e.g. 1,2,2,1: one number a layer of a group, none negative"
         )
     for group in groups:
         if len(group) != len(weights):

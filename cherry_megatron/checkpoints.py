@@ -1,0 +1,169 @@
+"""What a run loads and what it saves: where it starts, whether that fits, and the record of what it writes."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from cherry_megatron.config import Config
+from cherry_megatron.data.paths import data_prefixes
+from cherry_megatron.errors import CherryError
+from cherry_megatron.model.pattern import parse
+from cherry_megatron.runs import checkpoint_to_load, own_checkpoints
+from cherry_megatron.surgery.ancestry import record_saved
+from cherry_megatron.surgery.checkpoint import OPTIMIZER, TRACKER, Checkpoint, newest
+from cherry_megatron.surgery.lineage import read_lineage
+
+# What a run may not change once it has a checkpoint.
+_SIZES = (
+    "hidden-size", "ffn-hidden-size", "num-attention-heads", "group-query-attention", "num-query-groups",
+    "kv-channels", "padded-vocab-size", "swiglu", "untie-embeddings-and-output-weights", "rotary-base",
+)  # fmt: skip
+# What decides which text is held out.
+_HELD_OUT = ("train-iters", "eval-iters", "eval-interval", "global-batch-size", "seq-length", "split", "seed")
+
+
+def unloadable(config: Config) -> list[str]:
+    """Why the checkpoint to start from cannot be loaded, one sentence each.
+
+    Raises:
+        CherryError: if there should be a checkpoint and is none.
+    """
+    folder = checkpoint_to_load(config)
+    if folder is None:
+        return []
+    if own_checkpoints(config):
+        return _changes(config, folder)
+    if config.value("finetune") or config.value("no-load-optim"):
+        return []
+    if any(name.startswith(OPTIMIZER) for name in Checkpoint(folder).tensors):
+        return []
+    return [
+        f"megatron.load {folder} holds no optimizer state; set megatron.finetune: true to start from its weights"
+    ]
+
+
+def _changes(config: Config, folder: Path) -> list[str]:
+    """What differs from the model that a run's own checkpoint was trained as."""
+    before = _record(folder)
+    if before is None:
+        return []
+    ours, theirs = asdict(config.recurrence), before["recurrence"]
+    found = [
+        (f"recurrence.{key}", theirs[key], ours[key])
+        for key in ("loop_scales", "pattern", "order", "injection")
+        if _meaning(theirs, key) != _meaning(ours, key)
+    ]
+    trained = _flags(config, before)
+    found += [
+        (f"megatron.{flag}", trained(flag), config.value(flag))
+        for flag in _SIZES
+        if trained(flag) != config.value(flag)
+    ]
+    return [
+        f"the run {config.run} was trained with {key} {old!r}, not {new!r}; choose another run, whose "
+        "megatron.load may name this one"
+        for key, old, new in found
+    ]
+
+
+def _meaning(recurrence: dict[str, Any], key: str) -> Any:
+    """A value as far as stored weights depend on it: without loop vectors the number of loops is free."""
+    if key != "pattern":
+        return recurrence[key]
+    pattern = parse(recurrence[key])
+    return pattern if recurrence["loop_scales"] else replace(pattern, loops=1)
+
+
+def _record(folder: Path) -> dict[str, Any] | None:
+    """The configuration that a checkpoint was trained with, if its record has it."""
+    found = (read_lineage(folder) or {}).get("config")
+    return found if isinstance(found, dict) else None
+
+
+def _flags(config: Config, before: dict[str, Any]) -> Callable[[str], Any]:
+    """The values of Megatron's flags in a record."""
+    return replace(config, megatron=before["megatron"], flags=tuple(before["flags"])).value
+
+
+def other_text(config: Config) -> list[str]:
+    """The flags whose values differ from training's, so that other text is held out."""
+    folder = checkpoint_to_load(config)
+    before = None if folder is None else _record(folder)
+    if before is None:
+        return []
+    trained = _flags(config, before)
+    return [flag for flag in _HELD_OUT if trained(flag) != config.value(flag)]
+
+
+def start_from(config: Config) -> dict[str, Any]:
+    """Megatron's flags for where to start: the run's own checkpoint with all its state, or `megatron.load`."""
+    checkpoint = checkpoint_to_load(config)
+    if checkpoint is None:
+        return {"load": None}
+    own = {"finetune": False, "no-load-optim": False, "no-load-rng": False} if own_checkpoints(config) else {}
+    return {"load": str(checkpoint.parent), **own}
+
+
+def where_from(config: Config, args: Any) -> str:
+    """The first line of a training: what it starts from."""
+    if args.load is None:
+        return "starts from new weights"
+    folder = newest(Path(args.load))
+    if own_checkpoints(config) is None:
+        return f"starts from {folder}" + (" (weights only)" if args.finetune else "")
+    if args.train_iters is not None and args.iteration >= args.train_iters:
+        return f"is at step {args.iteration} of {args.train_iters} already (megatron.train-iters): nothing to train"
+    return f"goes on from step {args.iteration}, {folder}"
+
+
+class Loading:
+    """Turns what Megatron raises while it loads a checkpoint into one sentence."""
+
+    def __init__(self, args: Any) -> None:
+        self._load: str | None = args.load
+
+    def done(self) -> None:
+        """The checkpoint has been loaded, or there was none."""
+        self._load = None
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if self._load is None or error is None or isinstance(error, CherryError | KeyboardInterrupt):
+            return
+        folder = newest(Path(self._load))
+        older = sorted(
+            found.parent.name for found in folder.parent.glob("iter_*/.metadata") if found.parent != folder
+        )
+        advice = f"; to go back to {older[-1]}, write its number into {folder.parent / TRACKER}" if older else ""
+        says = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CherryError(f"cannot load {folder}: {says[:300]}{advice}") from error
+
+
+def recorder(config: Config, args: Any, say: Callable[[str], None]) -> Callable[[Path], None]:
+    """What is done with each checkpoint of a training as it is written: say so, record where it comes from.
+
+    Args:
+        config: of the run.
+        args: Megatron's arguments.
+        say: prints a line.
+    """
+    loaded = newest(Path(args.load)) if args.load else None
+    data = [{"path": prefix, "report": _hash(Path(f"{prefix}.json"))} for _, prefix in data_prefixes(config)]
+
+    def record(folder: Path) -> None:
+        nonlocal loaded
+        iteration = int(folder.name.removeprefix("iter_"))
+        details = {"config": config.as_dict(), "config_hash": config.hash(), "data": data}
+        record_saved(folder, "pretrain", loaded, iteration=iteration, **details)
+        loaded = folder
+        say(f"step {iteration:>7}  checkpoint written to {folder}")
+
+    return record
+
+
+def _hash(path: Path) -> str | None:
+    """SHA-256 of the report of `cherry data`, which names text and tokenizer; None if it is gone."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None

@@ -1,0 +1,76 @@
+"""The dense equivalent of a recurrent checkpoint computes the same, and is what stock Megatron expects."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cherry_megatron.errors import CherryError
+from cherry_megatron.surgery import compress
+from tests.conftest import run_ranks
+from tests.surgery.conftest import model_tensors, save
+
+
+def _logits(path: Path) -> np.ndarray:
+    """Of the checkpoint that a configuration starts from, on fixed tokens."""
+    import torch
+    from megatron.core.enums import ModelType
+    from megatron.training.checkpointing import load_checkpoint
+    from megatron.training.initialize import initialize_megatron
+    from megatron.training.training import get_model
+
+    from cherry_megatron.config import load
+    from cherry_megatron.platform.machine import prepare
+    from cherry_megatron.pretrain import initialize, model_provider
+
+    machine = prepare()
+    config = load(path)
+    initialize(config, machine, {"no-load-optim": True, "no-load-rng": True})
+    initialize_megatron(allow_no_cuda=True)
+    model = get_model(model_provider(config), ModelType.encoder_or_decoder, wrap_with_ddp=False)
+    load_checkpoint(model, None, None)
+    model[0].eval()
+    tokens = torch.arange(64).view(2, 32) * 7 % 500
+    with torch.no_grad():
+        return model[0](tokens, torch.arange(32).repeat(2, 1), None).float().numpy()
+
+
+@pytest.mark.parametrize("order", ["cycle", "sequence"])
+def test_the_dense_model_gives_the_same_logits(order, tmp_path, write_config, train):
+    recurrence = {"pattern": "*-[*-*-]x3*-", "order": order, "loop_scales": True}
+    looped = write_config(tmp_path / "looped", recurrence=recurrence)
+    # A large learning rate moves the loop vectors well away from one.
+    train(looped, flags="--train-iters 12 --lr 0.03 --lr-decay-iters 20")
+    compress.plan_expansion(tmp_path / "looped/run", looped, ()).run(tmp_path / "expanded", 2)
+    dense = write_config(
+        tmp_path / "dense",
+        recurrence={"pattern": "(*-)x8", "loop_scales": False},
+        megatron={"load": str(tmp_path / "expanded"), "finetune": True},
+    )
+    unfolded = write_config(
+        tmp_path / "unfolded",
+        recurrence={**recurrence, "loop_scales": False},
+        megatron={"load": str(tmp_path / "looped/run"), "finetune": True},
+    )
+    (ours,), (theirs,), (without,) = (
+        run_ranks(path.parent / "out", 1, _logits, path) for path in (dense, looped, unfolded)
+    )
+    assert np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) < 1e-5
+    assert np.linalg.norm(without - theirs) / np.linalg.norm(theirs) > 1e-3, "the loop vectors did nothing"
+
+
+def test_keys_are_those_of_a_stock_hybrid_model(tmp_path, config):
+    save(tmp_path / "deep", model_tensors(4))
+    path = config(recurrence={"pattern": "*-[*-]x2*-"})
+    surgery = compress.plan_compression(tmp_path / "deep", path, (), compress.Options())
+    surgery.run(tmp_path / "small", 2)
+    expansion = compress.plan_expansion(tmp_path / "small", path, ())
+    names = {spec.name for job in expansion.jobs for spec in job.writes}
+    assert names == set(model_tensors(4))
+
+
+def test_injection_cannot_be_expanded(tmp_path, config):
+    save(tmp_path / "deep", model_tensors(4))
+    path = config(recurrence={"pattern": "*-[*-]x2*-", "injection": "add"})
+    with pytest.raises(CherryError, match=r"recurrence\.injection add .* only injection none can be expanded"):
+        compress.plan_expansion(tmp_path / "deep", path, ())

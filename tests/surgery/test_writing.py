@@ -1,0 +1,215 @@
+"""All or nothing: kills, full disks, and everything else that can be wrong with source or target."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from cherry_megatron.cli import main
+from cherry_megatron.surgery import writing
+from cherry_megatron.surgery.ancestry import describe
+from cherry_megatron.surgery.layers import EMBEDDING
+from tests.surgery.conftest import model_tensors, save
+
+
+def command(folder: Path, *arguments: str) -> list[str]:
+    """compress-depth of folder/deep into folder/small."""
+    base = ["compress-depth", "--load", str(folder / "deep"), "--save", str(folder / "small")]
+    return [*base, "--config", str(folder / "config.yaml"), "--workers", "2", *arguments]
+
+
+def state(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def deep(tmp_path, config) -> Path:
+    """A source of 8 layers and a configuration for 4; returns their folder."""
+    save(tmp_path / "deep", model_tensors(8))
+    config()
+    return tmp_path
+
+
+# Killed
+
+
+KILLS = 20
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint_or_none(tmp_path, config):
+    tensors = {name: tensor.repeat(*[40] * tensor.ndim) for name, tensor in model_tensors(8).items()}
+    save(tmp_path / "deep", tensors)
+    content = yaml.safe_load(config().read_text())
+    content["megatron"] = {"swiglu": True}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    source = state(tmp_path / "deep")
+    run = [sys.executable, "-m", "cherry_megatron.cli", *command(tmp_path)]
+    began = time.perf_counter()
+    subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
+    whole, seconds = describe(tmp_path / "small", verify=True)[0][:12], time.perf_counter() - began
+    shutil.rmtree(tmp_path / "small")
+
+    draw, finished = random.Random(0), 0
+    for trial in range(KILLS):
+        process = subprocess.Popen(
+            run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        # The moment is drawn from the whole run; nothing below depends on which it was.
+        with_workers = trial % 2
+        time.sleep(draw.uniform(0, seconds))
+        if with_workers:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.wait()
+        if (tmp_path / "small").exists():
+            assert describe(tmp_path / "small", verify=True)[0][:12] == whole
+            shutil.rmtree(tmp_path / "small")
+            finished += 1
+    assert finished < KILLS, "no kill came in time"
+    assert state(tmp_path / "deep") == source
+    subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
+    assert describe(tmp_path / "small", verify=True)[0][:12] == whole
+    assert not list(tmp_path.glob(".small*"))
+
+
+def test_two_runs_do_not_write_one_checkpoint(deep, capsys):
+    with writing.new_folder(deep / "small", 0):
+        assert main(command(deep)) == 2
+    assert "another run is writing" in capsys.readouterr().err
+
+
+# Refused
+
+
+def drop(tensors, name):
+    del tensors[name]
+
+
+def add(tensors, name):
+    tensors[name] = torch.zeros(3)
+
+
+def halve(tensors, name):
+    tensors[name] = tensors[name].bfloat16()
+
+
+def cut(tensors, name):
+    tensors[name] = tensors[name][:-1].clone()
+
+
+FC1, QKV = "decoder.layers.5.mlp.linear_fc1.weight", "decoder.layers.2.self_attention.linear_qkv.weight"
+SOURCES = {
+    "missing-tensor": (lambda t: drop(t, FC1), "the tensor mlp.linear_fc1.weight is missing"),
+    "missing-embedding": (
+        lambda t: drop(t, "embedding.word_embeddings.weight"),
+        "embedding.word_embeddings.weight",
+    ),
+    "missing-layer": (
+        lambda t: [drop(t, n) for n in list(t) if n.startswith("decoder.layers.7.")],
+        "the layer 7 is missing",
+    ),
+    "bias": (lambda t: add(t, "decoder.layers.0.self_attention.linear_qkv.bias"), "linear_qkv.bias is not one of"),
+    "unknown-tensor": (lambda t: add(t, "vision.weight"), "vision.weight is not known"),
+    "mixed-types": (lambda t: halve(t, FC1), "is bfloat16 [40, 24]"),
+    "other-shape": (lambda t: cut(t, FC1), "is float32 [39, 24]"),
+    "recurrent-already": (lambda t: add(t, "decoder.layers.3.mlp_bda.loop_scale"), "is a recurrent model already"),
+    "infinite": (lambda t: t[QKV].fill_(float("inf")), "the mean is not finite"),
+    "whole-numbers": (
+        lambda t: t.update({n: t[n].int() for n in list(t) if "linear_fc2" in n}),
+        "is of the type int32, which cannot be averaged",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_source_that_does_not_fit_is_refused(name, tmp_path, config, capsys):
+    change, says = SOURCES[name]
+    tensors = model_tensors(8)
+    change(tensors)
+    save(tmp_path / "deep", tensors)
+    config()
+    refused(tmp_path, says, capsys)
+
+
+def refused(folder: Path, says: str, capsys, *arguments: str) -> None:
+    before = state(folder)
+    assert main(command(folder, *arguments)) == 2
+    errors = capsys.readouterr().err.splitlines()
+    lines = [line for line in errors if line.startswith("cherry ")]
+    assert len(lines) == 1 and says in lines[0] and "Traceback" not in "".join(errors), errors
+    assert state(folder) == before
+
+
+def test_a_shard_that_is_cut_off_is_refused_before_anything_is_written(deep, capsys):
+    shard = max((deep / "deep/iter_0000007").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    os.truncate(shard, shard.stat().st_size // 2)
+    refused(deep, f"{shard} is truncated", capsys)
+
+
+def test_a_shard_that_is_gone_is_named(deep, capsys):
+    shard = next((deep / "deep/iter_0000007").glob("*.distcp"))
+    shard.unlink()
+    refused(deep, f"{shard} is missing", capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--load", "nowhere"], "no checkpoint there"),
+        (["--groups", "0-1,2-3"], "names 2 groups"),
+        (["--method", "median"], "--method median is not one of average, weighted, select"),
+        (["--method", "weighted", "--weights", "1,2,3"], "names 3 weights, but a group has 2 layers"),
+        (["--workers", "-1"], "--workers -1 is negative"),
+        (["--optimizer", "average"], "holds no optimizer state"),
+        (["--optimizer", "average", "--align", "weights"], "are not carried"),
+        (["--set", "recurrence.pattern='(*-)x9'"], "the source has 8 layers, fewer than the 9"),
+        (["--set", "megatron.hidden-size=32"], "megatron.hidden-size is 32, but"),
+        (["--set", "megatron.ffn-hidden-size=16"], "megatron.ffn-hidden-size is 16, but"),
+        (["--set", "megatron.padded-vocab-size=64"], "megatron.padded-vocab-size is 64, but"),
+        (["--set", "megatron.num-attention-heads=7"], "7 heads and 3 query groups"),
+        (["--expand"], "holds 8 layers, recurrence.pattern 4"),
+        (["--set", "recurrence.lops=3"], "did you mean 'loops'"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(deep, capsys, arguments, says):
+    refused(deep, says, capsys, *arguments)
+
+
+def test_a_target_that_is_there_is_not_touched(deep, capsys):
+    (deep / "small").mkdir()
+    (deep / "small/notes.txt").write_text("mine")
+    refused(deep, "small exists and is not empty", capsys)
+
+
+def test_a_target_below_a_file_is_refused(deep, capsys):
+    (deep / "file").write_text("in the way")
+    refused(deep, "cannot write", capsys, "--save", str(deep / "file/small"))
+
+
+def test_no_room_is_seen_before_anything_is_written(deep, capsys, monkeypatch):
+    usage = shutil.disk_usage(deep)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    refused(deep, "no space left for", capsys)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_disk_that_fills_up_is_one_sentence(deep, capsys, monkeypatch):
+    mounted = deep / "disk"
+    mounted.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", mounted], check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        usage = shutil.disk_usage(deep)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)  # as if another program took the room meanwhile
+        refused(deep, "no space left for", capsys, "--save", str(mounted / "small"))
+        assert not list(mounted.iterdir())
+    finally:
+        subprocess.run(["umount", mounted], check=True)

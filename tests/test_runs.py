@@ -1,0 +1,159 @@
+"""A run's folder: what may start in it, and what it goes on from."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cherry_megatron.surgery.ancestry import describe
+from tests.conftest import run_ranks
+from tests.test_bad_input import verb
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, write_config, train) -> Path:
+    """A configuration whose run has the checkpoints 2 and 4."""
+    folder = tmp_path_factory.mktemp("trained")
+    path = write_config(folder, megatron={"save-interval": 2})
+    train(path, flags="--train-iters 4")
+    return path
+
+
+@pytest.fixture
+def copy(trained: Path, tmp_path: Path) -> Path:
+    """The same run in a folder of its own."""
+    import shutil
+
+    shutil.copytree(trained.parent / "run", tmp_path / "run")
+    content = yaml.safe_load(trained.read_text())
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**content, "run": str(tmp_path / "run")}))
+    return tmp_path / "config.yaml"
+
+
+def pretrain(path: Path, *arguments: str) -> tuple[int, str]:
+    command = ["pretrain", "--config", str(path), *arguments]
+    ((status, errors),) = run_ranks(path.parent / "output", 1, verb, path.parent, command)
+    return status, errors
+
+
+def refused(path: Path, *arguments: str) -> str:
+    """The sentence; nothing in the run's folder but logs may have changed."""
+    before = contents(path.parent / "run")
+    status, errors = pretrain(path, *arguments)
+    lines = [line for line in errors.splitlines() if line.startswith("cherry ")]
+    assert status == 2 and len(lines) == 1 and "Traceback" not in errors, errors
+    assert contents(path.parent / "run") == before
+    return lines[0]
+
+
+def contents(run: Path) -> dict[str, int]:
+    files = [file for part in ("*", "checkpoints/**/*") for file in run.glob(part) if file.is_file()]
+    return {str(file): file.stat().st_mtime_ns for file in files if file.name != "lock"}
+
+
+@pytest.mark.parametrize("content", ["foo", "", "9", "\x00\xff"])
+def test_a_tracker_that_names_no_checkpoint_is_refused(copy, content):
+    (copy.parent / "run/checkpoints" / TRACKER).write_text(content)
+    assert "there are iter_0000002, iter_0000004" in refused(copy)
+
+
+def test_checkpoints_without_a_tracker_are_not_written_over(copy):
+    (copy.parent / "run/checkpoints" / TRACKER).unlink()
+    assert "holds iter_0000004, but latest_checkpointed_iteration.txt is missing" in refused(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("recurrence.order=sequence", "recurrence.order 'cycle', not 'sequence'"),
+        ("recurrence.loop_scales=false", "recurrence.loop_scales True, not False"),
+        ("recurrence.injection=add", "recurrence.injection 'none', not 'add'"),
+        ("recurrence.pattern='*-[*-*-*-]x3*-'", "recurrence.pattern '*-[*-*-]x3*-'"),
+        ("megatron.ffn-hidden-size=96", "megatron.ffn-hidden-size 64, not 96"),
+    ],
+)
+def test_another_model_does_not_go_on_in_the_same_run(copy, change, says):
+    assert says in refused(copy, "--set", change)
+
+
+@pytest.mark.parametrize("flag", ["--finetune", "--load nowhere", "--no-load-optim"])
+def test_flags_that_would_undo_a_resume_are_refused(copy, flag):
+    assert f"{flag.split()[0]} would undo every resume" in refused(copy, "--", *flag.split())
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("__0_0.distcp", _flip),
+        ("__0_0.distcp", lambda path: os.truncate(path, 1000)),
+        ("__0_0.distcp", Path.unlink),
+        ("metadata.json", Path.unlink),
+        ("integrity.json", Path.unlink),
+        (".metadata", _flip),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_sentence_that_names_the_older_one(copy, file, damage):
+    damage(copy.parent / "run/checkpoints/iter_0000004" / file)
+    sentence = refused(copy, "--", "--train-iters", "6")
+    assert "iter_0000004" in sentence
+
+
+def test_going_back_to_an_older_checkpoint_is_possible(copy, train):
+    (copy.parent / "run/checkpoints" / TRACKER).write_text("2")
+    assert [step["iteration"] for step in train(copy, flags="--train-iters 5")] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_says_where_it_starts_and_when_it_saves(copy):
+    status, _ = pretrain(copy, "--", "--train-iters", "6")
+    printed = (copy.parent / "output/rank0.out").read_text()
+    assert status == 0
+    assert f"goes on from step 4, {copy.parent}/run/checkpoints/iter_0000004" in printed
+    assert f"step       6  checkpoint written to {copy.parent}/run/checkpoints/iter_0000006" in printed
+    pretrain(copy, "--", "--train-iters", "6")
+    assert "is at step 6 of 6 already" in (copy.parent / "output/rank0.out").read_text()
+
+
+def test_a_second_training_is_kept_out_of_the_folder(copy):
+    command = [sys.executable, "-m", "cherry_megatron.cli", "pretrain", "--config", str(copy), "--"]
+    first = subprocess.Popen(
+        [*command, "--train-iters", "100000"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    try:
+        assert first.stdout is not None and b"goes on from step 4" in first.stdout.readline()
+        status, errors = pretrain(copy, "--", "--train-iters", "6")
+        assert status == 2 and "another training writes to" in errors and "Traceback" not in errors
+    finally:
+        first.send_signal(signal.SIGTERM)
+        first.wait(timeout=120)
+
+
+def test_evaluation_says_when_it_holds_out_other_text(copy):
+    command = ["evaluate", "--config", str(copy), "--", "--train-iters", "4"]
+    ((status, errors),) = run_ranks(copy.parent / "output", 1, verb, copy.parent, command)
+    assert status == 0 and "differ from training" not in errors
+    command[-1] = "400"
+    ((status, errors),) = run_ranks(copy.parent / "output", 1, verb, copy.parent, command)
+    assert status == 0 and "note: train-iters differ from training" in errors
+
+
+def test_every_checkpoint_carries_its_lineage(copy, train):
+    checkpoint = copy.parent / "run/checkpoints/iter_0000004"
+    lineage = json.loads((checkpoint / "lineage.json").read_text())
+    assert lineage["operation"] == "pretrain" and lineage["iteration"] == 4 and not lineage["parents"]
+    assert lineage["config"]["recurrence"]["pattern"] == "*-[*-*-]x3*-" and lineage["data"][0]["report"]
+    # A later checkpoint of the same run has the same parents, not the earlier checkpoint.
+    train(copy, flags="--train-iters 6")
+    assert len(describe(copy.parent / "run", verify=True)) == 1
