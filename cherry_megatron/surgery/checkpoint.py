@@ -6,6 +6,10 @@ against the checkpoint's manifest (see lineage.py) as it is read. Nothing that i
 
 import hashlib
 import math
+import os
+import re
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -90,6 +94,7 @@ class Checkpoint:
                 for name, described in state["state_dict_metadata"].items()
                 if described.path[1] == "TensorStorageMetadata"
             }
+            self.tensors = {layer.name: layer for tensor in self.tensors.values() for layer in _unstacked(tensor)}
         except OSError as error:
             raise CherryError(f"{folder}/.metadata: {error.strerror}; name a torch_dist checkpoint") from None
         except (CherryError, KeyError, AttributeError, TypeError) as error:
@@ -122,6 +127,14 @@ class Checkpoint:
                     f"{path} is truncated ({path.stat().st_size} of at least {end} bytes); restore the checkpoint"
                 )
 
+    def fetch(self, names: Iterable[str]) -> None:
+        """Have the system read these tensors ahead, so that the disk works while the processor does."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for place in (chunk.place for name in names for chunk in self.tensors[name].chunks):
+            with suppress(OSError), (self.folder / place.file).open("rb") as file:
+                os.posix_fadvise(file.fileno(), place.offset, place.length, os.POSIX_FADV_WILLNEED)
+
     def read(self, name: str) -> Array:
         """A tensor, whole.
 
@@ -145,6 +158,8 @@ class Checkpoint:
         try:
             with path.open("rb", buffering=0) as file:
                 dtype, values = read_tensor(file, chunk.place.offset, chunk.place.length)
+            if values.shape == (1, *chunk.sizes):  # a layer of a stack
+                values = values[0]
             if dtype != tensor.dtype or values.shape != chunk.sizes:
                 raise CherryError(f"it holds {dtype} {values.shape}, not {tensor.dtype} {chunk.sizes}")
         except (CherryError, OSError) as error:
@@ -224,6 +239,20 @@ def _tensor(name: str, state: dict[str, Any], places: dict[tuple[str, Any], Plac
         _size(state["size"]) or (),
         tuple(Chunk(at or (), size or (), places[name, at]) for at, size in chunks),
     )
+
+
+def _unstacked(tensor: Tensor) -> list[Tensor]:
+    """A GPTModel's tensor of all layers, which has a chunk or more for each, as a tensor a layer."""
+    found = re.fullmatch(r"(.*decoder\.layers\.)(\D.*)", tensor.name)
+    if found is None or any(chunk.sizes[0] != 1 for chunk in tensor.chunks):
+        return [tensor]
+    layers: dict[int, list[Chunk]] = {}
+    for chunk in tensor.chunks:
+        layers.setdefault(chunk.offsets[0], []).append(Chunk(chunk.offsets[1:], chunk.sizes[1:], chunk.place))
+    return [
+        Tensor(f"{found[1]}{layer}.{found[2]}", tensor.dtype, tensor.shape[1:], tuple(chunks))
+        for layer, chunks in layers.items()
+    ]
 
 
 def _size(found: Any) -> tuple[int, ...] | None:

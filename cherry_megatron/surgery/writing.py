@@ -78,6 +78,7 @@ def carry_out(source: Path, folder: Path) -> Callable[[int, Job], Report]:
 
     def do(number: int, job: Job) -> Report:
         checkpoint.read_hashes.clear()
+        checkpoint.fetch(job.reads)
         path = folder / f"__{number}_0.distcp"
         written = []
         try:

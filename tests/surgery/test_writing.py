@@ -16,7 +16,6 @@ import yaml
 from cherry_megatron.cli import main
 from cherry_megatron.surgery import writing
 from cherry_megatron.surgery.ancestry import describe
-from cherry_megatron.surgery.layers import EMBEDDING
 from tests.surgery.conftest import model_tensors, save
 
 
