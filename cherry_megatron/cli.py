@@ -1,6 +1,7 @@
 """The one command: `cherry VERB`."""
 
 import argparse
+import logging
 import os
 import sys
 import warnings
@@ -22,14 +23,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # It warns of a CUDA toolkit without a GPU, which concerns nobody who does not build extensions.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
-        return arguments.run(arguments) or 0
+        status = arguments.run(arguments) or 0
+        sys.stdout.flush()
+        return status
     except CherryError as error:
         print(f"cherry {arguments.verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"cherry {arguments.verb}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Who read the output has seen enough (`| head -1`); at its end Python would write the rest.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -96,8 +105,8 @@ def _add_doctor(verbs: argparse._SubParsersAction) -> None:
         from cherry_megatron.checks import obstacles
 
         problems = obstacles(found, config)
-        for problem in problems or ["can run here"]:
-            print(f"{config.source}: {problem}")
+        for line in problems or ["can run here", *doctor.how_to_start(config)]:
+            print(f"{config.source}: {line}")
         return 1 if problems else 0
 
     parser = _verb(verbs, "doctor", "what is installed, what will be used, can a configuration run here", run)
@@ -108,12 +117,15 @@ def _add_tokenizer(verbs: argparse._SubParsersAction) -> None:
     def run(arguments: argparse.Namespace) -> None:
         from cherry_megatron.data import tokenizer
 
+        left_out = _left_out(arguments.input)
         trained = tokenizer.train(
             arguments.input, arguments.output, arguments.vocab_size, arguments.limit_mb, arguments.key
         )
         size = trained.get_vocab_size()
         padded = -(-size // 128) * 128
         print(f"{arguments.output}: {size} tokens; megatron.padded-vocab-size must be at least that, e.g. {padded}")
+        for line in left_out:
+            print(line)
 
     parser = _verb(verbs, "tokenizer", "train a byte-level BPE tokenizer on text", run)
     parser.add_argument("--input", type=Path, nargs="+", required=True, help="text files or folders")
@@ -127,8 +139,9 @@ def _add_data(verbs: argparse._SubParsersAction) -> None:
     def run(arguments: argparse.Namespace) -> None:
         from cherry_megatron.data import prepare
 
+        left_out = _left_out(arguments.input)
         report = prepare.prepare(
-            arguments.input, arguments.output, arguments.tokenizer, arguments.workers,
+            arguments.input, prepare.output_prefix(arguments.output), arguments.tokenizer, arguments.workers,
             arguments.key, arguments.max_malformed,
         )  # fmt: skip
         print(
@@ -139,10 +152,12 @@ def _add_data(verbs: argparse._SubParsersAction) -> None:
         if report["malformed"]:
             print(f"{report['malformed']} malformed lines are named in {arguments.output}.json; the first:")
             print("  " + report["named"][0])
+        for line in left_out:
+            print(line)
 
     parser = _verb(verbs, "data", "turn text into indexed tokens", run)
     parser.add_argument("--input", type=Path, nargs="+", required=True, help="text files or folders")
-    parser.add_argument("--output", type=Path, required=True, help="path prefix of the .bin and .idx files")
+    parser.add_argument("--output", required=True, help="path prefix of the .bin and .idx files")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder made by `cherry tokenizer`")
     parser.add_argument("--workers", type=int, default=0, help="processes (default: all cores)")
     parser.add_argument("--key", default="text", help="key of the text in .jsonl lines (default text)")
@@ -152,6 +167,14 @@ def _add_data(verbs: argparse._SubParsersAction) -> None:
         default=0.01,
         help="stop above this share of malformed lines (default 0.01)",
     )
+
+
+def _left_out(inputs: list[Path]) -> list[str]:
+    """What to say of files that will not be read; looked at before the output may lie among them."""
+    from cherry_megatron.data.text import other_files
+
+    others = other_files(inputs)
+    return [f"files of other kinds that were left out: {len(others)}, e.g. {others[0]}"] if others else []
 
 
 def _add_pretrain(verbs: argparse._SubParsersAction) -> None:

@@ -6,6 +6,7 @@
     evaluation: {loops: [1, 2, 4, 8]}
     megatron:                    # Megatron's flag names
       hidden-size: 1280
+    flags: ["--seed", "7"]       # optional: as after `--`, which is how a run's config.yaml keeps them
 
 A value may name environment variables as ${NAME} or ${NAME:-default}. Command-line values override
 the file: `--set recurrence.loops=4`, and any Megatron flag after `--`.
@@ -64,7 +65,7 @@ class Config:
         run: the run's folder.
         recurrence, evaluation: sections of the file.
         megatron: flag name without dashes in front -> value, defaults of this project filled in.
-        flags: Megatron flags given after `--`, as they were; they come last and win.
+        flags: Megatron flags of the file's `flags`, then those given after `--`; they come last and win.
     """
 
     source: Path
@@ -134,7 +135,7 @@ class Config:
 
 
 _SECTIONS = {"recurrence": Recurrence, "evaluation": Evaluation}
-_TOP_KEYS = ("extends", "run", *_SECTIONS, "megatron")
+_TOP_KEYS = ("extends", "run", *_SECTIONS, "megatron", "flags")
 
 
 def load(path: Path, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -> Config:
@@ -149,11 +150,15 @@ def load(path: Path, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -
         CherryError: one sentence that names file and key, with the nearest valid name.
     """
     data = _read_with(path, overrides)
-    if not isinstance(data.get("run"), str):
-        raise CherryError(f"{path}: `run` must name the run's folder, e.g. run: runs/{path.stem}")
+    run, given = data.get("run"), data.get("flags", [])
+    if not isinstance(run, str) or not run:
+        said = "" if run is None else f", as text (it is {run!r})"
+        raise CherryError(f"{path}: `run` must name the run's folder{said}, e.g. run: runs/{path.stem}")
+    if not isinstance(given, list) or not all(isinstance(flag, str) for flag in given):
+        raise CherryError(f'{path}: `flags` must be a list of texts, e.g. flags: ["--seed", "7"]')
     sections = {name: _section(path, name, cls, data.get(name, {})) for name, cls in _SECTIONS.items()}
     megatron = rules.fill_in(path, data.get("megatron", {}))
-    config = Config(path, Path(data["run"]), megatron=megatron, flags=tuple(flags), **sections)
+    config = Config(path, Path(run), megatron=megatron, flags=(*given, *flags), **sections)
     rules.check(config)
     return config
 
@@ -167,10 +172,7 @@ def outline(path: Path, overrides: Sequence[str] = ()) -> tuple[Recurrence, dict
         CherryError: as `load`, but Megatron's flags are not looked at.
     """
     data = _read_with(path, overrides)
-    megatron = data.get("megatron", {})
-    if not isinstance(megatron, dict):
-        raise CherryError(f"{path}: megatron must hold Megatron's flags and their values")
-    flags = {str(key).replace("_", "-"): value for key, value in megatron.items()}
+    flags = rules.by_flag(path, data.get("megatron", {}))
     return _section(path, "recurrence", Recurrence, data.get("recurrence", {})), flags
 
 
@@ -234,10 +236,12 @@ def _override(data: dict[str, Any], override: str) -> None:
     keys = name.split(".")
     if not found or len(keys) > 2 or not all(keys):
         raise CherryError(f"--set {override!r}: write it as section.key=value")
+    if keys == ["extends"]:
+        raise CherryError(f"--set {override!r}: only a file can extend another; write it there")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise CherryError(f"--set {override!r}: the value is not valid YAML") from None
+        value = text  # such as *-[(*-)x4]x2*-, in which YAML sees the name of an anchor
     section = data
     if len(keys) == 2:
         section = data.setdefault(keys[0], {})

@@ -43,17 +43,20 @@ def megatron_arguments(values: dict[str, Any]) -> list[str]:
     """Flags and values as Megatron's command line has them."""
     arguments: list[str] = []
     for key, value in values.items():
-        takes_value = action_of(key).nargs != 0
+        nargs = action_of(key).nargs
+        takes_value = nargs != 0
         if isinstance(value, bool) and not takes_value:
             arguments += [f"--{key}"] if value else []
         elif value is None:
             continue
         elif not takes_value:
             raise CherryError(f"megatron.{key} is {value!r}; it is a switch: use true or false")
-        elif isinstance(value, list):
-            arguments += [f"--{key}", *map(str, value)]
+        elif nargs is None:
+            if isinstance(value, list | dict):
+                raise CherryError(f"megatron.{key} is {value!r}; it takes one value, without brackets")
+            arguments.append(f"--{key}={value}")  # in one piece, or a negative number would be taken for a flag
         else:
-            arguments += [f"--{key}", str(value)]
+            arguments += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
     return arguments
 
 

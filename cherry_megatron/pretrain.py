@@ -3,6 +3,7 @@
 import contextlib
 import random
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TextIO
@@ -118,8 +119,10 @@ def initialize(config: Config, machine: Machine, extra: dict[str, Any]) -> Any:
     sys.argv = ["cherry", *megatron_arguments(values), *config.flags]
     try:
         args = parse_and_validate_args()
-    except AssertionError as error:
-        raise CherryError(f"{config.source}: Megatron refuses these flags: {error}") from None
+    except (AssertionError, ValueError) as error:
+        # Some of its checks say nothing; the line that failed does.
+        says = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise CherryError(f"{config.source}: Megatron refuses these flags: {says}") from None
     # Copies of the core on several stages are one layer: what a checkpoint records must not change.
     args.num_layers = len(config.recurrence.parsed.symbols)
     return args

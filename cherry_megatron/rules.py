@@ -1,5 +1,6 @@
 """What a configuration may say: flags that are fixed, refused or derived, defaults, and contradictions."""
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,9 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "position-embedding-type": ("rope", "it is what the recurrent stack is built with"),
     "disable-bias-linear": (True, "it is what the recurrent stack is built with"),
     "normalization": ("RMSNorm", "it is what the recurrent stack is built with"),
+    "optimizer": ("adam", "it is the one whose state is known to resume under any layout"),
 }
-# What the recurrent stack would accept and not do.
+# What would be accepted and not done, or fail deep inside.
 _UNSUPPORTED = {
     "reset-attention-mask": "attention is causal over the whole packed sequence",
     "reset-position-ids": "rotary positions count through the whole packed sequence",
@@ -36,7 +38,22 @@ _UNSUPPORTED = {
     "rotary-percent": "the rotary embedding takes rotary-base alone",
     "use-rope-scaling": "the rotary embedding takes rotary-base alone",
     "rotary-seq-len-interpolation-factor": "the rotary embedding takes rotary-base alone",
+    "num-experts": "the mixture of experts is not built yet",
+    "mtp-num-layers": "multi-token prediction is not built yet",
+    "multi-latent-attention": "the attention is built with queries, keys and values of their own",
+    "apply-layernorm-1p": "the norms are built with plain weights",
+    "quick-geglu": "the MLP is built with swiglu or without a gate",
+    "init-method-xavier-uniform": "initial weights are drawn with init-method-std",
+    "full-validation": "the held-out loss is taken from eval-iters batches",
+    "mock-data": "training reads the files of `cherry data` alone",
+    "per-split-data-args-path": "what it names is not looked at before a run; use train-data-path and its kin",
+    "yaml-cfg": "a configuration is a YAML file of this project's own form",
 }
+_POSITIVE = (
+    "tensor-model-parallel-size", "pipeline-model-parallel-size", "micro-batch-size", "max-position-embeddings",
+    "log-interval", "eval-interval", "eval-iters", "save-interval",
+)  # fmt: skip
+_NOT_NEGATIVE = ("lr", "min-lr", "clip-grad", "weight-decay", "lr-warmup-iters")
 # What follows from other keys.
 _DERIVED = {
     "hybrid-layer-pattern": "recurrence.pattern",
@@ -68,9 +85,7 @@ _DEFAULTS: dict[str, Any] = {
 
 def fill_in(path: Path, values: Any) -> dict[str, Any]:
     """A file's `megatron` section with this project's defaults; refuses unknown and contradictory keys."""
-    if not isinstance(values, dict):
-        raise CherryError(f"{path}: megatron must hold Megatron's flags and their values")
-    given = {str(key).replace("_", "-"): value for key, value in values.items()}
+    given = by_flag(path, values)
     for key, value in given.items():
         if key in _DERIVED:
             raise CherryError(f"{path}: megatron.{key} follows from `{_DERIVED[key]}`; set that instead")
@@ -80,6 +95,19 @@ def fill_in(path: Path, values: Any) -> dict[str, Any]:
         action_of(key, path)
     fixed = {key: value for key, (value, _) in _FIXED.items()}
     return {**_DEFAULTS, **given, **fixed}
+
+
+def by_flag(path: Path, values: Any) -> dict[str, Any]:
+    """A file's `megatron` section by the flags' own names; a file may also write them with underscores."""
+    if not isinstance(values, dict):
+        raise CherryError(f"{path}: megatron must hold Megatron's flags and their values")
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        flag = str(key).replace("_", "-")
+        if flag in found:
+            raise CherryError(f"{path}: megatron.{flag} is set twice, with - and with _; keep one")
+        found[flag] = value
+    return found
 
 
 def check(config: "Config") -> None:
@@ -96,8 +124,9 @@ def check(config: "Config") -> None:
         for flag, why in _UNSUPPORTED.items():
             if config.value(flag) != action_of(flag).default:
                 raise CherryError(f"megatron.{flag}: {why}; take it out")
-        for flag in ("tensor-model-parallel-size", "pipeline-model-parallel-size", "micro-batch-size"):
-            config.positive(flag)
+        _check_numbers(config)
+        _check_sizes(config)
+        _check_split(config)
         _check_tensor_parallel(config)
         _check_loops(config)
         _check_batch(config)
@@ -106,6 +135,53 @@ def check(config: "Config") -> None:
     except CherryError as error:
         text = str(error)
         raise CherryError(text if str(config.source) in text else f"{config.source}: {text}") from None
+
+
+def _check_numbers(config: "Config") -> None:
+    """Megatron's own checks of them say nothing but that there was one."""
+    length = "train-iters" if config.value("train-samples") is None else "train-samples"
+    batch = () if config.value("global-batch-size") is None else ("global-batch-size",)
+    for flag in (*_POSITIVE, *batch, length):
+        config.positive(flag)
+    for flag in _NOT_NEGATIVE:
+        value = config.value(flag)
+        if value is None or not 0 <= value < math.inf:
+            raise CherryError(f"set megatron.{flag} to a finite number that is not negative (it is {value})")
+    if config.value("min-lr") > config.value("lr"):
+        raise CherryError(f"megatron.min-lr {config.value('min-lr')} is more than lr {config.value('lr')}")
+
+
+def _check_sizes(config: "Config") -> None:
+    longest = config.value("max-position-embeddings")
+    if config.positive("seq-length") > longest:
+        raise CherryError(
+            f"megatron.seq-length {config.value('seq-length')} is more than max-position-embeddings {longest}"
+        )
+    if config.value("kv-channels") is not None:
+        config.positive("kv-channels")
+    if config.shape.head_size % 2:
+        raise CherryError(
+            f"heads of size {config.shape.head_size} (megatron.kv-channels, or hidden-size / num-attention-heads) "
+            "cannot be rotated; use an even number"
+        )
+    if config.value("squared-relu") and config.value("swiglu"):
+        raise CherryError("megatron.squared-relu and megatron.swiglu exclude each other; take one out")
+
+
+def _check_split(config: "Config") -> None:
+    split = config.value("split")
+    if split is None:
+        return
+    try:
+        shares = [float(share) for share in split.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) != 3 or not all(0 <= share < math.inf for share in shares):
+        raise CherryError(
+            f"megatron.split {split!r} must be three shares, of training, validation and test: e.g. 990,8,2"
+        )
+    if not shares[0] or not shares[1]:
+        raise CherryError(f"megatron.split {split} leaves nothing to train on or to validate on; e.g. 990,8,2")
 
 
 def _check_tensor_parallel(config: "Config") -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ CONFIGS = {
     "unknown-flag": ({"megatron": {"hiden-size": 64}}, [], "did you mean 'hidden-size'"),
     "unknown-trailing-flag": ({}, ["--", "--train-itres", "3"], "did you mean 'train-iters'"),
     "bad-pattern": ({"recurrence": {"pattern": "*-[*-"}}, [], "written [layers]xN"),
-    "bad-symbol": ({"recurrence": {"pattern": "*-Z"}}, [], "'Z' is not a layer"),
+    "bad-symbol": ({"recurrence": {"pattern": "*-Z"}}, [], "'Z' is not a layer; use '*' (attention) and '-' (MLP)"),
+    "group-without-brackets": ({"recurrence": {"pattern": "*-x4"}}, [], "with brackets: (*-)x4"),
     "bad-order": ({"recurrence": {"order": "random"}}, [], "not one of cycle, sequence"),
     "bad-type": ({"recurrence": {"loops": "many"}}, [], "expected int"),
     "negative-loops": ({"recurrence": {"loops": -1}}, [], "recurrence.loops is -1"),
@@ -56,6 +58,71 @@ CONFIGS = {
         [],
         "overlap-grad-reduce",
     ),
+    "underscores-too": ({"megatron": {"hidden_size": 64}}, [], "hidden-size is set twice"),
+    "set-extends": ({}, ["--set", "extends=base_1b.yaml"], "only a file can extend another"),
+    "run-that-is-a-number": ({}, ["--set", "run=123"], "as text (it is 123)"),
+    "flags-that-are-no-list": ({"flags": "--seed 7"}, [], "`flags` must be a list of texts"),
+    "flag-that-is-no-text": ({"flags": ["--seed", 7]}, [], "`flags` must be a list of texts"),
+    "unknown-flag-of-a-file": ({"flags": ["--train-itres", "3"]}, [], "did you mean 'train-iters'"),
+    "list-for-one-value": ({}, ["--set", "megatron.split=[90,8,2]"], "it takes one value, without brackets"),
+    "list-for-one-number": ({"megatron": {"lr": [1, 2]}}, [], "megatron.lr is [1, 2]; it takes one value"),
+    "set-that-is-not-yaml": ({}, ["--set", "evaluation.loops=[1,2"], "expected a list of whole numbers"),
+    **{
+        f"{flag}-zero": ({"megatron": {flag: 0}}, [], f"set megatron.{flag} to a positive number (it is 0)")
+        for flag in (
+            "micro-batch-size",
+            "global-batch-size",
+            "train-iters",
+            "log-interval",
+            "eval-interval",
+            "eval-iters",
+            "save-interval",
+            "kv-channels",
+        )
+    },
+    "negative-batch": ({"megatron": {"global-batch-size": -16}}, [], "a positive number (it is -16)"),
+    "no-samples": ({"megatron": {"train-iters": None, "train-samples": 0}}, [], "set megatron.train-samples"),
+    "no-length": ({"megatron": {"train-iters": None}}, [], "set megatron.train-iters"),
+    "no-save-interval": ({"megatron": {"save-interval": None}}, [], "set megatron.save-interval"),
+    "lr-that-is-no-number": ({}, ["--set", "megatron.lr=nan"], "not negative (it is nan)"),
+    "no-lr": ({}, ["--set", "megatron.lr="], "not negative (it is None)"),
+    **{
+        f"negative-{flag}": ({"megatron": {flag: value}}, [], f"set megatron.{flag} to a finite number that is not")
+        for flag, value in {
+            "lr": float("-inf"),
+            "min-lr": -1e-5,
+            "clip-grad": -1.0,
+            "weight-decay": -0.1,
+            "lr-warmup-iters": -2,
+        }.items()
+    },
+    "min-lr-above-lr": ({"megatron": {"min-lr": 1}}, [], "min-lr 1.0 is more than lr"),
+    "sequence-too-long": ({"megatron": {"seq-length": 64}}, [], "is more than max-position-embeddings 32"),
+    "odd-heads": ({"megatron": {"kv-channels": 7}}, [], "heads of size 7"),
+    "odd-heads-by-hidden-size": ({"megatron": {"num-attention-heads": 32}}, [], "heads of size 1"),
+    "two-activations": ({}, ["--", "--squared-relu"], "squared-relu and megatron.swiglu exclude each other"),
+    "split-that-is-none": ({"megatron": {"split": "foo"}}, [], "'foo' must be three shares"),
+    "split-of-two": ({"megatron": {"split": "90,10"}}, [], "must be three shares"),
+    "split-that-is-negative": ({"megatron": {"split": "90,-8,2"}}, [], "must be three shares"),
+    "split-without-validation": ({"megatron": {"split": "100,0,0"}}, [], "nothing to train on or to validate on"),
+    "split-with-an-empty-share": ({"megatron": {"split": "969,30,1"}}, [], "none of the 300 documents"),
+    "no-split": ({"megatron": {"split": None}}, [], "set megatron.split"),
+    "sgd": ({}, ["--", "--optimizer", "sgd"], "--optimizer must be adam"),
+    **{
+        f"unsupported-{flag}": ({}, ["--", f"--{flag}", *value], f"megatron.{flag}: {why}")
+        for flag, value, why in (
+            ("init-method-xavier-uniform", (), "initial weights"),
+            ("full-validation", (), "the held-out loss"),
+            ("yaml-cfg", ("x",), "a configuration is"),
+            ("num-experts", ("4",), "the mixture of experts is not built"),
+            ("mtp-num-layers", ("1",), "multi-token prediction is not built"),
+            ("multi-latent-attention", (), "the attention is built"),
+            ("apply-layernorm-1p", (), "the norms are built"),
+            ("quick-geglu", (), "the MLP is built"),
+            ("mock-data", (), "training reads"),
+            ("per-split-data-args-path", ("x",), "what it names"),
+        )
+    },
     "missing-number": ({"megatron": {"hidden-size": None}}, [], "set megatron.hidden-size"),
     "warmup-too-long": ({"megatron": {"lr-warmup-iters": 20}}, [], "lr-warmup-iters 20"),
     "switch-with-value": ({"megatron": {"swiglu": "yes please"}}, [], "it is a switch"),
@@ -65,6 +132,8 @@ CONFIGS = {
     "batch-does-not-divide": ({"megatron": {"global-batch-size": 7}}, [], "global-batch-size 7"),
     "small-vocabulary": ({"megatron": {"padded-vocab-size": 256}}, [], "padded-vocab-size 256"),
     "missing-data": ({"megatron": {"data-path": ["nowhere/text"]}}, [], "nowhere/text"),
+    "no-data": ({"megatron": {"data-path": None}}, [], "set megatron.data-path"),
+    "empty-data": ({}, ["--set", "megatron.data-path="], "set megatron.data-path"),
     "missing-validation-data": (
         {"megatron": {"valid-data-path": ["1", "nowhere/v"]}},
         [],
@@ -80,6 +149,12 @@ CONFIGS = {
         [],
         "a loop at a time",
     ),
+    "transformer-engine-on-cpu": (
+        {},
+        ["--", "--transformer-impl", "transformer_engine"],
+        "transformer-impl transformer_engine is not usable here",
+    ),
+    "layers-for-inference": ({"megatron": {"transformer-impl": "inference_optimized"}}, [], "is not usable here"),
     "fp8-on-cpu": ({"megatron": {"fp8-format": "hybrid", "bf16": True}}, [], "FP8 needs"),
 }
 
@@ -122,6 +197,29 @@ def test_configuration(name, tmp_path: Path, write_config):
     check(tmp_path, ["pretrain", "--config", str(path), *extra], says)
 
 
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_truncated_data(suffix, tmp_path: Path, data: Path, write_config):
+    for path in data.glob("text.*"):
+        shutil.copy(path, tmp_path)
+    os.truncate(tmp_path / f"text{suffix}", 100)
+    path = write_config(tmp_path, megatron={"data-path": [str(tmp_path / "text")]})
+    check(tmp_path, ["pretrain", "--config", str(path)], f"text{suffix} has 100 bytes, not ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--data-path DATA --train-data-path DATA", "data-path and megatron.train-data-path are both set"),
+        ("--split 90,8,2 --train-data-path DATA --valid-data-path DATA", "split 90,8,2 does not go with"),
+        ("--train-data-path DATA", "train-data-path needs megatron.valid-data-path"),
+    ],
+)
+def test_sources_that_do_not_go_together(flags, says, tmp_path: Path, data: Path, write_config):
+    path = write_config(tmp_path, megatron={"data-path": None, "split": None})
+    flags = flags.replace("DATA", str(data / "text"))
+    check(tmp_path, ["pretrain", "--config", str(path), "--", *flags.split()], says)
+
+
 def test_missing_configuration(tmp_path: Path):
     check(tmp_path, ["pretrain", "--config", "none.yaml"], "cannot read the configuration none.yaml")
 
@@ -147,6 +245,20 @@ def test_missing_text(tmp_path: Path):
         ["tokenizer", "--input", "no.txt", "--output", "t", "--vocab-size", "300"],
         "no.txt does not exist",
     )
+
+
+def test_text_in_another_encoding(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes("나는 학교에 갑니다".encode("cp949"))
+    arguments = ["tokenizer", "--input", "a.txt", "--output", "t", "--vocab-size", "300"]
+    check(tmp_path, arguments, "no text to train a tokenizer on; the first malformed line is a.txt:1: not UTF-8")
+
+
+@pytest.mark.parametrize("output", [".", "folder", "new/"])
+def test_output_that_is_a_folder(output, tmp_path: Path, data: Path):
+    (tmp_path / "a.txt").write_text("글")
+    (tmp_path / "folder").mkdir()
+    arguments = ["data", "--input", "a.txt", "--output", output, "--tokenizer", str(data / "tokenizer")]
+    check(tmp_path, arguments, f"--output {output} is a folder")
 
 
 def test_empty_corpus(tmp_path: Path, data: Path):

@@ -5,12 +5,12 @@ from pathlib import Path
 from cherry_megatron.config import Config
 from cherry_megatron.errors import CherryError
 
-_FLAGS = ("data-path", "train-data-path", "valid-data-path", "test-data-path")
+DATA_FLAGS = ("data-path", "train-data-path", "valid-data-path", "test-data-path")
 
 
 def data_prefixes(config: Config) -> list[tuple[str, str]]:
     """Every data set's path prefix with the flag that names it; weights may stand between the prefixes."""
-    named: list[tuple[str, list[str]]] = [(flag, config.value(flag) or []) for flag in _FLAGS]
+    named: list[tuple[str, list[str]]] = [(flag, config.value(flag) or []) for flag in DATA_FLAGS]
     listing = config.value("data-args-path")
     if listing is not None:
         try:

@@ -26,7 +26,7 @@ import tokenizers as library
 from tqdm import tqdm
 
 from cherry_megatron.data import tokenizer as tokenizers
-from cherry_megatron.data.text import CHUNK_BYTES, Chunk, find_files, read_chunks
+from cherry_megatron.data.text import CHUNK_BYTES, Chunk, find_files, other_files, read_chunks
 from cherry_megatron.data.tokenizer import Counts, Encoded
 from cherry_megatron.errors import CherryError
 from cherry_megatron.workers import Submit, worker_processes
@@ -78,7 +78,8 @@ def prepare(
     if not 0 <= max_malformed <= 1:
         raise CherryError(f"--max-malformed {max_malformed} is no share; give a number from 0 to 1")
     workers = workers or len(os.sched_getaffinity(0))
-    files = find_files(inputs)
+    inputs = list(inputs)
+    files, left_out = find_files(inputs), other_files(inputs)
     tokenizer = tokenizers.load(tokenizer_folder)
     end = tokenizers.end_of_document(tokenizer, tokenizer_folder)
     vocabulary = tokenizers.size(tokenizer)
@@ -122,12 +123,20 @@ def prepare(
                 "vocabulary": vocabulary,
                 "end_of_document": end,
                 "inputs": [str(path) for path in files],
+                "left_out": len(left_out),
                 "workers": workers,
                 "resumed_bytes": resumed,
                 "seconds": round(seconds, 2),
                 "mb_per_second_and_worker": round((counts.bytes - resumed) / 1e6 / seconds / workers, 3),
             }
         )
+
+
+def output_prefix(text: str) -> Path:
+    """What --output names; `Path` alone would take "folder/" for a file's name."""
+    if text.endswith(os.sep) or Path(text).is_dir():
+        raise CherryError(f"--output {text} is a folder; name the files in it too, e.g. {Path(text) / 'text'}")
+    return Path(text)
 
 
 def token_type(vocabulary: int) -> np.dtype[Any]:

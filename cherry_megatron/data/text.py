@@ -19,6 +19,7 @@ from cherry_megatron.errors import CherryError
 
 SUFFIXES = (".txt", ".md", ".jsonl")
 COMPRESSED = (".gz", ".zst")
+KNOWN = {*SUFFIXES, *(s + c for s in SUFFIXES for c in COMPRESSED)}
 # Also where a longer plain-text document is cut, at a line end: very long ones keep one worker busy alone.
 CHUNK_BYTES = 1 << 20
 BLOCK_BYTES = 1 << 18
@@ -48,20 +49,25 @@ def find_files(inputs: Iterable[Path]) -> list[Path]:
         CherryError: if one does not exist, has another suffix, or there are none.
     """
     inputs = list(inputs)
-    known = {*SUFFIXES, *(s + c for s in SUFFIXES for c in COMPRESSED)}
     found: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            found.extend(sorted(p for p in path.rglob("*") if _suffix(p) in known and p.is_file()))
+            found.extend(sorted(p for p in path.rglob("*") if _suffix(p) in KNOWN and p.is_file()))
         elif not path.exists():
             raise CherryError(f"input {path} does not exist")
-        elif _suffix(path) not in known:
-            raise CherryError(f"input {path}: unknown kind of file; known are {', '.join(sorted(known))}")
+        elif _suffix(path) not in KNOWN:
+            raise CherryError(f"input {path}: unknown kind of file; known are {', '.join(sorted(KNOWN))}")
         else:
             found.append(path)
     if not found:
         raise CherryError(f"no {', '.join(SUFFIXES)} files in {', '.join(map(str, inputs)) or 'no inputs'}")
     return found
+
+
+def other_files(inputs: Iterable[Path]) -> list[Path]:
+    """What `find_files` leaves out of the folders named."""
+    below = (p for path in inputs if path.is_dir() for p in path.rglob("*"))
+    return sorted(p for p in below if _suffix(p) not in KNOWN and p.is_file())
 
 
 def _suffix(path: Path) -> str:

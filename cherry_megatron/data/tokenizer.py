@@ -91,10 +91,11 @@ def train(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = _texts(find_files(inputs), limit_mb * 1_000_000, key)
+    files = find_files(inputs)
+    texts = _texts(files, limit_mb * 1_000_000, key)
     first = next(texts, None)
     if first is None:
-        raise CherryError(f"the inputs hold no text to train a tokenizer on; is {key!r} the right --key?")
+        raise CherryError(f"the inputs hold no text to train a tokenizer on; {_why_none(files, key)}")
     tokenizer.train_from_iterator(itertools.chain([first], texts), trainer)
     _save(tokenizer, output)
     return tokenizer
@@ -114,6 +115,14 @@ def _texts(files: list[Path], limit: int, key: str) -> Iterator[str]:
                 bar.update(size)
                 if read >= limit:
                     return
+
+
+def _why_none(files: list[Path], key: str) -> str:
+    for chunk in _take_turns(files):
+        for number, text in documents(chunk, key):
+            if isinstance(text, ValueError):
+                return f"the first malformed line is {chunk.path}:{number}: {text}"
+    return "they are empty"
 
 
 def _take_turns(files: list[Path]) -> Iterator[Chunk]:

@@ -87,8 +87,8 @@ def parse(text: str) -> Pattern:
         if symbol == "/":
             raise fail("multi-token prediction ('/') is not built yet; take it out")
         if symbol not in SYMBOLS:
-            known = ", ".join(f"{s!r} ({name})" for s, name in SYMBOLS.items())
-            raise fail(f"{symbol!r} is not a layer; use {known}")
+            group = ", and repeat layers with brackets: (*-)x4" if symbol == "x" or symbol.isdigit() else ""
+            raise fail(f"{symbol!r} is not a layer; use '*' (attention) and '-' (MLP){group}")
     if not core:
         raise fail("it holds no layers" if not prelude + coda else "the loop holds no layers")
     if int(loops) < 1:

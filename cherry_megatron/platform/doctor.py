@@ -1,9 +1,11 @@
 """What `cherry doctor` prints of this machine."""
 
+import os
 import platform
 
 import torch
 
+from cherry_megatron.config import Config
 from cherry_megatron.platform.machine import Machine
 from cherry_megatron.versions import installed_version
 
@@ -24,3 +26,15 @@ def report(machine: Machine) -> None:
     print("Megatron flags that follow from this machine:")
     for flag, value in machine.flags.items():
         print(f"  --{flag}" + ("" if value is True else f" {value}"))
+
+
+def how_to_start(config: Config) -> list[str]:
+    """What a single process, such as this one, lacks to train a model that is split over several."""
+    ranks = config.value("tensor-model-parallel-size") * config.value("pipeline-model-parallel-size")
+    if ranks == 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return []
+    return [
+        f"start it with a multiple of {ranks} processes (tensor-model-parallel-size x "
+        f"pipeline-model-parallel-size), e.g. torchrun --nproc-per-node {ranks} tools/pretrain.py --config "
+        f"{config.source}"
+    ]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cherry_megatron.data import text
-from cherry_megatron.data.text import Chunk, documents, find_files, read_chunks
+from cherry_megatron.data.text import Chunk, documents, find_files, other_files, read_chunks
 from cherry_megatron.errors import CherryError
 
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
@@ -33,6 +33,8 @@ def test_files_are_found_in_a_stable_order(tmp_path):
     expected = [tmp_path / name for name in ["a.jsonl.zst", "b.txt", "sub/c.MD", "sub/d.v1.txt.gz"]]
     assert find_files([tmp_path]) == expected
     assert find_files(iter([tmp_path / "b.txt", tmp_path / "sub"])) == [expected[1], *expected[2:]]
+    left_out = [tmp_path / name for name in ["e.parquet", "no.gz", "no.json", "txt"]]
+    assert other_files([tmp_path, tmp_path / "b.txt"]) == left_out
 
 
 @pytest.mark.parametrize(

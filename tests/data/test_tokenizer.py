@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
+from cherry_megatron.cli import main
 from cherry_megatron.data import tokenizer as tokenizers
 from cherry_megatron.errors import CherryError
 from tests.conftest import korean_text, run_ranks
@@ -98,6 +99,17 @@ def test_more_files_than_may_be_open_are_all_read(tmp_path, monkeypatch):
     assert sorted(tokenizers._texts(sorted(tmp_path.iterdir()), 100, "text")) == list("0123456")
 
 
+def test_files_of_other_kinds_are_counted(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_text("some text")
+    (tmp_path / "in/b.json").touch()
+    arguments = ["tokenizer", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "in/made")]
+    assert main([*arguments, "--vocab-size", "300"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        f"files of other kinds that were left out: 1, e.g. {tmp_path / 'in/b.json'}"
+    ]
+
+
 def test_a_run_that_is_killed_leaves_no_folder(folder, tmp_path):
     child = os.fork()
     if not child:
@@ -124,7 +136,7 @@ def test_an_empty_folder_is_filled_and_nothing_else_is_left(folder, tmp_path):
         ({"output": "full"}, "full exists"),
         ({"output": "text.jsonl"}, "text.jsonl exists"),
         ({"output": "text.jsonl/below"}, "text.jsonl/below: Not a directory"),
-        ({"key": "body"}, "hold no text .* is 'body' the right --key"),
+        ({"key": "body"}, "hold no text .*text.jsonl:1: no text under the key 'body'"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, arguments, expected):
