@@ -69,7 +69,9 @@ def _verb(verbs: argparse._SubParsersAction, name: str, text: str, run: Callable
     return parser
 
 
-def _add_config(parser: argparse.ArgumentParser, required: bool = True, positional: bool = False) -> None:
+def _add_config(
+    parser: argparse.ArgumentParser, required: bool = True, positional: bool = False, flags: bool = True
+) -> None:
     if positional:
         parser.add_argument("config_file", nargs="?", type=Path, metavar="CONFIG", help="a YAML file of configs/")
     parser.add_argument("--config", type=Path, required=required and not positional, help="a YAML file of configs/")
@@ -80,8 +82,9 @@ def _add_config(parser: argparse.ArgumentParser, required: bool = True, position
         metavar="KEY=VALUE",
         help="override a key, e.g. recurrence.loops=4",
     )
-    parser.set_defaults(flags=[])
-    parser.epilog = "Megatron's own flags may follow after --"
+    if flags:
+        parser.set_defaults(flags=[])
+        parser.epilog = "Megatron's own flags may follow after --"
 
 
 def _load_config(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
@@ -252,7 +255,7 @@ def _add_compress_depth(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--expand", action="store_true", help="the reverse: write the unrolled, dense equivalent")
     parser.add_argument("--workers", type=int, default=0, help="processes (default: all cores)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, sizes and memory, and stop")
-    _add_config(parser)
+    _add_config(parser, flags=False)
 
 
 def _add_lineage(verbs: argparse._SubParsersAction) -> None:

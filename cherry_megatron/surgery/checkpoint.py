@@ -22,6 +22,7 @@ from cherry_megatron.surgery.lineage import Manifest, read_manifest
 from cherry_megatron.surgery.records import DTYPES, Array, load_pickle, read_object, read_tensor
 
 TRACKER = "latest_checkpointed_iteration.txt"
+READ_AHEAD = 128 << 10  # Linux heeds no more of a request than its own window
 OPTIMIZER = "optimizer."  # what begins so is the optimizer's
 
 
@@ -133,7 +134,8 @@ class Checkpoint:
             return
         for place in (chunk.place for name in names for chunk in self.tensors[name].chunks):
             with suppress(OSError), (self.folder / place.file).open("rb") as file:
-                os.posix_fadvise(file.fileno(), place.offset, place.length, os.POSIX_FADV_WILLNEED)
+                for at in range(place.offset, place.offset + place.length, READ_AHEAD):
+                    os.posix_fadvise(file.fileno(), at, READ_AHEAD, os.POSIX_FADV_WILLNEED)
 
     def read(self, name: str) -> Array:
         """A tensor, whole.

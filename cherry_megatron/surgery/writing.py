@@ -6,15 +6,16 @@ disk, and renamed at the end. Whatever dies on the way leaves no checkpoint, and
 
 import errno
 import fcntl
-import functools
 import hashlib
 import json
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +32,7 @@ from cherry_megatron.workers import worker_processes
 
 CHECKPOINT = "iter_0000000"
 LOCK = "lock"
+AHEAD = 2  # jobs a worker whose tensors are being read from the disk
 _METADATA = "torch.distributed.checkpoint.metadata"
 _FILESYSTEM = "torch.distributed.checkpoint.filesystem"
 
@@ -78,7 +80,6 @@ def carry_out(source: Path, folder: Path) -> Callable[[int, Job], Report]:
 
     def do(number: int, job: Job) -> Report:
         checkpoint.read_hashes.clear()
-        checkpoint.fetch(job.reads)
         path = folder / f"__{number}_0.distcp"
         written = []
         try:
@@ -88,7 +89,6 @@ def carry_out(source: Path, folder: Path) -> Callable[[int, Job], Report]:
                     at = file.seek(0, os.SEEK_END)
                     length = records.write_tensor(file, spec.dtype, values)
                     written.append((spec, at, length, hash_values(values)))
-                os.fsync(file.fileno())
         except OSError as error:
             raise cannot_write(path, error) from None
         return Report(path.name, _hash_file(path), tuple(written), dict(checkpoint.read_hashes))
@@ -143,24 +143,43 @@ def new_folder(save: Path, needed: int) -> Iterator[Path]:
 
 
 def run_jobs(source: Checkpoint, folder: Path, jobs: Sequence[Job], workers: int) -> list[Report]:
-    """Do all jobs, the largest first; one bar for the bytes read and written."""
+    """Do all jobs, the largest first, and flush their files; one bar for the bytes read and written.
+
+    While the workers compute, this process has the system read the next jobs' tensors and write the last ones'
+    files: the disk is never idle.
+    """
     sizes = [
         sum(source.tensors[name].nbytes for name in job.reads) + sum(spec.nbytes for spec in job.writes)
         for job in jobs
     ]
     order = sorted(range(len(jobs)), key=lambda k: -sizes[k])
+    ahead = iter(order)
     with (
         tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="surgery", disable=None) as bar,
+        ThreadPoolExecutor(workers) as flushing,
         worker_processes(min(workers, len(jobs)), carry_out, source.folder, folder) as submit,
     ):
-        futures = {number: submit(number, jobs[number]) for number in order}
-        for number, future in futures.items():
-            future.add_done_callback(functools.partial(_advance, bar, sizes[number]))
-        return [futures[number].result() for number in range(len(jobs))]
+        numbers = {submit(number, jobs[number]): number for number in order}
+        for number in islice(ahead, AHEAD * workers):
+            source.fetch(jobs[number].reads)
+        reports, flushed = {}, []
+        for future in as_completed(numbers):
+            number = numbers[future]
+            reports[number] = future.result()
+            flushed.append(flushing.submit(_flush, folder / reports[number].file))
+            source.fetch([name for following in islice(ahead, 1) for name in jobs[following].reads])
+            bar.update(sizes[number])
+        for done in flushed:
+            done.result()
+    return [reports[number] for number in range(len(jobs))]
 
 
-def _advance(bar: tqdm, size: int, _: object) -> None:
-    bar.update(size)
+def _flush(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise cannot_write(path, error) from None
 
 
 def publish(
