@@ -27,9 +27,11 @@ def main() -> int:
         # Uncommitted changes make old results worthless.
         journal = found if found["key"] == key and not state.get("modified") else journal
     listing = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", "-q"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "pytest", "--collect-only"], capture_output=True, text=True, check=True
     )
     tests = [line for line in listing.stdout.splitlines() if "::" in line]
+    if not tests:
+        sys.exit("pytest lists no tests")
     failed: list[str] = []
     JOURNAL.parent.mkdir(exist_ok=True)
     for file in sorted({test.split("::")[0] for test in tests}):
