@@ -15,6 +15,7 @@ from cherry_megatron.data.paths import DATA_FLAGS, data_prefixes
 from cherry_megatron.data.prepare import token_type
 from cherry_megatron.errors import CherryError
 from cherry_megatron.platform.machine import Machine
+from cherry_megatron.surgery.checkpoint import open_checkpoint
 
 
 def obstacles(machine: Machine, config: Config) -> list[str]:
@@ -22,6 +23,7 @@ def obstacles(machine: Machine, config: Config) -> list[str]:
     found = _machine(machine, config) + _writable(config.run)
     try:
         found += unloadable(config) + _tokenizer(config) + _data(config)
+        _check_teacher(config)
     except CherryError as error:
         found.append(str(error))
     return found
@@ -63,6 +65,14 @@ def _tokenizer(config: Config) -> list[str]:
         return ["set megatron.tokenizer-model to a folder made by `cherry tokenizer`"]
     size, rows = tokenizers.load(Path(folder)).get_vocab_size(), config.shape.vocabulary
     return [f"megatron.padded-vocab-size {rows} is less than the {size} tokens of {folder}"] if size > rows else []
+
+
+def _check_teacher(config: Config) -> None:
+    if config.distillation is not None:
+        from cherry_megatron.distillation import teacher_config  # imports Megatron
+
+        teacher_config(config.distillation, config)
+        open_checkpoint(Path(config.distillation.load))
 
 
 def _data(config: Config) -> list[str]:

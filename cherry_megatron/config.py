@@ -57,13 +57,36 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Distillation:
+    """A teacher to learn from, see distillation.py.
+
+    Attributes:
+        config: the teacher's configuration.
+        load: a run of its, or a folder of checkpoints.
+        weight: of the divergence from the teacher; cross-entropy has the rest.
+        temperature: at which both distributions are compared.
+    """
+
+    config: str
+    load: str
+    weight: float = 0.5
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight <= 1:
+            raise CherryError(f"distillation.weight {self.weight} is not from 0 to 1")
+        if not 0 < self.temperature < float("inf"):
+            raise CherryError(f"distillation.temperature {self.temperature} must be positive")
+
+
+@dataclass(frozen=True)
 class Config:
     """A resolved configuration.
 
     Attributes:
         source: the file it came from.
         run: the run's folder.
-        recurrence, evaluation: sections of the file.
+        recurrence, evaluation, distillation: sections of the file.
         megatron: flag name without dashes in front -> value, defaults of this project filled in.
         flags: Megatron flags of the file's `flags`, then those given after `--`; they come last and win.
     """
@@ -72,6 +95,7 @@ class Config:
     run: Path
     recurrence: Recurrence
     evaluation: Evaluation = field(default_factory=Evaluation)
+    distillation: Distillation | None = None
     megatron: dict[str, Any] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
 
@@ -81,6 +105,7 @@ class Config:
             "run": str(self.run),
             "recurrence": _plain(dataclasses.asdict(self.recurrence)),
             "evaluation": _plain(dataclasses.asdict(self.evaluation)),
+            **({"distillation": dataclasses.asdict(self.distillation)} if self.distillation else {}),
             "megatron": dict(sorted(self.megatron.items())),
             "flags": list(self.flags),
         }
@@ -134,7 +159,7 @@ class Config:
         return make_plan(self.recurrence, self.shape, self.positive("seq-length"), stages)
 
 
-_SECTIONS = {"recurrence": Recurrence, "evaluation": Evaluation}
+_SECTIONS = {"recurrence": Recurrence, "evaluation": Evaluation, "distillation": Distillation}
 _TOP_KEYS = ("extends", "run", *_SECTIONS, "megatron", "flags")
 
 
@@ -156,7 +181,11 @@ def load(path: Path, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -
         raise CherryError(f"{path}: `run` must name the run's folder{said}, e.g. run: runs/{path.stem}")
     if not isinstance(given, list) or not all(isinstance(flag, str) for flag in given):
         raise CherryError(f'{path}: `flags` must be a list of texts, e.g. flags: ["--seed", "7"]')
-    sections = {name: _section(path, name, cls, data.get(name, {})) for name, cls in _SECTIONS.items()}
+    sections = {
+        name: _section(path, name, cls, data.get(name, {}))
+        for name, cls in _SECTIONS.items()
+        if name != "distillation" or data.get(name) is not None
+    }
     megatron = rules.fill_in(path, data.get("megatron", {}))
     config = Config(path, Path(run), megatron=megatron, flags=(*given, *flags), **sections)
     rules.check(config)

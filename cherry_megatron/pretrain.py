@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, TextIO
 
 import torch
+from megatron.core import mpu
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model
@@ -22,6 +23,7 @@ from cherry_megatron.checkpoints import Loading, recorder, start_from, where_fro
 from cherry_megatron.checks import require
 from cherry_megatron.config import Config
 from cherry_megatron.data.batches import build_datasets, next_batch
+from cherry_megatron.distillation import Teacher
 from cherry_megatron.errors import CherryError
 from cherry_megatron.flags import megatron_arguments
 from cherry_megatron.model.build import build_model, prepare_config
@@ -63,6 +65,7 @@ def _pretrain(config: Config, args: Any, terminal: TextIO) -> LoopEvaluation:
     progress = Progress(config.run, args, flops, terminal)
     evaluation = LoopEvaluation(config, progress, run_micro_batch)
     loading = Loading(args)
+    teachers: list[Teacher] = []  # made once Megatron has made its process groups
 
     def datasets(samples: tuple[int, int, int]) -> tuple[Any, Any, Any]:
         loading.done()
@@ -75,6 +78,8 @@ def _pretrain(config: Config, args: Any, terminal: TextIO) -> LoopEvaluation:
         valid_samples = points * args.eval_iters * args.eval_global_batch_size
         train, valid, _ = build_datasets((samples[0], valid_samples, samples[2]))
         progress.valid_dataset = valid
+        if config.distillation is not None and not args.skip_train:
+            teachers.append(Teacher(config.distillation, config, args))
         # Megatron would report the test split under the validation's tags.
         return train, valid, None
 
@@ -89,7 +94,7 @@ def _pretrain(config: Config, args: Any, terminal: TextIO) -> LoopEvaluation:
             pretrain_cfg_container_from_args(args),
             datasets,
             ModelType.encoder_or_decoder,
-            partial(forward_step, progress),
+            partial(forward_step, progress, teachers),
             model_provider(config),
             non_loss_data_func=evaluation,
         )
@@ -156,7 +161,7 @@ def model_provider(cherry: Config) -> Callable[..., torch.nn.Module]:
 
 
 def forward_step(
-    progress: Progress, iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
+    progress: Progress, teachers: list[Teacher], iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
 ) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """Megatron's forward step: one micro-batch through this stage."""
     stack: RecurrentStack = get_attr_wrapped_model(model, "decoder")
@@ -165,17 +170,23 @@ def forward_step(
         stack.loops = draw_loops(stack, get_args().seed, get_args().curr_iteration)
     else:
         stack.loops = stack.recurrence.loops
-    return run_micro_batch(iterator, model)
+    return run_micro_batch(iterator, model, teachers[0] if teachers and model.training else None)
 
 
 def run_micro_batch(
-    iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
+    iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module, teacher: Teacher | None = None
 ) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """One micro-batch through this stage, with as many loops as the stack is set to."""
     args = get_args()
-    batch = next_batch(iterator, args.micro_batch_size if model.training else args.eval_micro_batch_size)
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    return output, partial(loss_function, batch["loss_mask"])
+    size = args.micro_batch_size if model.training else args.eval_micro_batch_size
+    batch = next_batch(iterator, size, teacher is not None)
+    if teacher is not None:
+        teacher.see(model, batch["tokens"], batch["position_ids"])
+    tokens = batch["tokens"] if mpu.is_pipeline_first_stage() else None
+    output = model(tokens, batch["position_ids"], None, labels=batch["labels"])
+    if teacher is None or teacher.divergence is None:
+        return output, partial(loss_function, batch["loss_mask"])
+    return output, partial(loss_function, batch["loss_mask"], divergence=teacher.take(), weight=teacher.weight)
 
 
 def draw_loops(stack: RecurrentStack, seed: int, iteration: int) -> int:
@@ -186,18 +197,28 @@ def draw_loops(stack: RecurrentStack, seed: int, iteration: int) -> int:
     return random.Random(f"{seed}/loops/{iteration}").randint(*options.random_loops)
 
 
-def loss_function(loss_mask: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def loss_function(
+    loss_mask: Tensor | None, losses: Tensor, divergence: Tensor | None = None, weight: float = 0.0
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum of the token losses; Megatron divides by the token count of the whole global batch.
 
     Args:
         loss_mask: [b, s], 0 or 1; there is one on the last pipeline stage, where this is called.
         losses: [b, s], cross-entropy of each token in nats.
+        divergence: [b, s], of the student from its teacher, in nats.
+        weight: of the divergence; the cross-entropy has the rest.
 
     Returns:
-        The sum, the integer number of tokens, and (sum, number) for the report.
+        The sum, the integer number of tokens, and for the report (sum, number) of the cross-entropy and, if there
+        is one, of the divergence.
     """
     assert loss_mask is not None
-    losses, mask = losses.float().view(-1), loss_mask.float().view(-1)
-    total = torch.sum(losses * mask)
+    mask = loss_mask.float().view(-1)
+    total = torch.sum(losses.float().view(-1) * mask)
     tokens = mask.sum().to(torch.int)
-    return total, tokens, {"lm loss": torch.stack((total.detach(), tokens.float()))}
+    report = {"lm loss": torch.stack((total.detach(), tokens.float()))}
+    if divergence is None:
+        return total, tokens, report
+    apart = torch.sum(divergence.float().reshape(-1) * mask)
+    report["divergence from teacher"] = torch.stack((apart.detach(), tokens.float()))
+    return (1 - weight) * total + weight * apart, tokens, report

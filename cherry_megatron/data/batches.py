@@ -47,8 +47,15 @@ def _reads_data() -> bool:
     return first_or_last and mpu.get_tensor_model_parallel_rank() == 0
 
 
-def next_batch(iterator: Iterator[dict[str, Tensor]] | None, micro_batch_size: int) -> dict[str, Tensor | None]:
+def next_batch(
+    iterator: Iterator[dict[str, Tensor]] | None, micro_batch_size: int, last_reads_tokens: bool = False
+) -> dict[str, Tensor | None]:
     """One micro-batch of `micro_batch_size` sequences.
+
+    Args:
+        iterator: this rank's data; None on ranks that read none.
+        micro_batch_size: sequences.
+        last_reads_tokens: give tokens and position_ids to the last stage too, where a teacher lives.
 
     Returns:
         tokens, position_ids [b, s] on the first pipeline stage, labels, loss_mask [b, s] on the last,
@@ -64,8 +71,8 @@ def next_batch(iterator: Iterator[dict[str, Tensor]] | None, micro_batch_size: i
         device = torch.cuda.current_device()
         batch = {key: row[key].to(device, non_blocking=True) for key in KEYS}
         batch["attention_mask"] = None
-    return get_batch_on_this_tp_rank(
-        batch,
+    found: dict[str, Tensor | None] = get_batch_on_this_tp_rank(
+        dict(batch),  # Megatron empties what this stage does not need
         has_cu_seqlens=False,
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=False,
@@ -80,3 +87,11 @@ def next_batch(iterator: Iterator[dict[str, Tensor]] | None, micro_batch_size: i
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
+    if last_reads_tokens and mpu.is_pipeline_last_stage() and not mpu.is_pipeline_first_stage():
+        labels = found["labels"]
+        assert labels is not None
+        source, group = mpu.get_tensor_model_parallel_src_rank(), mpu.get_tensor_model_parallel_group()
+        for key in ("tokens", "position_ids"):
+            found[key] = wanted = batch[key] if key in batch else torch.empty_like(labels)
+            torch.distributed.broadcast(wanted, source, group=group)
+    return found

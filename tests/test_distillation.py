@@ -1,0 +1,122 @@
+"""Learning from a teacher: the divergence against plain PyTorch, and the same training under every layout."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch.nn import functional as F
+
+from tests.conftest import run_ranks
+from tests.test_bad_input import verb
+
+
+def _divergence(logits: torch.Tensor, theirs: torch.Tensor, temperature: float) -> tuple[list, list]:
+    import os
+
+    from cherry_megatron.distillation import Divergence
+
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.distributed.init_process_group("gloo")
+    ours = logits.chunk(world, -1)[rank].clone().requires_grad_()
+    found = Divergence.apply(ours, theirs.chunk(world, -1)[rank], temperature, torch.distributed.group.WORLD)
+    (found * torch.arange(found.numel()).view(found.shape)).sum().backward()
+    return found.tolist(), ours.grad.tolist()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_divergence_is_that_of_pytorch(world, temperature, tmp_path):
+    logits, theirs = (torch.randn(3, 2, 10, generator=torch.Generator().manual_seed(k)) * 4 for k in (0, 1))
+    found = run_ranks(tmp_path, world, _divergence, logits, theirs, temperature)
+    student = logits.clone().requires_grad_()
+    expected = temperature**2 * F.kl_div(
+        (student / temperature).log_softmax(-1), (theirs / temperature).softmax(-1), reduction="none"
+    ).sum(-1)
+    (expected * torch.arange(6).view(3, 2)).sum().backward()
+    for values, _ in found:
+        torch.testing.assert_close(torch.tensor(values), expected.detach(), rtol=1e-5, atol=1e-6)
+    gradient = torch.cat([torch.tensor(shard) for _, shard in found], -1)
+    torch.testing.assert_close(gradient, student.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory, write_config, train) -> Path:
+    """A deeper, wider model with grouped queries, trained and saved at TP=2."""
+    path = write_config(
+        tmp_path_factory.mktemp("teacher"),
+        recurrence={"pattern": "(*-)x4", "loop_scales": False},
+        megatron={
+            "hidden-size": 48, "ffn-hidden-size": 96, "group-query-attention": True, "num-query-groups": 2,
+            "tensor-model-parallel-size": 2,
+        },
+    )  # fmt: skip
+    train(path, 2, "--train-iters 15")
+    return path
+
+
+def student(folder: Path, teacher: Path, write_config, **options) -> Path:
+    path = write_config(folder)
+    content = yaml.safe_load(path.read_text())
+    content["distillation"] = {"config": str(teacher), "load": str(teacher.parent / "run"), **options}
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+LAYOUTS = {
+    "pp2": (2, "--pipeline-model-parallel-size 2"),
+    "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "dp2": (2, ""),
+    "tp2-pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+}
+SAMPLE = ["pp2", pytest.param("tp2-sp", marks=pytest.mark.full), pytest.param("dp2", marks=pytest.mark.full),
+          pytest.param("tp2-pp2", marks=pytest.mark.full)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory, teacher, write_config, train):
+    return train(student(tmp_path_factory.mktemp("single"), teacher, write_config), flags="--train-iters 8")
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_the_layout_does_not_matter(name, single, teacher, tmp_path, write_config, train):
+    ranks, flags = LAYOUTS[name]
+    steps = train(student(tmp_path, teacher, write_config), ranks, f"--train-iters 8 {flags}")
+    for ours, theirs in zip(steps, single, strict=True):
+        for value in ("loss", "grad_norm"):
+            assert ours[value] == pytest.approx(theirs[value], rel=1e-5)
+
+
+def test_without_weight_it_is_plain_training_and_with_it_is_not(single, teacher, tmp_path, write_config, train):
+    weightless = train(student(tmp_path / "0", teacher, write_config, weight=0.0), flags="--train-iters 8")
+    plain = train(write_config(tmp_path / "plain"), flags="--train-iters 8")
+    assert [s["loss"] for s in weightless] == [s["loss"] for s in plain]
+    assert single[-1]["loss"] != plain[-1]["loss"] and single[0]["loss"] == plain[0]["loss"]
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path, write_config, train):
+    original = write_config(tmp_path / "original")
+    train(original, flags="--train-iters 5")
+    path = student(tmp_path / "copy", original, write_config, weight=1.0)
+    content = yaml.safe_load(path.read_text())
+    content["megatron"] |= {"load": str(tmp_path / "original/run"), "finetune": True}
+    path.write_text(yaml.safe_dump(content))
+    assert train(path, flags="--train-iters 1 --lr-decay-iters 9 --lr-warmup-iters 0")[0]["grad_norm"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"weight": 2.0}, "distillation.weight 2.0 is not from 0 to 1"),
+        ({"temperature": 0.0}, "distillation.temperature 0.0 must be positive"),
+        ({"config": "nowhere.yaml"}, "cannot read the configuration nowhere.yaml"),
+        ({"load": "nowhere"}, "nowhere: no checkpoint there"),
+        ({"wait": 1}, "unknown key distillation.wait"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused(options, says, teacher, tmp_path, write_config):
+    path = student(tmp_path, teacher, write_config, **options)
+    command = ["pretrain", "--config", str(path)]
+    ((status, errors),) = run_ranks(tmp_path / "out", 1, verb, tmp_path, command)
+    assert status == 2 and says in errors and "Traceback" not in errors, errors
+    assert not (tmp_path / "run").exists()
