@@ -1,25 +1,34 @@
 """What a run loads and what it saves: where it starts, whether that fits, and the record of what it writes."""
 
 import hashlib
+import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile
+
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint import CheckpointException
 
 from cherry_megatron.config import Config
 from cherry_megatron.data.paths import data_prefixes
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.pattern import parse
 from cherry_megatron.runs import checkpoint_to_load, own_checkpoints
-from cherry_megatron.surgery.ancestry import record_saved
+from cherry_megatron.surgery.ancestry import parents_of, record_saved
 from cherry_megatron.surgery.checkpoint import OPTIMIZER, TRACKER, Checkpoint, newest
 from cherry_megatron.surgery.lineage import read_lineage
 
 # What a run may not change once it has a checkpoint.
-_SIZES = (
-    "hidden-size", "ffn-hidden-size", "num-attention-heads", "group-query-attention", "num-query-groups",
-    "kv-channels", "padded-vocab-size", "swiglu", "untie-embeddings-and-output-weights", "rotary-base",
-)  # fmt: skip
+_SHAPE = {
+    "hidden": "megatron.hidden-size", "ffn": "megatron.ffn-hidden-size", "heads": "megatron.num-attention-heads",
+    "groups": "megatron.num-query-groups", "head_size": "megatron.kv-channels", "gated": "megatron.swiglu",
+    "vocabulary": "megatron.padded-vocab-size", "tied": "tied embedding and output",
+}  # fmt: skip
+_FUNCTION = ("rotary-base", "norm-epsilon", "squared-relu")
 # What decides which text is held out.
 _HELD_OUT = ("train-iters", "eval-iters", "eval-interval", "global-batch-size", "seq-length", "split", "seed")
 
@@ -55,16 +64,14 @@ def _changes(config: Config, folder: Path) -> list[str]:
         for key in ("loop_scales", "pattern", "order", "injection")
         if _meaning(theirs, key) != _meaning(ours, key)
     ]
-    trained = _flags(config, before)
-    found += [
-        (f"megatron.{flag}", trained(flag), config.value(flag))
-        for flag in _SIZES
-        if trained(flag) != config.value(flag)
-    ]
+    trained = replace(config, megatron=before["megatron"], flags=tuple(before["flags"]))
+    found += [(name, getattr(trained.shape, key), getattr(config.shape, key)) for key, name in _SHAPE.items()]
+    found += [(f"megatron.{flag}", trained.value(flag), config.value(flag)) for flag in _FUNCTION]
     return [
         f"the run {config.run} was trained with {key} {old!r}, not {new!r}; choose another run, whose "
         "megatron.load may name this one"
         for key, old, new in found
+        if old != new or key.startswith("recurrence.")
     ]
 
 
@@ -82,19 +89,14 @@ def _record(folder: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _flags(config: Config, before: dict[str, Any]) -> Callable[[str], Any]:
-    """The values of Megatron's flags in a record."""
-    return replace(config, megatron=before["megatron"], flags=tuple(before["flags"])).value
-
-
 def other_text(config: Config) -> list[str]:
     """The flags whose values differ from training's, so that other text is held out."""
     folder = checkpoint_to_load(config)
     before = None if folder is None else _record(folder)
     if before is None:
         return []
-    trained = _flags(config, before)
-    return [flag for flag in _HELD_OUT if trained(flag) != config.value(flag)]
+    trained = replace(config, megatron=before["megatron"], flags=tuple(before["flags"]))
+    return [flag for flag in _HELD_OUT if trained.value(flag) != config.value(flag)]
 
 
 def start_from(config: Config) -> dict[str, Any]:
@@ -119,7 +121,10 @@ def where_from(config: Config, args: Any) -> str:
 
 
 class Loading:
-    """Turns what Megatron raises while it loads a checkpoint into one sentence."""
+    """Turns what is raised for a damaged checkpoint, while Megatron loads one, into one sentence."""
+
+    # torch's derives from BaseException.
+    _RAISED = (CheckpointingException, CheckpointException, OSError, EOFError, BadZipFile, UnpicklingError)
 
     def __init__(self, args: Any) -> None:
         self._load: str | None = args.load
@@ -131,15 +136,25 @@ class Loading:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if self._load is None or error is None or isinstance(error, CherryError | KeyboardInterrupt):
+        if self._load is None or not isinstance(error, self._RAISED):
             return
+        traceback.print_exception(error, file=sys.stdout)  # into the log
         folder = newest(Path(self._load))
-        older = sorted(
-            found.parent.name for found in folder.parent.glob("iter_*/.metadata") if found.parent != folder
-        )
-        advice = f"; to go back to {older[-1]}, write its number into {folder.parent / TRACKER}" if older else ""
+        others = sorted({found.parent.name for found in folder.parent.glob("iter_*/.metadata")} - {folder.name})
+        advice = f"; to go back to {others[-1]}, write its number into {folder.parent / TRACKER}" if others else ""
         says = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CherryError(f"cannot load {folder}: {says[:300]}{advice}") from error
+
+
+def unchanged_start(config: Config, args: Any) -> None:
+    """See that the run, whose lock is held now, is still what this start was planned for.
+
+    Raises:
+        CherryError: if another training has saved a checkpoint there meanwhile.
+    """
+    now = checkpoint_to_load(config)
+    if (None if now is None else str(now.parent)) != args.load:
+        raise CherryError(f"the run {config.run} got a checkpoint while this training started; start it again")
 
 
 def recorder(config: Config, args: Any, say: Callable[[str], None]) -> Callable[[Path], None]:
@@ -150,15 +165,14 @@ def recorder(config: Config, args: Any, say: Callable[[str], None]) -> Callable[
         args: Megatron's arguments.
         say: prints a line.
     """
-    loaded = newest(Path(args.load)) if args.load else None
+    loaded = newest(Path(args.load)) if args.load and args.rank == 0 else None
+    parents = parents_of(loaded, own_checkpoints(config) is not None)
     data = [{"path": prefix, "report": _hash(Path(f"{prefix}.json"))} for _, prefix in data_prefixes(config)]
 
     def record(folder: Path) -> None:
-        nonlocal loaded
         iteration = int(folder.name.removeprefix("iter_"))
         details = {"config": config.as_dict(), "config_hash": config.hash(), "data": data}
-        record_saved(folder, "pretrain", loaded, iteration=iteration, **details)
-        loaded = folder
+        record_saved(folder, "pretrain", parents, iteration=iteration, **details)
         say(f"step {iteration:>7}  checkpoint written to {folder}")
 
     return record

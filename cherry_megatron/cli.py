@@ -270,7 +270,10 @@ def _add_lineage(verbs: argparse._SubParsersAction) -> None:
 
 
 def _numbers(text: str) -> list[float]:
-    return [float(number) for number in text.split(",")]
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers like 1,2,1") from None
 
 
 if __name__ == "__main__":

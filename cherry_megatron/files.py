@@ -1,7 +1,10 @@
-"""Writing files so that a reader finds the old content or the new, whenever the writer dies."""
+"""Writing files so that a reader finds the old content or the new, whenever the writer dies; locks."""
 
+import fcntl
 import os
 from pathlib import Path
+
+from cherry_megatron.errors import CherryError
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -22,3 +25,17 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock_or_refuse(handle: int, busy: str, path: Path) -> None:
+    """Lock a file or folder that is open; the system gives it back when the process ends, however it ends.
+
+    Raises:
+        CherryError: `busy` if another process has it, or that it cannot be locked.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CherryError(busy) from None
+    except OSError as error:
+        raise CherryError(f"cannot lock {path}: {error.strerror}; use a file system that locks") from None

@@ -19,7 +19,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 from torch import Tensor
 
-from cherry_megatron.checkpoints import Loading, recorder, start_from, where_from
+from cherry_megatron.checkpoints import Loading, recorder, start_from, unchanged_start, where_from
 from cherry_megatron.checks import require
 from cherry_megatron.config import Config
 from cherry_megatron.data.batches import build_datasets, next_batch
@@ -87,6 +87,7 @@ def _pretrain(config: Config, args: Any, terminal: TextIO) -> LoopEvaluation:
     with contextlib.ExitStack() as stack:
         if not args.skip_train:
             stack.enter_context(only_training(config, args.rank))
+            unchanged_start(config, args)
             before_checkpoint_counts(recorder(config, args, progress.say))
         stack.enter_context(progress)
         stack.enter_context(loading)

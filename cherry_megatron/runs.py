@@ -11,7 +11,6 @@ lock              held by the training that writes here
 """
 
 import datetime
-import fcntl
 import json
 import os
 import shlex
@@ -25,7 +24,7 @@ import yaml
 
 from cherry_megatron.config import Config
 from cherry_megatron.errors import CherryError
-from cherry_megatron.files import write_atomically
+from cherry_megatron.files import lock_or_refuse, write_atomically
 from cherry_megatron.surgery.checkpoint import TRACKER, newest, saved_folder
 from cherry_megatron.versions import git_state, installed_versions
 
@@ -66,19 +65,21 @@ def checkpoint_to_load(config: Config) -> Path | None:
 def only_training(config: Config, rank: int) -> Iterator[None]:
     """Keep a second training out of the run's folder while this one is at it.
 
+    Rank 0 asks; if it is refused, its exit must end the others, as it does under torchrun and our launchers.
+
     Raises:
         CherryError: if this is the second.
     """
     if rank != 0:
         yield
         return
-    with (config.run / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given back when the process ends, however it ends
-        except BlockingIOError:
-            raise CherryError(
-                f"another training writes to {config.run}; wait for its end or choose another run"
-            ) from None
+    path = config.run / "lock"
+    try:
+        file = path.open("w")
+    except OSError as error:
+        raise CherryError(f"cannot write {path}: {error.strerror}") from None
+    with file:
+        lock_or_refuse(file.fileno(), f"another training writes to {config.run}; wait, or choose another run", path)
         yield
 
 

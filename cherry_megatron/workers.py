@@ -69,6 +69,11 @@ def _ask(idle: SimpleQueue[Connection], *request: Any) -> Any:
     return answer
 
 
+def _has_parent() -> bool:
+    parent = multiprocessing.parent_process()
+    return parent is not None and parent.is_alive()
+
+
 def _serve(parent: Connection, prepare: Callable[..., Callable[..., Any]], arguments: tuple[Any, ...]) -> None:
     """What a process does: answer what comes through the pipe, until the other side ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says that it was interrupted
@@ -80,6 +85,8 @@ def _serve(parent: Connection, prepare: Callable[..., Callable[..., Any]], argum
     with suppress(EOFError, ConnectionError):
         while True:
             request = parent.recv()
+            if not _has_parent():
+                return  # it was killed, and somebody else may be at the same work now
             try:
                 answer = function if isinstance(function, CherryError) else function(*request)
             except CherryError as error:

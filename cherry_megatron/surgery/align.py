@@ -8,7 +8,6 @@ Re-Basin", whose weight matching this is). Heads are moved whole, so that rotary
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -17,8 +16,6 @@ from cherry_megatron.surgery.checkpoint import Checkpoint
 from cherry_megatron.surgery.layers import FC1, FC2, PROJ, QKV
 from cherry_megatron.surgery.numbers import to_float
 from cherry_megatron.surgery.records import Array
-
-Kind = Literal["none", "weights", "activations"]
 
 
 @dataclass(frozen=True)

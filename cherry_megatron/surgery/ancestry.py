@@ -26,14 +26,32 @@ from cherry_megatron.surgery.lineage import (
 THREADS = 8  # reading and hashing both let other threads go on
 
 
-def record_saved(folder: Path, operation: str, loaded: Path | None, **details: Any) -> None:
+def parents_of(loaded: Path | None, own: bool) -> list[dict[str, Any]]:
+    """The records of what a training starts from.
+
+    Args:
+        loaded: the checkpoint that it loads, or None.
+        own: whether that is the run's own: then it is not a parent, but its parents are.
+
+    Raises:
+        CherryError: if it is damaged.
+    """
+    if loaded is None:
+        return []
+    if own:
+        parents: list[dict[str, Any]] = (read_lineage(loaded) or {"parents": []})["parents"]
+        return parents
+    source = Checkpoint(loaded)
+    return [parent(loaded, source.manifest, {} if source.manifest else hash_all(source, source.model))]
+
+
+def record_saved(folder: Path, operation: str, parents: list[dict[str, Any]], **details: Any) -> None:
     """Write manifest and lineage into a checkpoint folder that training has just saved.
 
     Args:
         folder: it.
         operation: e.g. pretrain.
-        loaded: the checkpoint that the run started from, or None. A run's own earlier checkpoint is not a
-            parent: its parents are.
+        parents: from `parents_of`, when the training started: later they may be gone.
         details: what else to record.
     """
     for name in (MANIFEST, LINEAGE):  # of an older checkpoint that this one was written over
@@ -41,13 +59,6 @@ def record_saved(folder: Path, operation: str, loaded: Path | None, **details: A
     checkpoint = Checkpoint(folder)
     manifest = hash_all(checkpoint, checkpoint.tensors)
     write_atomically(folder / MANIFEST, manifest_text(manifest))
-    parents = []
-    if loaded is not None and loaded.parent == folder.parent:
-        parents = (read_lineage(loaded) or {"parents": []})["parents"]
-    elif loaded is not None:
-        source = Checkpoint(loaded)
-        hashes = {} if source.manifest else hash_all(source, source.model)
-        parents = [parent(loaded, source.manifest, hashes)]
     content = record(operation, manifest, parents, **details)
     write_atomically(folder / LINEAGE, json.dumps(content, indent=1, ensure_ascii=False))
 

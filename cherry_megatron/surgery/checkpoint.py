@@ -85,7 +85,7 @@ class Checkpoint:
             state = load_pickle((folder / ".metadata").read_bytes()).state
             places = {
                 (index.state["fqn"], _size(index.state.get("offset"))): Place(
-                    info.state["relative_path"], info.state["offset"], info.state["length"]
+                    str(info.state["relative_path"]), int(info.state["offset"]), int(info.state["length"])
                 )
                 for index, info in state["storage_data"].items()
             }
@@ -98,7 +98,7 @@ class Checkpoint:
             self.tensors = {layer.name: layer for tensor in self.tensors.values() for layer in _unstacked(tensor)}
         except OSError as error:
             raise CherryError(f"{folder}/.metadata: {error.strerror}; name a torch_dist checkpoint") from None
-        except (CherryError, KeyError, AttributeError, TypeError) as error:
+        except (CherryError, KeyError, AttributeError, TypeError, ValueError, IndexError) as error:
             raise CherryError(f"{folder}/.metadata is not that of a torch_dist checkpoint ({error})") from None
 
     @cached_property
@@ -232,6 +232,7 @@ def hash_values(values: Array) -> str:
 
 def _tensor(name: str, state: dict[str, Any], places: dict[tuple[str, Any], Place]) -> Tensor:
     chunks = [(_size(c.state["offsets"]), _size(c.state["sizes"])) for c in state["chunks"]]
+    chunks = list(dict.fromkeys(chunks))  # replicas may be named twice
     dtype = state["properties"].state[0].path[1]
     if dtype not in DTYPES:
         raise CherryError(f"{name} has the type {dtype}, which is not supported")
@@ -246,7 +247,7 @@ def _tensor(name: str, state: dict[str, Any], places: dict[tuple[str, Any], Plac
 def _unstacked(tensor: Tensor) -> list[Tensor]:
     """A GPTModel's tensor of all layers, which has a chunk or more for each, as a tensor a layer."""
     found = re.fullmatch(r"(.*decoder\.layers\.)(\D.*)", tensor.name)
-    if found is None or any(chunk.sizes[0] != 1 for chunk in tensor.chunks):
+    if found is None or not tensor.shape or any(chunk.sizes[0] != 1 for chunk in tensor.chunks):
         return [tensor]
     layers: dict[int, list[Chunk]] = {}
     for chunk in tensor.chunks:

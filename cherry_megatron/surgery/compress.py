@@ -13,7 +13,7 @@ from cherry_megatron.surgery.align import Alignment
 from cherry_megatron.surgery.checkpoint import Checkpoint, open_checkpoint
 from cherry_megatron.surgery.depth import compression, expansion, objects, peak_bytes, written_bytes
 from cherry_megatron.surgery.grouping import METHODS, Method, Mix, make_groups, mix
-from cherry_megatron.surgery.layers import EMBEDDING, FC1, HEAD, QKV, Source, source_layers
+from cherry_megatron.surgery.layers import EMBEDDING, FC1, FC2, HEAD, QKV, Source, source_layers
 from cherry_megatron.surgery.lineage import Manifest, parent, record
 from cherry_megatron.surgery.writing import CHECKPOINT, Job, new_folder, publish, run_jobs
 
@@ -160,7 +160,7 @@ def summary(surgery: Surgery, workers: int) -> str:
             f"reads       {read / 1e9:,.3f} GB in {len(tensors)} tensors"
             + ("" if surgery.source.manifest else " (no manifest: hashed while read, not verified)"),
             f"writes      {written_bytes(surgery.jobs) / 1e9:,.3f} GB",
-            f"memory      at most {peak_bytes(surgery.jobs, count) / 1e9:,.3f} GB of tensors in {count} processes",
+            f"memory      about {peak_bytes(surgery.jobs, count) / 1e9:,.3f} GB of tensors in {count} processes",
         ]
     )
 
@@ -178,7 +178,13 @@ def _check_sizes(source: Checkpoint, layers: Source, config: Path, megatron: dic
     attention, *mlps = layers.layers[0]
     if mlps:
         rows = source.tensors[mlps[0].names[f"{FC1}.weight"]].shape[0]
-        found["ffn-hidden-size"] = rows // 2 if megatron.get("swiglu") else rows
+        neurons = source.tensors[mlps[0].names[f"{FC2}.weight"]].shape[1]
+        found["ffn-hidden-size"] = neurons
+        if rows != neurons * (2 if megatron.get("swiglu") else 1):
+            raise CherryError(
+                f"{config}: megatron.swiglu is {bool(megatron.get('swiglu'))}, but the source's "
+                f"{mlps[0].names[f'{FC1}.weight']} has {rows} rows for {neurons} neurons"
+            )
     heads = megatron.get("num-attention-heads")
     if heads:
         groups = megatron.get("num-query-groups", heads) if megatron.get("group-query-attention") else heads
@@ -192,9 +198,11 @@ def _check_sizes(source: Checkpoint, layers: Source, config: Path, megatron: dic
     for key, value in found.items():
         if megatron.get(key, value) != value:
             raise CherryError(f"{config}: megatron.{key} is {megatron[key]}, but {source.folder} has {value}")
-    if HEAD not in layers.top and megatron.get("untie-embeddings-and-output-weights"):
+    untied = bool(megatron.get("untie-embeddings-and-output-weights"))
+    if untied != (HEAD in layers.top):
         raise CherryError(
-            f"{config}: megatron.untie-embeddings-and-output-weights is true, but {source.folder} holds no {HEAD}"
+            f"{config}: megatron.untie-embeddings-and-output-weights is {untied}, but {source.folder} holds "
+            f"{'no' if untied else 'a'} {HEAD}"
         )
 
 

@@ -156,7 +156,8 @@ def compression(
     jobs: list[Job] = [copy_top(source, layers, name, moments) for name in layers.top]
     for layer, (mixed, sublayers) in enumerate(zip(mixes, sublayer_prefixes(recurrence.parsed), strict=True)):
         for place, (symbol, prefix) in enumerate(sublayers):
-            members = [_member(source, layers, number, place, symbol) for number in mixed.members]
+            symbols = recurrence.parsed.layers[layer]
+            members = [_member(source, layers, number, place, symbols) for number in mixed.members]
             writes = []
             for before in ("", *moments):
                 for role in ROLES[symbol]:
@@ -168,14 +169,17 @@ def compression(
                 shape = (recurrence.parsed.loops * norm.shape[0],)
                 scales = [prefix + role for role in LOOP_SCALES[symbol]]
                 jobs.append(Ones(tuple(Spec(name, norm.dtype, shape) for name in scales)))
-                jobs += [Ones(_moments_of(source, scales, shape, moments), 0.0)] if moments else []
+                jobs += [Ones(specs, value) for specs, value in _moments_of(source, scales, shape, moments)]
     return jobs
 
 
 def _moments_of(
     source: Checkpoint, names: Sequence[str], shape: tuple[int, ...], moments: Sequence[str]
-) -> tuple[Spec, ...]:
-    return tuple(Spec(before + name, _moment_type(source, before), shape) for before in moments for name in names)
+) -> Iterator[tuple[tuple[Spec, ...], float]]:
+    """What the optimizer keeps of new per-loop vectors, and its value: moments are zero, copies of weights one."""
+    for before in moments:
+        specs = tuple(Spec(before + name, _moment_type(source, before), shape) for name in names)
+        yield specs, 0.0 if before.endswith((".exp_avg.", ".exp_avg_sq.")) else 1.0
 
 
 def _moment_type(source: Checkpoint, before: str) -> str:
@@ -208,16 +212,13 @@ def copy_top(source: Checkpoint, layers: Source, name: str, moments: Sequence[st
     return Copy(reads, tuple(writes))
 
 
-def _member(source: Checkpoint, layers: Source, number: int, place: int, symbol: str) -> dict[str, str]:
+def _member(source: Checkpoint, layers: Source, number: int, place: int, symbols: str) -> dict[str, str]:
     """The names of a source sublayer's tensors by role."""
     sublayers: tuple[Sublayer, ...] = layers.layers[number]
-    if len(sublayers) <= place or sublayers[place].symbol != symbol:
-        kinds = "".join(sublayer.symbol for sublayer in sublayers)
-        raise CherryError(
-            f"{source.folder}: layer {number} is {kinds!r}, but recurrence.pattern wants {symbol!r} as "
-            f"sublayer {place} of it"
-        )
-    return {role: sublayers[place].names[role] for role in ROLES[symbol]}
+    kinds = "".join(sublayer.symbol for sublayer in sublayers)
+    if kinds != symbols:
+        raise CherryError(f"{source.folder}: layer {number} is {kinds!r}, but recurrence.pattern wants {symbols!r}")
+    return sublayers[place].names
 
 
 def expansion(source: Checkpoint, layers: Source, recurrence: Recurrence) -> tuple[Pattern, list[Job]]:
@@ -242,12 +243,25 @@ def expansion(source: Checkpoint, layers: Source, recurrence: Recurrence) -> tup
     jobs: list[Job] = [copy_top(source, layers, name) for name in layers.top]
     for visit, sublayers in zip(visits, sublayer_prefixes(dense), strict=True):
         for place, (symbol, prefix) in enumerate(sublayers):
-            names = layers.layers[visit.layer][place].names
+            names = _member(source, layers, visit.layer, place, pattern.layers[visit.layer])
+            _check_loops(source, names, symbol, recurrence)
             tensors = {role: source.tensors[names[role]] for role in ROLES[symbol]}
             writes = tuple(Spec(prefix + role, t.dtype, t.shape) for role, t in tensors.items())
             loop = None if visit.loop is None else min(visit.loop, pattern.loops - 1)
             jobs.append(Unroll(symbol, names, loop, writes))
     return dense, jobs
+
+
+def _check_loops(source: Checkpoint, names: dict[str, str], symbol: str, recurrence: Recurrence) -> None:
+    """Per-loop vectors are there if they should be, and one a loop."""
+    hidden = source.tensors[names[ROLES[symbol][0]]].shape[0]
+    for role in LOOP_SCALES[symbol]:
+        found = source.tensors[names[role]].shape[0] // hidden if role in names else None
+        if found is not None and found != recurrence.parsed.loops:
+            raise CherryError(
+                f"{source.folder}: {names[role]} has vectors of {found} loops, recurrence.pattern of "
+                f"{recurrence.parsed.loops}; name the configuration that it was trained with"
+            )
 
 
 def objects(source: Checkpoint, pattern: Pattern, has_head: bool, with_optimizer: bool) -> dict[str, Any]:
@@ -288,12 +302,18 @@ def written_bytes(jobs: Sequence[Job]) -> int:
 
 
 def peak_bytes(jobs: Sequence[Job], workers: int) -> int:
-    """An upper bound of the memory that the tensors in work take, for the largest job on every worker."""
+    """About the memory that the tensors in work take, for the largest job on every worker."""
 
     def job_peak(job: Job) -> int:
         largest = max(np.prod(spec.shape, dtype=np.int64) for spec in job.writes)
         itemsize = max(np.dtype(DTYPES[spec.dtype][1]).itemsize for spec in job.writes)
-        # A mean holds the doubles, one source tensor and the result.
-        return int(largest) * ((8 + 2 * itemsize + 4) if isinstance(job, Merge | Unroll) else itemsize)
+        if not isinstance(job, Merge | Unroll):
+            return int(largest) * itemsize
+        # The doubles, a source tensor and the result; rounding to bfloat16 takes some more.
+        peak = int(largest) * (32 if itemsize == 2 else 24)
+        if isinstance(job, Merge) and job.alignment is not None:
+            whole = sum(int(np.prod(spec.shape, dtype=np.int64)) for spec in job.writes)
+            peak = max(peak, 3 * 8 * whole + 8 * max(spec.shape[-1] for spec in job.writes) ** 2)
+        return peak
 
     return sum(sorted((job_peak(job) for job in jobs), reverse=True)[:workers])

@@ -9,7 +9,7 @@ FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 def to_float(dtype: str, values: Array) -> Array:
-    """Values as floating-point numbers that numpy can add; exact.
+    """Values as floating-point numbers that numpy computes with, of 32 bits or more; exact.
 
     Args:
         dtype: torch's name of the stored type, one of FLOATS.
@@ -17,7 +17,7 @@ def to_float(dtype: str, values: Array) -> Array:
     """
     if dtype == "bfloat16":
         return (values.astype(np.uint32) << 16).view(np.float32)
-    return values
+    return values.astype(np.float32) if dtype == "float16" else values
 
 
 def from_double(dtype: str, values: Array) -> Array:

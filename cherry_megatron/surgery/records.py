@@ -163,9 +163,11 @@ class _Part(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         self._file.seek(self._begin + self._at)
-        count = self._file.write(data)
-        self._at += count
-        return count
+        left = memoryview(data)
+        while left.nbytes:  # the system takes 2 GiB at once at most, and less when it likes
+            left = left[self._file.write(left) :]
+        self._at += len(data)
+        return len(data)
 
 
 def read_tensor(file: BinaryIO, offset: int, length: int) -> tuple[str, Array]:
@@ -177,24 +179,43 @@ def read_tensor(file: BinaryIO, offset: int, length: int) -> tuple[str, Array]:
     Raises:
         CherryError: if there is something else at this place, or the file is too short.
     """
-    archive, described = _open(file, offset, length)
     try:
-        (_, storage, key, _, count), start, shape, stride = described.args[:4]
-        name = _BY_STORAGE[storage.path[1]]
-        info = archive.getinfo(archive.namelist()[0].replace("data.pkl", f"data/{key}"))
-    except (AttributeError, KeyError, ValueError, TypeError):
-        raise CherryError("not a tensor of a known type") from None
+        return _read_tensor(file, offset, length)
+    except CherryError:
+        raise
+    except Exception as error:  # a damaged record makes it raise nearly any
+        raise CherryError(f"not a tensor of a known type ({error})") from None
+
+
+def _read_tensor(file: BinaryIO, offset: int, length: int) -> tuple[str, Array]:
+    archive, described = _open(file, offset, length)
+    (_, storage, key, _, count), start, shape, stride = described.args[:4]
+    name = _BY_STORAGE[storage.path[1]]
+    info = archive.getinfo(_pickle_name(archive).replace("data.pkl", f"data/{key}"))
     values = np.empty(count, DTYPES[name][1])
+    last = start + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+    if min((start, *shape, *stride)) < 0 or (0 not in shape and last >= count):
+        raise CherryError("its shape reaches beyond its values")
     # Past the archive member's own header, whose name and padding vary in length.
     file.seek(offset + info.header_offset + 26)
     lengths = np.frombuffer(file.read(4), np.uint16)
     file.seek(offset + info.header_offset + 30 + int(lengths.sum()))
-    if info.file_size != values.nbytes or file.readinto(values.data.cast("B")) != values.nbytes:  # type: ignore[attr-defined]
+    if info.file_size != values.nbytes or not _fill(file, memoryview(values.view(np.uint8))):
         raise CherryError("the file is too short")
     if stride != tuple(np.cumprod((1, *shape[:0:-1]))[::-1]) and values.size > 1:
         strides = tuple(step * values.itemsize for step in stride)
         return name, np.lib.stride_tricks.as_strided(values[start:], shape, strides).copy()
     return name, values[start : start + int(np.prod(shape))].reshape(shape)
+
+
+def _fill(file: BinaryIO, buffer: memoryview) -> bool:
+    """Read until a buffer is full; False if the file ends before. The system gives 2 GiB at once at most."""
+    while buffer.nbytes:
+        count: int = file.readinto(buffer)  # type: ignore[attr-defined]
+        if not count:
+            return False
+        buffer = buffer[count:]
+    return True
 
 
 def read_object(file: BinaryIO, offset: int, length: int) -> Any:
@@ -205,9 +226,13 @@ def read_object(file: BinaryIO, offset: int, length: int) -> Any:
 def _open(file: BinaryIO, offset: int, length: int) -> tuple[zipfile.ZipFile, Any]:
     try:
         archive = zipfile.ZipFile(io.BufferedReader(_Part(file, offset, length), 1 << 12))
-        return archive, load_pickle(archive.read(archive.namelist()[0]))
-    except (zipfile.BadZipFile, OSError, IndexError, EOFError, NotImplementedError) as error:
+        return archive, load_pickle(archive.read(_pickle_name(archive)))
+    except Exception as error:  # a damaged archive makes it raise nearly any
         raise CherryError(f"not a record of torch.save ({error})") from None
+
+
+def _pickle_name(archive: zipfile.ZipFile) -> str:
+    return next(name for name in archive.namelist() if name.endswith("data.pkl"))
 
 
 def write_tensor(file: BinaryIO, name: str, values: Array) -> int:

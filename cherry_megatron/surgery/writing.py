@@ -5,7 +5,6 @@ disk, and renamed at the end. Whatever dies on the way leaves no checkpoint, and
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -23,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cherry_megatron.errors import CherryError
-from cherry_megatron.files import sync_folder
+from cherry_megatron.files import lock_or_refuse, sync_folder
 from cherry_megatron.surgery import records
 from cherry_megatron.surgery.checkpoint import TRACKER, Checkpoint, hash_values
 from cherry_megatron.surgery.lineage import LINEAGE, MANIFEST, Manifest, manifest_text
@@ -31,7 +30,6 @@ from cherry_megatron.surgery.records import DTYPES, Array, stand_in
 from cherry_megatron.workers import worker_processes
 
 CHECKPOINT = "iter_0000000"
-LOCK = "lock"
 AHEAD = 2  # jobs a worker whose tensors are being read from the disk
 _METADATA = "torch.distributed.checkpoint.metadata"
 _FILESYSTEM = "torch.distributed.checkpoint.filesystem"
@@ -83,7 +81,7 @@ def carry_out(source: Path, folder: Path) -> Callable[[int, Job], Report]:
         path = folder / f"__{number}_0.distcp"
         written = []
         try:
-            with path.open("w+b", buffering=0) as file:
+            with path.open("x+b", buffering=0) as file:
                 for spec, values in zip(job.writes, job.make(checkpoint), strict=True):
                     assert values.shape == spec.shape, (spec, values.shape)
                     at = file.seek(0, os.SEEK_END)
@@ -119,18 +117,17 @@ def new_folder(save: Path, needed: int) -> Iterator[Path]:
     partial = save.parent / f".{save.name}.partial"
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        lock = (partial / LOCK).open("w")
+        handle = os.open(partial, os.O_RDONLY)
     except OSError as error:
         raise cannot_write(partial, error) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given back when the process ends, however it ends
-        except OSError:
-            raise CherryError(f"another run is writing {save}; wait for its end") from None
+    try:
+        lock_or_refuse(handle, f"another run is writing {save}; wait for its end", partial)
+        # The run that held the lock until now may have renamed the folder, or removed it.
+        if not _is_at(handle, partial) or (save.exists() and (not save.is_dir() or any(save.iterdir()))):
+            raise CherryError(f"another run has written {save}")
         try:
             for left in partial.iterdir():  # by a run that was killed
-                if left.name != LOCK:
-                    shutil.rmtree(left)
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
             free = shutil.disk_usage(partial).free
             if free < needed:
                 raise CherryError(f"no space left for {save}: {needed:,} bytes are needed, {free:,} are free")
@@ -139,7 +136,17 @@ def new_folder(save: Path, needed: int) -> Iterator[Path]:
         except OSError as error:
             raise cannot_write(partial, error) from None
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            if _is_at(handle, partial):  # not published
+                shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        os.close(handle)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except OSError:
+        return False
 
 
 def run_jobs(source: Checkpoint, folder: Path, jobs: Sequence[Job], workers: int) -> list[Report]:
@@ -224,7 +231,6 @@ def publish(
     _write(folder / "integrity.json", json.dumps({"algorithm": "sha256", "files": hashes}, indent=1).encode())
     sync_folder(folder)
     _write(partial / TRACKER, b"0")
-    (partial / LOCK).unlink()
     sync_folder(partial)
     partial.rename(save)
     sync_folder(save.parent)

@@ -149,6 +149,9 @@ def test_moments_are_averaged_on_request_and_load(tmp_path, write_config, train)
         assert torch.equal(ours[f"optimizer.state.{kind}.decoder.layers.3.{role}"], mean)
         assert not ours[f"optimizer.state.{kind}.decoder.layers.3.mlp_bda.loop_scale"].any()
     steps = train(small, 2, "--train-iters 4 --tensor-model-parallel-size 2")
+    anew = write_config(tmp_path / "anew", megatron={"load": str(tmp_path / "compressed"), "finetune": True})
+    # The same weights, whatever is carried beside them: a copy of the weights in the optimizer must agree.
+    assert steps[0]["loss"] == pytest.approx(train(anew, flags="--train-iters 4")[0]["loss"], rel=1e-5)
     assert [step["iteration"] for step in steps] == [1, 2, 3, 4]
 
 

@@ -35,7 +35,7 @@ def _logits(path: Path) -> np.ndarray:
         return model[0](tokens, torch.arange(32).repeat(2, 1), None).float().numpy()
 
 
-@pytest.mark.parametrize("order", ["cycle", "sequence"])
+@pytest.mark.parametrize("order", ["cycle", pytest.param("sequence", marks=pytest.mark.full)])
 def test_the_dense_model_gives_the_same_logits(order, tmp_path, write_config, train):
     recurrence = {"pattern": "*-[*-*-]x3*-", "order": order, "loop_scales": True}
     looped = write_config(tmp_path / "looped", recurrence=recurrence)
@@ -67,6 +67,24 @@ def test_keys_are_those_of_a_stock_hybrid_model(tmp_path, config):
     expansion = compress.plan_expansion(tmp_path / "small", path, ())
     names = {spec.name for job in expansion.jobs for spec in job.writes}
     assert names == set(model_tensors(4))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "says"),
+    [
+        ("*-[*-]x3*-", "has vectors of 2 loops, recurrence.pattern of 3"),
+        ("*-[**-]x2*-", "holds 3 layers, recurrence.pattern 4"),
+        ("*-[*--]x2*-", "layer 1 is '[*]-', but recurrence.pattern wants '[*]--'"),
+    ],
+)
+def test_a_configuration_of_another_model_is_refused(pattern, says, tmp_path, config):
+    save(tmp_path / "deep", model_tensors(3))
+    path = config(recurrence={"pattern": "*-[*-]x2*-", "loop_scales": True})
+    compress.plan_compression(tmp_path / "deep", path, (), compress.Options()).run(tmp_path / "small", 2)
+    with pytest.raises(CherryError, match=says):
+        compress.plan_expansion(
+            tmp_path / "small", config(recurrence={"pattern": pattern, "loop_scales": True}), ()
+        )
 
 
 def test_injection_cannot_be_expanded(tmp_path, config):

@@ -78,6 +78,33 @@ def test_nothing_that_a_pickle_names_is_run(tmp_path):
     assert not (tmp_path / "planted").exists()
 
 
+class Reluctant(io.BytesIO):
+    """A file that moves a thousand bytes a call, as the system moves 2 GiB at most."""
+
+    def readinto(self, buffer):
+        return super().readinto(memoryview(buffer)[:1000])
+
+    def write(self, data):
+        return super().write(memoryview(data)[:1000])
+
+
+def test_calls_that_move_less_than_was_asked_for_are_repeated():
+    values = np.arange(5000.0)
+    file = Reluctant()
+    length = records.write_tensor(file, "float64", values)
+    assert np.array_equal(records.read_tensor(file, 0, length)[1], values)
+    assert torch.equal(torch.load(io.BytesIO(file.getvalue())), torch.from_numpy(values))
+
+
+def test_a_record_with_any_one_bit_flipped_is_read_or_refused():
+    data = bytearray(saved(torch.arange(6.0)))
+    for place in range(0, len(data), 3):
+        data[place] ^= 1 << place % 8
+        with contextlib.suppress(CherryError):
+            records.read_tensor(io.BytesIO(data), 0, len(data))
+        data[place] ^= 1 << place % 8
+
+
 @pytest.mark.parametrize("cut", [0, 10, 300, 900])
 def test_a_record_that_is_cut_off_is_refused(cut):
     data = saved(torch.arange(200.0))

@@ -40,14 +40,12 @@ def deep(tmp_path, config) -> Path:
 # Killed
 
 
-KILLS = 20
-
-
-def test_a_kill_at_any_moment_leaves_a_whole_checkpoint_or_none(tmp_path, config):
+@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.full)])
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint_or_none(kills, tmp_path, config):
     tensors = {name: tensor.repeat(*[40] * tensor.ndim) for name, tensor in model_tensors(8).items()}
     save(tmp_path / "deep", tensors)
     content = yaml.safe_load(config().read_text())
-    content["megatron"] = {"swiglu": True}
+    content["megatron"] = {"swiglu": True, "untie-embeddings-and-output-weights": True}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
     source = state(tmp_path / "deep")
     run = [sys.executable, "-m", "cherry_megatron.cli", *command(tmp_path)]
@@ -57,7 +55,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint_or_none(tmp_path, config
     shutil.rmtree(tmp_path / "small")
 
     draw, finished = random.Random(0), 0
-    for trial in range(KILLS):
+    for trial in range(kills):
         process = subprocess.Popen(
             run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
@@ -72,7 +70,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint_or_none(tmp_path, config
             assert describe(tmp_path / "small", verify=True)[0][:12] == whole
             shutil.rmtree(tmp_path / "small")
             finished += 1
-    assert finished < KILLS, "no kill came in time"
+    assert finished < kills, "no kill came in time"
     assert state(tmp_path / "deep") == source
     subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
     assert describe(tmp_path / "small", verify=True)[0][:12] == whole
@@ -83,6 +81,49 @@ def test_two_runs_do_not_write_one_checkpoint(deep, capsys):
     with writing.new_folder(deep / "small", 0):
         assert main(command(deep)) == 2
     assert "another run is writing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("step", ["_write", "_hash_file", "sync_folder"])
+@pytest.mark.parametrize("nth", [1, 2, 3, 4, 5, 6])
+def test_a_kill_between_any_two_steps_of_publishing_is_made_good(step, nth, deep, monkeypatch):
+    whole = publish_in_child(deep, "whole", None, 0)
+    before = describe(deep / "whole", verify=True)[0][:12]
+    assert (whole and not publish_in_child(deep, "small", step, nth)) or (deep / "small").exists()
+    if not (deep / "small").exists():
+        assert main(command(deep)) == 0
+    assert describe(deep / "small", verify=True)[0][:12] == before
+    assert not list(deep.glob(".small*"))
+
+
+def publish_in_child(folder: Path, name: str, step: str | None, nth: int) -> bool:
+    """Compress in a process that dies at the n-th call of one of publish's steps; False if it did."""
+    child = os.fork()
+    if not child:
+        if step is not None:
+            original, calls = getattr(writing, step), iter(range(1, 1000))
+
+            def die_or(*arguments: object) -> object:
+                if next(calls) == nth:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return original(*arguments)
+
+            setattr(writing, step, die_or)
+        os._exit(main(command(folder, "--save", str(folder / name))))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_second_run_cannot_take_the_lock_while_the_first_publishes(deep, monkeypatch, capsys):
+    sync_folder, results = writing.sync_folder, []
+
+    def run_meanwhile(folder: Path) -> None:
+        monkeypatch.setattr(writing, "sync_folder", sync_folder)
+        results.append(main(command(deep)))
+        sync_folder(folder)
+
+    monkeypatch.setattr(writing, "sync_folder", run_meanwhile)
+    assert main(command(deep)) == 0 and results == [2]
+    assert "another run is writing" in capsys.readouterr().err
+    assert describe(deep / "small", verify=True)
 
 
 # Refused
@@ -174,6 +215,9 @@ def test_a_shard_that_is_gone_is_named(deep, capsys):
         (["--set", "megatron.ffn-hidden-size=16"], "megatron.ffn-hidden-size is 16, but"),
         (["--set", "megatron.padded-vocab-size=64"], "megatron.padded-vocab-size is 64, but"),
         (["--set", "megatron.num-attention-heads=7"], "7 heads and 3 query groups"),
+        (["--set", "recurrence.pattern='*[*]x4*'"], "layer 0 is '*-', but recurrence.pattern wants '*'"),
+        (["--set", "megatron.swiglu=false"], "megatron.swiglu is False"),
+        (["--set", "megatron.untie-embeddings-and-output-weights=false"], "holds a output_layer.weight"),
         (["--expand"], "holds 8 layers, recurrence.pattern 4"),
         (["--set", "recurrence.lops=3"], "did you mean 'loops'"),
     ],
