@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-HIDDEN, FFN, HEADS, GROUPS, VOCABULARY = 24, 20, 6, 3, 40
+HIDDEN, FFN, HEADS, GROUPS, VOCABULARY = 24, 20, 6, 2, 40
 SIZE = HIDDEN // HEADS
 
 

@@ -214,7 +214,7 @@ def test_a_shard_that_is_gone_is_named(deep, capsys):
         (["--set", "megatron.hidden-size=32"], "megatron.hidden-size is 32, but"),
         (["--set", "megatron.ffn-hidden-size=16"], "megatron.ffn-hidden-size is 16, but"),
         (["--set", "megatron.padded-vocab-size=64"], "megatron.padded-vocab-size is 64, but"),
-        (["--set", "megatron.num-attention-heads=7"], "7 heads and 3 query groups"),
+        (["--set", "megatron.num-attention-heads=7"], "7 heads and 2 query groups"),
         (["--set", "recurrence.pattern='*[*]x4*'"], "layer 0 is '*-', but recurrence.pattern wants '*'"),
         (["--set", "megatron.swiglu=false"], "megatron.swiglu is False"),
         (["--set", "megatron.untie-embeddings-and-output-weights=false"], "holds a output_layer.weight"),
