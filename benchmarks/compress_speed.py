@@ -93,7 +93,7 @@ def make_source(folder: Path, layers: int, hidden: int, with_optimizer: bool) ->
     common = [{"args": records.new("argparse", "Namespace", {}), "checkpoint_version": 3.0, "iteration": 1}]
     with (checkpoint / "__objects.distcp").open("w+b", buffering=0) as file:
         place = ("__objects.distcp", 0, records.write_object(file, common))
-    metadata = writing._metadata(reports, {"common_state/shard_0_1": place})
+    metadata = writing.metadata(reports, {"common_state/shard_0_1": place})
     (checkpoint / ".metadata").write_bytes(records.dump_pickle(metadata))
     (folder / "latest_checkpointed_iteration.txt").write_text("1")
     subprocess.run(["sync"], check=True)

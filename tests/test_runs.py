@@ -140,6 +140,28 @@ def test_a_second_training_is_kept_out_of_the_folder(copy):
         first.wait(timeout=120)
 
 
+def _starts_unchanged(path: Path, load: str | None) -> str:
+    from argparse import Namespace
+
+    from cherry_megatron.checkpoints import unchanged_start
+    from cherry_megatron.config import load as load_config
+    from cherry_megatron.errors import CherryError
+
+    try:
+        unchanged_start(load_config(path), Namespace(load=load))
+    except CherryError as error:
+        return str(error)
+    return ""
+
+
+def test_a_checkpoint_that_came_while_a_training_started_is_not_written_over(copy):
+    """The start was planned when the run was empty; the first training has saved and ended since."""
+    own = str(copy.parent / "run/checkpoints")
+    ((planned_anew),) = run_ranks(copy.parent / "a", 1, _starts_unchanged, copy, None)
+    ((planned_to_resume),) = run_ranks(copy.parent / "b", 1, _starts_unchanged, copy, own)
+    assert "got a checkpoint while this training started" in planned_anew and not planned_to_resume
+
+
 def test_evaluation_says_when_it_holds_out_other_text(copy):
     command = ["evaluate", "--config", str(copy), "--", "--train-iters", "4"]
     ((status, errors),) = run_ranks(copy.parent / "output", 1, verb, copy.parent, command)

@@ -105,7 +105,9 @@ def plan_compression(load: Path, config: Path, overrides: Sequence[str], options
     _check_sizes(source, layers, config, megatron)
     groups = make_groups(options.groups, len(layers.layers), recurrence)
     mixes = mix(groups, options.method, options.weights, options.keep)
-    alignment = _alignment(megatron) if options.align == "weights" else None
+    alignment = (
+        Alignment(*_heads(config, megatron), bool(megatron.get("swiglu"))) if options.align == "weights" else None
+    )
     moments = options.optimizer == "average"
     jobs = compression(source, layers, recurrence, mixes, alignment, moments)
     source.check([name for job in jobs for name in job.reads])
@@ -185,9 +187,8 @@ def _check_sizes(source: Checkpoint, layers: Source, config: Path, megatron: dic
                 f"{config}: megatron.swiglu is {bool(megatron.get('swiglu'))}, but the source's "
                 f"{mlps[0].names[f'{FC1}.weight']} has {rows} rows for {neurons} neurons"
             )
-    heads = megatron.get("num-attention-heads")
-    if heads:
-        groups = megatron.get("num-query-groups", heads) if megatron.get("group-query-attention") else heads
+    if "num-attention-heads" in megatron:
+        heads, groups = _heads(config, megatron)
         size = megatron.get("kv-channels") or hidden // heads
         rows = source.tensors[attention.names[f"{QKV}.weight"]].shape[0]
         if rows != (heads + 2 * groups) * size:
@@ -206,9 +207,13 @@ def _check_sizes(source: Checkpoint, layers: Source, config: Path, megatron: dic
         )
 
 
-def _alignment(megatron: dict[str, Any]) -> Alignment:
+def _heads(config: Path, megatron: dict[str, Any]) -> tuple[int, int]:
+    """Query heads and query groups.
+
+    Raises:
+        CherryError: if the configuration does not name the heads.
+    """
     heads = megatron.get("num-attention-heads")
-    if not isinstance(heads, int):
-        raise CherryError("--align needs megatron.num-attention-heads in the configuration")
-    groups = megatron.get("num-query-groups", heads) if megatron.get("group-query-attention") else heads
-    return Alignment(heads, groups, bool(megatron.get("swiglu")))
+    if not isinstance(heads, int) or heads < 1:
+        raise CherryError(f"{config}: set megatron.num-attention-heads to a positive number (it is {heads})")
+    return heads, megatron.get("num-query-groups", heads) if megatron.get("group-query-attention") else heads

@@ -41,11 +41,11 @@ class Copy:
 
 
 @dataclass(frozen=True)
-class Ones:
-    """Per-loop vectors of a model that has not been trained with loops: all one."""
+class Constant:
+    """Tensors that the source does not have, of one value throughout: per-loop vectors begin at one."""
 
     writes: tuple[Spec, ...]
-    value: float = 1.0
+    value: float
     reads: tuple[str, ...] = ()
 
     def make(self, source: Checkpoint) -> Iterator[Array]:
@@ -108,18 +108,13 @@ class Unroll:
         return tuple(self.names.values())
 
     def make(self, source: Checkpoint) -> Iterator[Array]:
-        on_norm, on_output = (self._scale(source, role) for role in LOOP_SCALES[self.symbol])
-        norm, inner, outer = ROLES[self.symbol]
-        for role, spec, scale in ((norm, self.writes[0], on_norm), (outer, self.writes[2], on_output)):
+        norm_scale, output_scale = (self._scale(source, role) for role in LOOP_SCALES[self.symbol])
+        scales = (norm_scale, None, None if output_scale is None else output_scale[:, None])
+        for role, spec, scale in zip(ROLES[self.symbol], self.writes, scales, strict=True):
             values = source.read(self.names[role])
             if scale is not None:
-                scale = scale if values.ndim == 1 else scale[:, None]
                 values = from_double(spec.dtype, to_float(spec.dtype, values).astype(np.float64) * scale)
-            if role == norm:
-                yield values
-                yield source.read(self.names[inner])
-            else:
-                yield values
+            yield values
 
     def _scale(self, source: Checkpoint, role: str) -> Array | None:
         """The vector of this loop, [h]; None if the layer has none."""
@@ -168,8 +163,8 @@ def compression(
                 norm = source.tensors[members[0][ROLES[symbol][0]]]
                 shape = (recurrence.parsed.loops * norm.shape[0],)
                 scales = [prefix + role for role in LOOP_SCALES[symbol]]
-                jobs.append(Ones(tuple(Spec(name, norm.dtype, shape) for name in scales)))
-                jobs += [Ones(specs, value) for specs, value in _moments_of(source, scales, shape, moments)]
+                jobs.append(Constant(tuple(Spec(name, norm.dtype, shape) for name in scales), 1.0))
+                jobs += [Constant(specs, value) for specs, value in _moments_of(source, scales, shape, moments)]
     return jobs
 
 

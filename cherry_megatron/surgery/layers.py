@@ -6,7 +6,7 @@ GPTModel (a number a layer, or all layers stacked in one tensor).
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.pattern import ATTENTION, MLP, Pattern
@@ -37,17 +37,7 @@ class Sublayer:
     """One attention or MLP: its symbol and, by role, the names of its tensors."""
 
     symbol: str
-    names: dict[str, str] = field(default_factory=dict)
-
-    def role(self, name: str, where: str) -> str:
-        """The name of the tensor of a role.
-
-        Raises:
-            CherryError: if there is none.
-        """
-        if name not in self.names:
-            raise CherryError(f"{where}: the tensor {name} is missing from a layer that has {sorted(self.names)}")
-        return self.names[name]
+    names: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -82,7 +72,7 @@ def source_layers(checkpoint: Checkpoint, looped: bool = False) -> Source:
     for name in checkpoint.model:
         found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
         if found is None:
-            top["decoder.final_norm.weight" if name == "decoder.final_layernorm.weight" else name] = name
+            top[FINAL_NORM if name == "decoder.final_layernorm.weight" else name] = name
             continue
         role = _OTHER_NAMES.get(found[2], found[2])
         symbol = _symbol(checkpoint, role, name, looped)
@@ -96,7 +86,11 @@ def source_layers(checkpoint: Checkpoint, looped: bool = False) -> Source:
     ]  # "*" sorts before "-"
     for sublayer in sublayers:
         for role in ROLES[sublayer.symbol]:
-            sublayer.role(role, str(checkpoint.folder))
+            if role not in sublayer.names:
+                raise CherryError(
+                    f"{checkpoint.folder}: the tensor {role} is missing from a layer that has "
+                    f"{sorted(sublayer.names)}"
+                )
     return Source(tuple(_group(sublayers)), top)
 
 

@@ -217,7 +217,7 @@ def publish(
             places[name] = ("__objects.distcp", at, records.write_object(file, value))
         os.fsync(file.fileno())
     files = {
-        ".metadata": records.dump_pickle(_metadata(reports, places)),
+        ".metadata": records.dump_pickle(metadata(reports, places)),
         "metadata.json": b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1}',
         MANIFEST: manifest_text(manifest).encode(),
         LINEAGE: json.dumps(lineage(manifest), indent=1, ensure_ascii=False).encode(),
@@ -252,7 +252,7 @@ def _origin(spec: Spec) -> str:
     return ",".join("0" for _ in spec.shape)
 
 
-def _metadata(reports: Iterable[Report], objects: dict[str, tuple[str, int, int]]) -> Any:
+def metadata(reports: Iterable[Report], objects: dict[str, tuple[str, int, int]]) -> Any:
     """What torch.distributed.checkpoint keeps in `.metadata`; every tensor is one chunk."""
     described: dict[str, Any] = {}
     storage: dict[Any, Any] = {}

@@ -1,0 +1,36 @@
+"""Writing at once, and locks."""
+
+import errno
+import fcntl
+import os
+
+import pytest
+
+from cherry_megatron.errors import CherryError
+from cherry_megatron.files import lock_or_refuse, write_atomically
+
+
+def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path):
+    path = tmp_path / "file"
+    for content in ("first", "둘째"):
+        write_atomically(path, content)
+        assert path.read_text() == content and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_lock_is_held_until_its_file_is_closed(tmp_path):
+    first, second = (os.open(tmp_path, os.O_RDONLY) for _ in range(2))
+    lock_or_refuse(first, "busy", tmp_path)
+    with pytest.raises(CherryError, match="busy"):
+        lock_or_refuse(second, "busy", tmp_path)
+    os.close(first)
+    lock_or_refuse(second, "busy", tmp_path)
+    os.close(second)
+
+
+def test_a_file_system_that_does_not_lock_is_said_and_is_not_taken_for_another_run(tmp_path, monkeypatch):
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(CherryError, match=r"cannot lock .* use a file system that locks"):
+        lock_or_refuse(0, "busy", tmp_path)
