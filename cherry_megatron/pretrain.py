@@ -37,9 +37,13 @@ from cherry_megatron.platform.saving import before_checkpoint_counts
 from cherry_megatron.runs import make_run_folder, only_training, record_start
 
 
-def pretrain(
-    config: Config, machine: Machine, extra: dict[str, Any] | None = None, show_all: bool = False
-) -> LoopEvaluation:
+def pretrain[Evaluation: Callable[[list[torch.nn.Module]], None]](
+    config: Config,
+    machine: Machine,
+    extra: dict[str, Any] | None = None,
+    show_all: bool = False,
+    evaluation: Callable[..., Evaluation] = LoopEvaluation,
+) -> Evaluation:
     """Train until --train-iters, resuming the run's newest checkpoint if it has one.
 
     Args:
@@ -47,9 +51,11 @@ def pretrain(
         machine: from `prepare()`, which must have been called.
         extra: further Megatron flags of the caller, e.g. skip-train.
         show_all: show Megatron's own output too.
+        evaluation: makes what is called with the model at each evaluation, from the configuration, the progress and
+            `run_micro_batch`.
 
     Returns:
-        The last evaluation.
+        What `evaluation` made.
     """
     require(machine, config)
     terminal = sys.stdout
@@ -57,13 +63,15 @@ def pretrain(
         args = initialize(config, machine, extra or {})
         make_run_folder(config)
         console.write_to(config.run / "logs" / f"rank{args.rank}.log", also=terminal if show_all else None)
-        return _pretrain(config, args, terminal)
+        return _pretrain(config, args, terminal, evaluation)
 
 
-def _pretrain(config: Config, args: Any, terminal: TextIO) -> LoopEvaluation:
+def _pretrain[Evaluation: Callable[[list[torch.nn.Module]], None]](
+    config: Config, args: Any, terminal: TextIO, make_evaluation: Callable[..., Evaluation]
+) -> Evaluation:
     flops = training_flops(config.recurrence, config.shape, args.seq_length)
     progress = Progress(config.run, args, flops, terminal)
-    evaluation = LoopEvaluation(config, progress, run_micro_batch)
+    evaluation = make_evaluation(config, progress, run_micro_batch)
     loading = Loading(args)
     teachers: list[Teacher] = []  # made once Megatron has made its process groups
 
@@ -77,7 +85,7 @@ def _pretrain(config: Config, args: Any, terminal: TextIO) -> LoopEvaluation:
         points = iterations // args.eval_interval + 1
         valid_samples = points * args.eval_iters * args.eval_global_batch_size
         train, valid, _ = build_datasets((samples[0], valid_samples, samples[2]))
-        progress.valid_dataset = valid
+        progress.train_dataset, progress.valid_dataset = train, valid
         if config.distillation is not None and not args.skip_train:
             teachers.append(Teacher(config.distillation, config, args))
         # Megatron would report the test split under the validation's tags.

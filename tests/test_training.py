@@ -84,6 +84,11 @@ def test_evaluate_reproduces_the_trainings_losses(run, tmp_path: Path):
     assert set(losses) == {1, 2, 3, 6}
     for loops in (1, 2, 3):
         assert losses[loops] == pytest.approx(events.Scalars(f"cherry/loss-by-loops/{loops}")[-1].value, rel=1e-5)
+    recorded = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    assert recorded[-1] == {
+        "iteration": recorded[-2]["iteration"],
+        "losses": {str(k): v for k, v in losses.items()},
+    }
     # More loops than trained, and another layout.
     flags = ["--pipeline-model-parallel-size", "2"]
     staged = run_ranks(tmp_path / "two", 2, _evaluate, path, [1, 2, 3, 6], flags)[-1]

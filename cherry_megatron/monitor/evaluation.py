@@ -47,37 +47,20 @@ class LoopEvaluation:
                 stack.observe = trace.add
             stack.loops = loops
             try:
-                self.losses[loops] = self._loss(model)
+                self.losses[loops] = mean_loss(
+                    model, self._progress.valid_dataset, self._config.evaluation.batches, self._run
+                )
             finally:
                 stack.observe, stack.loops = None, full
             if trace is not None:
                 self.statistics = trace.reduce(ProcessGroupCollection.use_mpu_process_groups())
         self._report()
 
-    def _loss(self, model: list[torch.nn.Module]) -> float:
-        """Mean loss over the batches; NaN on ranks before the last pipeline stage."""
-        args = get_args()
-        loader = build_pretraining_data_loader(self._progress.valid_dataset, 0)
-        each = args.eval_global_batch_size // (args.eval_micro_batch_size * args.data_parallel_size)
-        reports = get_forward_backward_func()(
-            forward_step_func=self._run,
-            data_iterator=None if loader is None else iter(loader),
-            model=model,
-            num_microbatches=each * self._config.evaluation.batches,
-            seq_length=args.seq_length,
-            micro_batch_size=args.eval_micro_batch_size,
-            forward_only=True,
-        )
-        if not mpu.is_pipeline_last_stage():
-            return float("nan")
-        total = torch.stack([report["lm loss"] for report in reports]).sum(0)
-        torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group(with_context_parallel=True))
-        return float(total[0] / total[1])
-
     def _report(self) -> None:
         if torch.distributed.get_rank() != torch.distributed.get_world_size() - 1:
             return
         iteration = self._progress.iteration
+        self._progress.record_evaluation(self.losses)
         losses = "  ".join(f"{loops}: {loss:.4f}" for loops, loss in self.losses.items())
         self._progress.say(f"step {iteration:>7}  loss by loops  {losses}")
         for loops, loss in self.losses.items():
@@ -86,3 +69,26 @@ class LoopEvaluation:
             for loop, value in enumerate(self.statistics[name], start=1):
                 if value == value:  # a loop cut by a stage boundary has no relative change
                     self._progress.scalar(f"{name.replace('_', '-')}/loop-{loop}", value, iteration)
+
+
+def mean_loss(
+    model: list[torch.nn.Module], dataset: Any, batches: int, run_micro_batch: Callable[..., Any]
+) -> float:
+    """Mean cross-entropy over a data set's first global batches of evaluation; NaN before the last pipeline stage."""
+    args = get_args()
+    loader = build_pretraining_data_loader(dataset, 0)
+    each = args.eval_global_batch_size // (args.eval_micro_batch_size * args.data_parallel_size)
+    reports = get_forward_backward_func()(
+        forward_step_func=run_micro_batch,
+        data_iterator=None if loader is None else iter(loader),
+        model=model,
+        num_microbatches=each * batches,
+        seq_length=args.seq_length,
+        micro_batch_size=args.eval_micro_batch_size,
+        forward_only=True,
+    )
+    if not mpu.is_pipeline_last_stage():
+        return float("nan")
+    total = torch.stack([report["lm loss"] for report in reports]).sum(0)
+    torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group(with_context_parallel=True))
+    return float(total[0] / total[1])

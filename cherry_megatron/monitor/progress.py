@@ -1,4 +1,4 @@
-"""What a running training shows: one line an interval, a progress bar, TensorBoard, steps.jsonl."""
+"""What a running training shows and records: a line an interval, TensorBoard, steps.jsonl, evaluations.jsonl."""
 
 import json
 import sys
@@ -27,6 +27,7 @@ class Progress:
     """
 
     def __init__(self, run: Path, args: Any, flops_per_token: float, terminal: TextIO) -> None:
+        self.train_dataset: Any = None
         self.valid_dataset: Any = None
         self._run, self._args, self._flops = run, args, flops_per_token
         self._begun = 0
@@ -74,6 +75,12 @@ class Progress:
         """Write one of our own scalars."""
         if self._writer is not None:
             self._writer.add_scalar(f"cherry/{tag}", value, iteration)
+
+    def record_evaluation(self, losses: dict[int, float]) -> None:
+        """Add a line to evaluations.jsonl: held-out loss by number of loops. Called on the last rank."""
+        record = {"iteration": self.iteration, "losses": {str(loops): loss for loops, loss in losses.items()}}
+        with (self._run / "evaluations.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
     def _hear(self, tag: str, value: float, iteration: int) -> None:
         self._heard[tag] = value
