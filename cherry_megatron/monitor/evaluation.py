@@ -74,7 +74,7 @@ class LoopEvaluation:
 def mean_loss(
     model: list[torch.nn.Module], dataset: Any, batches: int, run_micro_batch: Callable[..., Any]
 ) -> float:
-    """Mean cross-entropy over a data set's first global batches of evaluation; NaN before the last pipeline stage."""
+    """Mean cross-entropy over a data set's first evaluation batches; NaN before the last pipeline stage."""
     args = get_args()
     loader = build_pretraining_data_loader(dataset, 0)
     each = args.eval_global_batch_size // (args.eval_micro_batch_size * args.data_parallel_size)
