@@ -45,7 +45,7 @@ def evaluate(
     )
     config = replace(config, recurrence=recurrence)
     extra = {"skip-train": True, "no-load-optim": True, "no-load-rng": True}
-    evaluation = pretrain(config, machine, extra, show_all)
+    evaluation: LoopEvaluation = pretrain(config, machine, extra, show_all)
     if not evaluation.losses:
         raise CherryError(f"{config.source}: megatron.split leaves no validation text to evaluate on")
     return evaluation

@@ -37,13 +37,13 @@ from cherry_megatron.platform.saving import before_checkpoint_counts
 from cherry_megatron.runs import make_run_folder, only_training, record_start
 
 
-def pretrain[Evaluation: Callable[[list[torch.nn.Module]], None]](
+def pretrain(
     config: Config,
     machine: Machine,
     extra: dict[str, Any] | None = None,
     show_all: bool = False,
-    evaluation: Callable[..., Evaluation] = LoopEvaluation,
-) -> Evaluation:
+    evaluation: Callable[..., Any] = LoopEvaluation,
+) -> Any:
     """Train until --train-iters, resuming the run's newest checkpoint if it has one.
 
     Args:
@@ -66,9 +66,7 @@ def pretrain[Evaluation: Callable[[list[torch.nn.Module]], None]](
         return _pretrain(config, args, terminal, evaluation)
 
 
-def _pretrain[Evaluation: Callable[[list[torch.nn.Module]], None]](
-    config: Config, args: Any, terminal: TextIO, make_evaluation: Callable[..., Evaluation]
-) -> Evaluation:
+def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Callable[..., Any]) -> Any:
     flops = training_flops(config.recurrence, config.shape, args.seq_length)
     progress = Progress(config.run, args, flops, terminal)
     evaluation = make_evaluation(config, progress, run_micro_batch)
