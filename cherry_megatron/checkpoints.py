@@ -61,7 +61,7 @@ def _changes(config: Config, folder: Path) -> list[str]:
     ours, theirs = asdict(config.recurrence), before["recurrence"]
     found = [
         (f"recurrence.{key}", theirs[key], ours[key])
-        for key in ("loop_scales", "pattern", "order", "injection")
+        for key in ("loop_scales", "loop_rank", "pattern", "order", "injection")
         if _meaning(theirs, key) != _meaning(ours, key)
     ]
     trained = replace(config, megatron=before["megatron"], flags=tuple(before["flags"]))
@@ -76,11 +76,11 @@ def _changes(config: Config, folder: Path) -> list[str]:
 
 
 def _meaning(recurrence: dict[str, Any], key: str) -> Any:
-    """A value as far as stored weights depend on it: without loop vectors the number of loops is free."""
+    """A value as far as stored weights depend on it: without weights of each loop their number is free."""
     if key != "pattern":
         return recurrence[key]
     pattern = parse(recurrence[key])
-    return pattern if recurrence["loop_scales"] else replace(pattern, loops=1)
+    return pattern if recurrence["loop_scales"] or recurrence["loop_rank"] else replace(pattern, loops=1)
 
 
 def _record(folder: Path) -> dict[str, Any] | None:

@@ -80,6 +80,7 @@ OPTIONS = {
     "truncated": {"injection": "add", "backprop_loops": 2},
     "random": {"random_loops": [1, 3]},
     "no-scales": {"loop_scales": False},
+    "corrections": {"loop_rank": 2},
 }
 
 
@@ -87,6 +88,13 @@ def test_injection_over_stages(tmp_path: Path, write_config, train, reference, t
     ranks, flags = SAMPLE["pp2"]
     args = (tmp_path, write_config, train, reference, tmp_path_factory)
     check("pp2", ranks, flags, OPTIONS["injection"], *args)
+
+
+@pytest.mark.parametrize("name", ["tp2-sp", "tp2-pp2"])
+def test_corrections_over_ranks(name, tmp_path: Path, write_config, train, reference, tmp_path_factory):
+    ranks, flags = SAMPLE[name]
+    args = (tmp_path, write_config, train, reference, tmp_path_factory)
+    check(name, ranks, flags, OPTIONS["corrections"], *args)
 
 
 @pytest.mark.full

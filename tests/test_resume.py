@@ -15,7 +15,7 @@ LAYOUTS = {
 }
 SAMPLE = [("single", "tp2-sp"), ("tp2-sp", "pp2"), ("pp2", "dp2"), ("dp2-replicated", "single")]
 REST = [(a, b) for a in LAYOUTS for b in LAYOUTS if (a, b) not in SAMPLE]
-SCHEDULE = {"megatron": {"train-iters": 8, "save-interval": 4}}
+SCHEDULE = {"recurrence": {"loop_rank": 2}, "megatron": {"train-iters": 8, "save-interval": 4}}
 TOLERANCE = 1e-5
 
 

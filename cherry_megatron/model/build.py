@@ -12,8 +12,9 @@ from torch import Tensor
 from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.pattern import unroll
 from cherry_megatron.model.plan import Plan
+from cherry_megatron.model.seeding import seeded
 from cherry_megatron.model.shape import Shape
-from cherry_megatron.model.specs import seeded, stack_submodules
+from cherry_megatron.model.specs import stack_submodules
 from cherry_megatron.model.stack import RecurrentStack
 from cherry_megatron.model.tying import tie_copies
 
@@ -63,7 +64,7 @@ def build_model(
         hybrid_stack_spec=ModuleSpec(
             module=RecurrentStack,
             params={"plan": plan, "recurrence": recurrence, "implementation": implementation},
-            submodules=stack_submodules(implementation, config, plan, seed, recurrence.loop_scales),
+            submodules=stack_submodules(implementation, config, plan, seed, recurrence),
         ),
         vocab_size=shape.vocabulary,
         max_sequence_length=sequence_length,

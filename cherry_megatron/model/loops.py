@@ -31,15 +31,23 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class PerLoop(torch.nn.Module):
-    """Holds one vector a loop; `loop` is set by the stack before each walk.
+class PerLoop:
+    """Has parameters of each loop; the stack sets `loop` before each walk. Further loops use the last one's."""
 
-    Loops beyond the trained number use the last vector.
-    """
+    loop = 0
+    loops = 1
+
+    @property
+    def walk(self) -> int:
+        """The loop whose parameters are used."""
+        return min(self.loop, self.loops - 1)
+
+
+class _Scaled(PerLoop, torch.nn.Module):
+    """Holds one vector a loop."""
 
     def __init__(self, config: TransformerConfig, loops: int) -> None:
         super().__init__()
-        self.loop = 0
         self.loops = loops
         # One flat parameter: Megatron decays weights of two dimensions, and these must stay near one.
         self.loop_scale = torch.nn.Parameter(torch.ones(loops * config.hidden_size, dtype=config.params_dtype))
@@ -47,10 +55,10 @@ class PerLoop(torch.nn.Module):
 
     def scale(self) -> Tensor:
         """The vector of the current loop, [h]."""
-        return self.loop_scale.view(self.loops, -1)[min(self.loop, self.loops - 1)]
+        return self.loop_scale.view(self.loops, -1)[self.walk]
 
 
-class LoopNorm(PerLoop):
+class LoopNorm(_Scaled):
     """RMSNorm with the weight scaled per loop. Input and output: [s, b, h]."""
 
     def __init__(
@@ -64,7 +72,7 @@ class LoopNorm(PerLoop):
         return F.rms_norm(x, self.weight.shape, self.weight * self.scale(), self.eps)
 
 
-class LoopResidual(PerLoop):
+class LoopResidual(_Scaled):
     """Megatron's bias-dropout-add with the sublayer's output scaled per loop before the addition."""
 
     def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:

@@ -19,6 +19,8 @@ class Recurrence:
         order: `cycle` walks the core from front to back each time, `sequence` each core layer
             all its times before the next.
         loop_scales: learned vectors per loop on norm weights and sublayer outputs (see loops.py).
+        loop_rank: rank of the correction that each loop adds to the core's weights (see corrections.py);
+            0 for none.
         injection: `add` adds the prelude's output to the state at the start of every loop but the
             first (Geiping et al. 2025, section 3); `none` does not.
         random_loops: [least, most]: draw the number of loops of each training step from it, evenly.
@@ -30,6 +32,7 @@ class Recurrence:
     loops: int = 0
     order: Order = "cycle"
     loop_scales: bool = False
+    loop_rank: int = 0
     injection: Injection = "none"
     random_loops: tuple[int, int] | None = None
     backprop_loops: int | None = None
@@ -41,6 +44,8 @@ class Recurrence:
             raise CherryError(f"recurrence.loops is {self.loops}; use a positive number, or 0 for the pattern's")
         if self.loops == 0:
             object.__setattr__(self, "loops", pattern.loops)
+        if self.loop_rank < 0:
+            raise CherryError(f"recurrence.loop_rank is {self.loop_rank}; use a positive rank, or 0 for none")
         if self.order not in ORDERS:
             raise CherryError(f"recurrence.order {self.order!r} is not one of {', '.join(ORDERS)}")
         if self.injection not in ("none", "add"):

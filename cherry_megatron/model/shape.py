@@ -44,20 +44,25 @@ class Shape:
                 f"num-attention-heads {self.heads} is not a multiple of num-query-groups {self.groups}"
             )
 
-    def matmul_weights(self, symbols: str) -> int:
-        """Weights of matrix products in sublayers such as "*-"."""
+    def linears(self, symbols: str) -> list[tuple[int, int]]:
+        """(inputs, outputs) of the linear layers in sublayers such as "*-"."""
         query, key_value = self.heads * self.head_size, self.groups * self.head_size
         each = {
-            ATTENTION: self.hidden * (2 * query + 2 * key_value),
-            MLP: self.hidden * self.ffn * (3 if self.gated else 2),
+            ATTENTION: [(self.hidden, query + 2 * key_value), (query, self.hidden)],
+            MLP: [(self.hidden, self.ffn * (2 if self.gated else 1)), (self.ffn, self.hidden)],
         }
-        return sum(self._of(each, symbol) for symbol in symbols)
+        for symbol in symbols:
+            if symbol not in each:
+                raise CherryError(f"recurrence.pattern: the layer {symbol!r} is not built yet; use '*' and '-'")
+        return [sizes for symbol in symbols for sizes in each[symbol]]
 
-    @staticmethod
-    def _of(each: dict[str, int], symbol: str) -> int:
-        if symbol not in each:
-            raise CherryError(f"recurrence.pattern: the layer {symbol!r} is not built yet; use '*' and '-'")
-        return each[symbol]
+    def matmul_weights(self, symbols: str) -> int:
+        """Weights of matrix products in sublayers."""
+        return sum(inputs * outputs for inputs, outputs in self.linears(symbols))
+
+    def correction_weights(self, symbols: str, rank: int) -> int:
+        """Weights of one loop's low-rank corrections of sublayers (see corrections.py)."""
+        return sum(rank * (inputs + outputs) for inputs, outputs in self.linears(symbols))
 
     def norm_weights(self, symbols: str) -> int:
         """One norm before each sublayer."""

@@ -3,9 +3,7 @@
 Both write the same checkpoint keys, so a model saved with one loads with the other.
 """
 
-import contextlib
-import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,24 +21,17 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from cherry_megatron.model.corrections import corrected_column, corrected_row
 from cherry_megatron.model.loops import LoopNorm, LoopResidual, RMSNorm
+from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.plan import Plan
+from cherry_megatron.model.seeding import seeded
 
 # Where the TE layers, whose norm is fused into the next linear, keep the norm's weight.
 _NORM_KEYS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
-
-
-@contextlib.contextmanager
-def seeded(seed: int, name: str) -> Iterator[None]:
-    """Draw initial weights from (seed, name) alone, so that every layout starts from the same ones."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which would seed the GPU's generator too.
-        torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        yield
 
 
 class _StoredLayer:
@@ -73,7 +64,7 @@ class StoredMLP(_StoredLayer, MLPLayer):
 
 
 def stack_submodules(
-    implementation: str, config: TransformerConfig, plan: Plan, seed: int, loop_scales: bool
+    implementation: str, config: TransformerConfig, plan: Plan, seed: int, recurrence: Recurrence
 ) -> HybridStackSubmodules:
     """The specs of the sublayers `*` and `-`.
 
@@ -82,7 +73,7 @@ def stack_submodules(
         config: Megatron's model configuration.
         plan: the unrolled model.
         seed: initial weights are drawn from it and a layer's number.
-        loop_scales: give the core layers their per-loop vectors.
+        recurrence: what the core layers have of each loop.
     """
     if implementation == "transformer_engine":
         from megatron.core.extensions.transformer_engine import (
@@ -98,33 +89,45 @@ def stack_submodules(
         norm, norm_linear, column = RMSNorm, ColumnParallelLinear, ColumnParallelLinear
         row, attention = RowParallelLinear, DotProductAttention
 
-    def mlp(fc1: type) -> Any:
-        return partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=row))
+    def mlp(fc1: Any, fc2: Any = row) -> Any:
+        return partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=fc2))
 
-    def attend(qkv: type) -> ModuleSpec:
+    def attend(qkv: Any, proj: Any = row) -> ModuleSpec:
         return ModuleSpec(
             module=SelfAttention,
             params={"attn_mask_type": AttnMaskType.causal},
-            submodules=SelfAttentionSubmodules(linear_qkv=qkv, core_attention=attention, linear_proj=row),
+            submodules=SelfAttentionSubmodules(linear_qkv=qkv, core_attention=attention, linear_proj=proj),
         )
 
-    loop_norm = partial(LoopNorm, loops=plan.pattern.loops)
-    loop_add = ModuleSpec(module=LoopResidual, params={"config": config, "loops": plan.pattern.loops})
+    loops, scales, rank = plan.pattern.loops, recurrence.loop_scales, recurrence.loop_rank
+
+    def correct(linear: type, parts: int = 1) -> Any:
+        if not rank:
+            return linear
+        corrected = corrected_row if linear is row else corrected_column
+        return partial(corrected(linear), loops=loops, rank=rank, parts=parts)
+
+    # What differs between loops needs the norm's output, so the norm is not fused into the next linear layer.
+    loop_norm = partial(LoopNorm, loops=loops) if scales else RMSNorm
+    loop_add: Any = get_bias_dropout_add
+    if scales:
+        loop_add = ModuleSpec(module=LoopResidual, params={"config": config, "loops": loops})
 
     def looped_attention(submodules: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
         return replace(
-            submodules, input_layernorm=loop_norm, self_attention=attend(column), self_attn_bda=loop_add,
-            sharded_state_dict_keys_map=_NORM_KEYS,
+            submodules, input_layernorm=loop_norm, self_attention=attend(correct(column), correct(row)),
+            self_attn_bda=loop_add, sharded_state_dict_keys_map=_NORM_KEYS,
         )  # fmt: skip
 
     def looped_mlp(submodules: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
+        gate_and_up = 2 if config.gated_linear_unit else 1
         return replace(
-            submodules, pre_mlp_layernorm=loop_norm, mlp=mlp(column), mlp_bda=loop_add,
-            sharded_state_dict_keys_map=_NORM_KEYS,
+            submodules, pre_mlp_layernorm=loop_norm, mlp=mlp(correct(column, gate_and_up), correct(row)),
+            mlp_bda=loop_add, sharded_state_dict_keys_map=_NORM_KEYS,
         )  # fmt: skip
 
     def layer(cls: type, submodules: TransformerLayerSubmodules, looped: Callable[..., Any]) -> ModuleSpec:
-        looped = looped if loop_scales else lambda unchanged: unchanged
+        looped = looped if scales or rank else lambda unchanged: unchanged
         return ModuleSpec(cls, params={"plan": plan, "seed": seed, "looped": looped}, submodules=submodules)
 
     keys = {} if norm is IdentityOp else _NORM_KEYS

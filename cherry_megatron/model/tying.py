@@ -1,6 +1,6 @@
 """Copies of one layer on several pipeline stages, kept one weight.
 
-Every copy starts from equal values (see specs.seeded) and sees the sum of all copies' gradients, so
+Every copy starts from equal values (see seeding.py) and sees the sum of all copies' gradients, so
 all take equal optimizer steps. For that each copy has
   `shared_embedding`  its own gradient bucket, so that the distributed optimizer's shards of a copy
                       line up over the stages (Megatron does the same for tied embeddings), and

@@ -69,6 +69,11 @@ def account(recurrence: Recurrence, shape: Shape, sequence: int) -> list[Part]:
         # Two vectors a sublayer and loop; in the untied twin they are folded into the weights.
         vectors = 2 * pattern.loops * shape.hidden * sum(len(layer) for layer in pattern.core)
         rows.append(Part("loop scales", vectors, vectors, 0, 0.0))
+    if recurrence.loop_rank:
+        # Folded into the weights in the untied twin; here each walk is a product of its own.
+        once = sum(shape.correction_weights(layer, recurrence.loop_rank) for layer in pattern.core)
+        stored = pattern.loops * once
+        rows.append(Part("corrections", stored, stored, 0, 6 * recurrence.loops * once))
     rows.append(Part("final norm", *3 * (shape.hidden,), 0.0))
     head = 0 if shape.tied else shape.vocabulary_weights
     rows.append(Part("output layer", *3 * (head,), 3 * shape.head_flops))
@@ -115,7 +120,7 @@ class Layout:
     recompute: bool
 
 
-def memory(plan: Plan, shape: Shape, layout: Layout, loop_scales: bool) -> list[dict[str, float]]:
+def memory(plan: Plan, shape: Shape, layout: Layout, recurrence: Recurrence) -> list[dict[str, float]]:
     """Bytes that a rank of each pipeline stage needs: weights, gradients, optimizer, activations.
 
     Activations are an estimate without Transformer Engine's workspaces: per token and layer, what
@@ -130,8 +135,11 @@ def memory(plan: Plan, shape: Shape, layout: Layout, loop_scales: bool) -> list[
         for layer in plan.held[stage]:
             symbols = plan.pattern.layers[layer]
             parameters += shape.matmul_weights(symbols) / layout.tensor + shape.norm_weights(symbols)
-            if loop_scales and plan.is_core_symbol(plan.pattern.first_symbol(layer)):
-                parameters += 2 * plan.pattern.loops * shape.hidden * len(symbols)
+            if plan.is_core_symbol(plan.pattern.first_symbol(layer)):
+                loops = plan.pattern.loops
+                parameters += 2 * loops * shape.hidden * len(symbols) * recurrence.loop_scales
+                # Half of the factors, about, are cut over the ranks.
+                parameters += loops * shape.correction_weights(symbols, recurrence.loop_rank)
         if stage == 0 or (shape.tied and stage == count - 1):
             parameters += shape.vocabulary_weights / layout.tensor
         if stage == count - 1:

@@ -48,7 +48,7 @@ def _memory_lines(config: Config) -> list[str]:
         sequence_parallel=bool(config.value("sequence-parallel")),
         recompute=config.value("recompute-granularity") == "full",
     )
-    stages = memory(config.plan(), config.shape, layout, config.recurrence.loop_scales)
+    stages = memory(config.plan(), config.shape, layout, config.recurrence)
     lines = [
         f"Memory of a rank, GiB (TP={layout.tensor}, PP={len(stages)}, DP={layout.data}, "
         f"{layout.micro_batch} x {layout.sequence} tokens a micro-batch; WORLD_SIZE sets DP):",

@@ -43,6 +43,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise CherryError(f"--method {self.method} is not one of {', '.join(METHODS)}")
+        if self.align != "none" and self.method == "select":
+            raise CherryError("--align matches layers before their mean; --method select takes one, so use none")
         if self.align != "none" and self.optimizer == "average":
             raise CherryError("--optimizer average: moments of layers that were aligned are not carried; use drop")
 
@@ -105,11 +107,12 @@ def plan_compression(load: Path, config: Path, overrides: Sequence[str], options
     _check_sizes(source, layers, config, megatron)
     groups = make_groups(options.groups, len(layers.layers), recurrence)
     mixes = mix(groups, options.method, options.weights, options.keep)
-    alignment = (
-        Alignment(*_heads(config, megatron), bool(megatron.get("swiglu"))) if options.align == "weights" else None
-    )
+    gated = bool(megatron.get("swiglu"))
+    alignment = Alignment(*_heads(config, megatron), gated) if options.align == "weights" else None
     moments = options.optimizer == "average"
-    jobs = compression(source, layers, recurrence, mixes, alignment, moments)
+    if moments and recurrence.loop_rank:
+        raise CherryError("--optimizer average: there are no moments for recurrence.loop_rank; use drop")
+    jobs = compression(source, layers, recurrence, mixes, alignment, moments, gated)
     source.check([name for job in jobs for name in job.reads])
     pattern = recurrence.parsed
     details = {
@@ -121,7 +124,7 @@ def plan_compression(load: Path, config: Path, overrides: Sequence[str], options
     lines = [
         f"source      {source.folder}: {len(layers.layers)} layers",
         *(_describe(pattern, layer, mixed) for layer, mixed in enumerate(mixes)),
-        f"method      {options.method}, alignment {options.align}",
+        f"method      {options.method}, alignment {options.align}, corrections of rank {recurrence.loop_rank}",
         f"optimizer   {'its moments are averaged' if moments else 'its state is dropped; training starts it anew'}",
     ]
     made = objects(source, pattern, HEAD in layers.top, moments)

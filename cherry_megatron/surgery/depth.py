@@ -1,7 +1,6 @@
 """Depth compression and its reverse: which tensors a new checkpoint holds, and what each is made of."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,120 +8,28 @@ import numpy as np
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.pattern import Pattern, unroll
-from cherry_megatron.surgery.align import Alignment, Order, align
+from cherry_megatron.surgery.align import Alignment
 from cherry_megatron.surgery.checkpoint import Checkpoint
+from cherry_megatron.surgery.corrections import Correct, factors
 from cherry_megatron.surgery.grouping import Mix
+from cherry_megatron.surgery.jobs import Constant, Copy, Merge, Unroll
 from cherry_megatron.surgery.layers import (
     EMBEDDING,
     EXTRA_STATES,
+    LOOP_A,
+    LOOP_B,
     LOOP_SCALES,
+    LOOPED,
     ROLES,
     Source,
     Sublayer,
     same,
     sublayer_prefixes,
 )
-from cherry_megatron.surgery.numbers import Mean, from_double, to_float
-from cherry_megatron.surgery.records import DTYPES, Array, StandIn
+from cherry_megatron.surgery.records import DTYPES, StandIn
 from cherry_megatron.surgery.writing import Job, Spec
 
 MOMENTS = "optimizer.state."
-
-
-@dataclass(frozen=True)
-class Copy:
-    """Tensors taken over as they are, perhaps under another name."""
-
-    reads: tuple[str, ...]
-    writes: tuple[Spec, ...]
-
-    def make(self, source: Checkpoint) -> Iterator[Array]:
-        return (source.read(name) for name in self.reads)
-
-
-@dataclass(frozen=True)
-class Constant:
-    """Tensors that the source does not have, of one value throughout: per-loop vectors begin at one."""
-
-    writes: tuple[Spec, ...]
-    value: float
-    reads: tuple[str, ...] = ()
-
-    def make(self, source: Checkpoint) -> Iterator[Array]:
-        for spec in self.writes:
-            yield from_double(spec.dtype, np.full(spec.shape, self.value))
-
-
-@dataclass(frozen=True)
-class Merge:
-    """A sublayer that is the weighted mean of several.
-
-    Attributes:
-        symbol: attention or MLP.
-        members: for each source sublayer the names of its tensors, by role.
-        weights: one a member.
-        writes: the new tensors, one a role.
-        alignment: how heads or neurons are matched to the middle member's before, or None.
-        moments: of the optimizer, which are averaged likewise: beginnings of names.
-    """
-
-    symbol: str
-    members: tuple[dict[str, str], ...]
-    weights: tuple[float, ...]
-    writes: tuple[Spec, ...]
-    alignment: Alignment | None = None
-    moments: tuple[str, ...] = ()
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return tuple(
-            before + names[role] for before in ("", *self.moments) for names in self.members for role in names
-        )
-
-    def make(self, source: Checkpoint) -> Iterator[Array]:
-        orders: list[Order | None] = [None] * len(self.members)
-        if self.alignment is not None and len(self.members) > 1:
-            orders = align(self.symbol, source, self.members, self.alignment)
-        written = iter(self.writes)
-        for before in ("", *self.moments):
-            for role in ROLES[self.symbol]:
-                spec = next(written)
-                mean = Mean(spec.name, spec.dtype)
-                for names, weight, order in zip(self.members, self.weights, orders, strict=True):
-                    values = to_float(spec.dtype, source.read(before + names[role]))
-                    mean.add(values if order is None else order.apply(role, values), weight)
-                yield mean.result()
-
-
-@dataclass(frozen=True)
-class Unroll:
-    """An effective layer's sublayer: the stored one with the vectors of its loop folded in."""
-
-    symbol: str
-    names: dict[str, str]
-    loop: int | None
-    writes: tuple[Spec, ...]
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return tuple(self.names.values())
-
-    def make(self, source: Checkpoint) -> Iterator[Array]:
-        norm_scale, output_scale = (self._scale(source, role) for role in LOOP_SCALES[self.symbol])
-        scales = (norm_scale, None, None if output_scale is None else output_scale[:, None])
-        for role, spec, scale in zip(ROLES[self.symbol], self.writes, scales, strict=True):
-            values = source.read(self.names[role])
-            if scale is not None:
-                values = from_double(spec.dtype, to_float(spec.dtype, values).astype(np.float64) * scale)
-            yield values
-
-    def _scale(self, source: Checkpoint, role: str) -> Array | None:
-        """The vector of this loop, [h]; None if the layer has none."""
-        if role not in self.names or self.loop is None:
-            return None
-        hidden = self.writes[0].shape[0]
-        vectors = to_float(source.tensors[self.names[role]].dtype, source.read(self.names[role]))
-        return vectors.reshape(-1, hidden)[self.loop].astype(np.float64)
 
 
 def compression(
@@ -132,6 +39,7 @@ def compression(
     mixes: Sequence[Mix],
     alignment: Alignment | None,
     with_moments: bool,
+    gated: bool,
 ) -> list[Job]:
     """The jobs that compress a checkpoint.
 
@@ -142,6 +50,7 @@ def compression(
         mixes: what each of its layers is made of.
         alignment: see Merge.
         with_moments: carry averaged moments of the optimizer.
+        gated: whether the FFN has a gate.
 
     Raises:
         CherryError: if layers that are to be averaged differ, or moments are missing.
@@ -158,14 +67,25 @@ def compression(
                 for role in ROLES[symbol]:
                     tensor = same(source, [before + names[role] for names in members])
                     writes.append(Spec(f"{before}{prefix}{role}", tensor.dtype, tensor.shape))
-            jobs.append(Merge(symbol, tuple(members), mixed.weights, tuple(writes), alignment, moments))
-            if recurrence.loop_scales and layer in core:
-                norm = source.tensors[members[0][ROLES[symbol][0]]]
-                shape = (recurrence.parsed.loops * norm.shape[0],)
-                scales = [prefix + role for role in LOOP_SCALES[symbol]]
-                jobs.append(Constant(tuple(Spec(name, norm.dtype, shape) for name in scales), 1.0))
-                jobs += [Constant(specs, value) for specs, value in _moments_of(source, scales, shape, moments)]
+            merge = Merge(symbol, tuple(members), mixed.weights, tuple(writes), alignment, moments)
+            jobs.append(merge)
+            if layer in core and recurrence.loop_scales:
+                jobs += _scales(source, merge, prefix, recurrence.parsed.loops)
+            if layer in core and recurrence.loop_rank:
+                group = tuple(_member(source, layers, number, place, symbols) for number in mixed.group)
+                specs = factors(prefix, merge, recurrence.parsed.loops, recurrence.loop_rank, gated)
+                jobs.append(Correct(merge, group, specs))
     return jobs
+
+
+def _scales(source: Checkpoint, merge: Merge, prefix: str, loops: int) -> Iterator[Constant]:
+    """The per-loop vectors of a core layer's sublayer, and what the optimizer keeps of them."""
+    norm = merge.writes[0]
+    shape = (loops * norm.shape[0],)
+    names = [prefix + role for role in LOOP_SCALES[merge.symbol]]
+    yield Constant(tuple(Spec(name, norm.dtype, shape) for name in names), 1.0)
+    for specs, value in _moments_of(source, names, shape, merge.moments):
+        yield Constant(specs, value)
 
 
 def _moments_of(
@@ -248,13 +168,17 @@ def expansion(source: Checkpoint, layers: Source, recurrence: Recurrence) -> tup
 
 
 def _check_loops(source: Checkpoint, names: dict[str, str], symbol: str, recurrence: Recurrence) -> None:
-    """Per-loop vectors are there if they should be, and one a loop."""
+    """What a layer has of each loop is there for as many loops as the configuration says."""
     hidden = source.tensors[names[ROLES[symbol][0]]].shape[0]
-    for role in LOOP_SCALES[symbol]:
-        found = source.tensors[names[role]].shape[0] // hidden if role in names else None
-        if found is not None and found != recurrence.parsed.loops:
+    for role in LOOPED[symbol]:
+        if role not in names:
+            continue
+        first = source.tensors[names[role]].shape[0]
+        found = first // hidden if role in LOOP_SCALES[symbol] else first
+        if found != recurrence.parsed.loops:
+            what = "corrections" if role.endswith((LOOP_A, LOOP_B)) else "vectors"
             raise CherryError(
-                f"{source.folder}: {names[role]} has vectors of {found} loops, recurrence.pattern of "
+                f"{source.folder}: {names[role]} has {what} of {found} loops, recurrence.pattern of "
                 f"{recurrence.parsed.loops}; name the configuration that it was trained with"
             )
 
@@ -302,6 +226,12 @@ def peak_bytes(jobs: Sequence[Job], workers: int) -> int:
     def job_peak(job: Job) -> int:
         largest = max(np.prod(spec.shape, dtype=np.int64) for spec in job.writes)
         itemsize = max(np.dtype(DTYPES[spec.dtype][1]).itemsize for spec in job.writes)
+        if isinstance(job, Correct):
+            # In doubles: what is missing, the original, the square and its vectors.
+            inner = max(job.merge.writes, key=lambda spec: spec.nbytes)
+            return 8 * (3 * int(np.prod(inner.shape)) + 3 * min(inner.shape) ** 2) + sum(
+                spec.nbytes for spec in job.writes
+            )
         if not isinstance(job, Merge | Unroll):
             return int(largest) * itemsize
         # The doubles, a source tensor and the result; rounding to bfloat16 takes some more.

@@ -25,15 +25,17 @@ METHODS = get_args(Method)
 
 @dataclass(frozen=True)
 class Mix:
-    """The source layers of one compressed layer, in the order of its loops, and their weights.
+    """What one compressed layer is made of.
 
     Attributes:
-        members: source layers.
+        members: the source layers that it is the mean of.
         weights: one for each; their sum is not one.
+        group: all source layers that it stands in for, in the order of its loops.
     """
 
     members: tuple[int, ...]
     weights: tuple[float, ...]
+    group: tuple[int, ...]
 
 
 def make_groups(text: str, layers: int, recurrence: Recurrence) -> list[tuple[int, ...]]:
@@ -124,12 +126,12 @@ def mix(
         CherryError: if weights or keep do not fit.
     """
     if method == "average":
-        return [Mix(group, (1.0,) * len(group)) for group in groups]
+        return [Mix(group, (1.0,) * len(group), group) for group in groups]
     if method == "select":
         for group in groups:
             if keep is not None and not 0 <= keep < len(group):
                 raise CherryError(f"--keep {keep}: a group has {len(group)} layers, counted from 0")
-        return [Mix((group[len(group) // 2 if keep is None else keep],), (1.0,)) for group in groups]
+        return [Mix((group[len(group) // 2 if keep is None else keep],), (1.0,), group) for group in groups]
     if not weights or any(not 0 <= weight < float("inf") for weight in weights) or not sum(weights):
         raise CherryError(
             "--method weighted needs --weights, e.g. 1,2,2,1: one number a layer of a group, none negative"
@@ -137,4 +139,4 @@ def mix(
     for group in groups:
         if len(group) != len(weights):
             raise CherryError(f"--weights names {len(weights)} weights, but a group has {len(group)} layers")
-    return [Mix(group, tuple(map(float, weights))) for group in groups]
+    return [Mix(group, tuple(map(float, weights)), group) for group in groups]

@@ -26,6 +26,14 @@ LOOP_SCALES = {
     ATTENTION: (f"{QKV}.layer_norm_loop_scale", "self_attn_bda.loop_scale"),
     MLP: (f"{FC1}.layer_norm_loop_scale", "mlp_bda.loop_scale"),
 }
+# The linear layers, and the factors of their low-rank corrections.
+LINEARS = {ATTENTION: (QKV, PROJ), MLP: (FC1, FC2)}
+LOOP_A, LOOP_B = "loop_a", "loop_b"
+# All that a core layer has of each loop.
+LOOPED = {
+    symbol: (*scales, *(f"{linear}.{factor}" for linear in LINEARS[symbol] for factor in (LOOP_A, LOOP_B)))
+    for symbol, scales in LOOP_SCALES.items()
+}
 _OTHER_NAMES = {
     "input_layernorm.weight": f"{QKV}.layer_norm_weight",
     "pre_mlp_layernorm.weight": f"{FC1}.layer_norm_weight",
@@ -62,7 +70,7 @@ def source_layers(checkpoint: Checkpoint, looped: bool = False) -> Source:
 
     Args:
         checkpoint: it.
-        looped: whether per-loop vectors may be there.
+        looped: whether parameters of each loop may be there.
 
     Raises:
         CherryError: on a missing or an unknown tensor, by its name.
@@ -98,7 +106,7 @@ def _symbol(checkpoint: Checkpoint, role: str, name: str, looped: bool) -> str:
     for symbol in (ATTENTION, MLP):
         if role in ROLES[symbol]:
             return symbol
-        if role in LOOP_SCALES[symbol]:
+        if role in LOOPED[symbol]:
             if looped:
                 return symbol
             raise CherryError(f"{checkpoint.folder} is a recurrent model already ({name}); name one without loops")

@@ -78,6 +78,9 @@ def forward(state, tokens, walk, *, heads, groups, size, base=10000.0, injection
                 # Folded into the weights, as the unrolled dense twin has them.
                 weight = weight * w[f"{norm}.loop_scale"].view(-1, h)[loop]
                 out = w[f"{add}.loop_scale"].view(-1, h)[loop]
+            for linear in [n.removesuffix(".loop_a") for n in w if n.endswith(".loop_a")]:
+                a, b = w[f"{linear}.loop_a"][loop], w[f"{linear}.loop_b"][loop]
+                w[f"{linear}.weight"] = w[f"{linear}.weight"] + torch.cat([part @ a for part in b])
             y = rms(x, weight)
             y = attention(y, w, heads, groups, size, base) if number % 2 == 0 else mlp(y, w)
             x = x + y * out

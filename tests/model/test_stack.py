@@ -11,7 +11,7 @@ TOLERANCE = 1e-6
 
 
 def build(recurrence, recompute=False, implementation="local", groups=2, seed=3):
-    """A tiny model on this rank with perturbed loop vectors, its plan, and a batch."""
+    """A tiny model on this rank with perturbed norms and loop parameters, its plan, and a batch."""
     from cherry_megatron.platform.machine import prepare
 
     prepare()
@@ -48,8 +48,9 @@ def build(recurrence, recompute=False, implementation="local", groups=2, seed=3)
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randint(0, 64, (2, 16), generator=generator)
     for name, parameter in model.named_parameters():
-        if "norm" in name or "loop_scale" in name:
-            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+        if "norm" in name or "loop_" in name:
+            size = 0.3 if parameter.dim() == 1 else 0.05  # of corrections: about as large as the weights
+            parameter.data += size * torch.randn(parameter.shape, generator=generator)
     return model.cuda(), plan, tokens
 
 
@@ -93,11 +94,11 @@ CASES = [
     {"pattern": "*-[*-*-]x4*-", "order": order, "loop_scales": scales, "injection": injection}
     for order, scales, injection in itertools.product(("cycle", "sequence"), (True, False), ("none", "add"))
     if not (order == "sequence" and injection == "add")
-]
+] + [{"pattern": "*-[*-*-]x4*-", "loop_scales": scales, "loop_rank": 3} for scales in (True, False)]
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["stored", "recomputed"])
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c['order']}-{c['loop_scales']}-{c['injection']}")
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, list(c.values())[1:])))
 def test_looped_equals_hand_unrolled(case, recompute, tmp_path: Path):
     from cherry_megatron.model.options import Recurrence
 
@@ -111,7 +112,8 @@ def test_fewer_and_more_loops_than_trained(tmp_path: Path):
     from cherry_megatron.model.options import Recurrence
 
     for loops in (1, 2):
-        (errors,) = run_ranks(tmp_path, 1, compare, Recurrence("*-[*-*-]x4*-", loop_scales=True), False, loops)
+        recurrence = Recurrence("*-[*-*-]x4*-", loop_scales=True, loop_rank=2)
+        (errors,) = run_ranks(tmp_path, 1, compare, recurrence, False, loops)
         assert max(errors.values()) <= TOLERANCE
 
 
@@ -130,7 +132,7 @@ def one_loop_and_plain():
         model, _, tokens = build(recurrence)
         torch.nn.init.ones_(model.decoder.final_norm.weight)
         for name, parameter in model.named_parameters():
-            if "norm" in name or "loop_scale" in name:
+            if "norm" in name or "loop_" in name:
                 torch.nn.init.ones_(parameter)
         out.append(model(tokens, torch.arange(16).expand(2, -1), None).detach())
     return torch.equal(*out)

@@ -49,9 +49,19 @@ def test_fewer_loops_cost_less():
     assert training_flops(recurrence, SHAPE, 4096) == training_flops(Recurrence("(*-)x6"), SHAPE, 4096)
 
 
-@pytest.mark.parametrize("scales", [False, True])
-def test_account_is_the_models_own_count(scales, tmp_path: Path):
-    recurrence = Recurrence("*-[*-*-]x3*-", loop_scales=scales)
+def test_corrections_cost_a_product_a_walk():
+    plain, corrected = Recurrence("*-[(*-)x4]x8*-"), Recurrence("*-[(*-)x4]x8*-", loop_rank=4, loops=2)
+    more = training_flops(corrected, SHAPE, 4096) - training_flops(Recurrence("*-[(*-)x4]x2*-"), SHAPE, 4096)
+    # (in + out) of qkv, proj, fc1, fc2
+    once = 4 * 4 * (4 * 1280 + 2 * 1280 + 1280 + 6400 + 3200 + 1280)
+    assert more == 6 * 2 * once
+    stored = together(account(corrected, SHAPE, 4096)).stored - together(account(plain, SHAPE, 4096)).stored
+    assert stored == 8 * once
+
+
+@pytest.mark.parametrize(("scales", "rank"), [(False, 0), (True, 3)])
+def test_account_is_the_models_own_count(scales, rank, tmp_path: Path):
+    recurrence = Recurrence("*-[*-*-]x3*-", loop_scales=scales, loop_rank=rank)
     shape = Shape(hidden=32, ffn=48, heads=4, groups=2, head_size=8, vocabulary=64)
     (counted,) = run_ranks(tmp_path, 1, count_parameters, recurrence)
     assert together(account(recurrence, shape, 16)).stored == counted
@@ -65,9 +75,10 @@ def count_parameters(recurrence):
 
 
 def test_memory_counts_copies_of_the_core_on_each_stage():
-    plan = make_plan(Recurrence("*-[(*-)x4]x8*-"), SHAPE, 4096, 2)
+    recurrence = Recurrence("*-[(*-)x4]x8*-")
+    plan = make_plan(recurrence, SHAPE, 4096, 2)
     layout = Layout(1, 4, 1, 4096, True, True, False, False)
-    first, last = memory(plan, SHAPE, layout, loop_scales=False)
+    first, last = memory(plan, SHAPE, layout, recurrence)
     layer = 4 * 1280**2 + 3 * 1280 * 3200 + 2 * 1280
     assert first["weights"] == 2 * (5 * layer + 1280 * 44544)
     assert last["weights"] == 2 * (5 * layer + 1280 + 1280 * 44544)

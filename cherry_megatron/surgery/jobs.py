@@ -1,0 +1,142 @@
+"""What surgery's workers do: each job makes some tensors of the new checkpoint from some of the source's."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cherry_megatron.surgery.align import Alignment, Order, align
+from cherry_megatron.surgery.checkpoint import Checkpoint
+from cherry_megatron.surgery.layers import LINEARS, LOOP_A, LOOP_B, LOOP_SCALES, ROLES
+from cherry_megatron.surgery.numbers import Mean, from_double, to_float
+from cherry_megatron.surgery.records import Array
+from cherry_megatron.surgery.writing import Spec
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Tensors taken over as they are, perhaps under another name."""
+
+    reads: tuple[str, ...]
+    writes: tuple[Spec, ...]
+
+    def make(self, source: Checkpoint) -> Iterator[Array]:
+        return (source.read(name) for name in self.reads)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Tensors that the source does not have, of one value throughout: per-loop vectors begin at one."""
+
+    writes: tuple[Spec, ...]
+    value: float
+    reads: tuple[str, ...] = ()
+
+    def make(self, source: Checkpoint) -> Iterator[Array]:
+        for spec in self.writes:
+            yield from_double(spec.dtype, np.full(spec.shape, self.value))
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A sublayer that is the weighted mean of several.
+
+    Attributes:
+        symbol: attention or MLP.
+        members: for each source sublayer the names of its tensors, by role.
+        weights: one a member.
+        writes: the new tensors, one a role.
+        alignment: how heads or neurons are matched to the middle member's before, or None.
+        moments: of the optimizer, which are averaged likewise: beginnings of names.
+    """
+
+    symbol: str
+    members: tuple[dict[str, str], ...]
+    weights: tuple[float, ...]
+    writes: tuple[Spec, ...]
+    alignment: Alignment | None = None
+    moments: tuple[str, ...] = ()
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return tuple(
+            before + names[role] for before in ("", *self.moments) for names in self.members for role in names
+        )
+
+    def make(self, source: Checkpoint) -> Iterator[Array]:
+        orders = self.orders(source)
+        written = iter(self.writes)
+        for before in ("", *self.moments):
+            for role in ROLES[self.symbol]:
+                yield self.mean(source, next(written), role, orders, before)
+
+    def orders(self, source: Checkpoint) -> list[Order | None]:
+        """How the heads or neurons of each member are put in order; None leaves them."""
+        if self.alignment is None or len(self.members) == 1:
+            return [None] * len(self.members)
+        return align(self.symbol, source, self.members, self.alignment)
+
+    def mean(
+        self, source: Checkpoint, spec: Spec, role: str, orders: Sequence[Order | None], before: str = ""
+    ) -> Array:
+        """One of the new tensors, in its stored type."""
+        mean = Mean(spec.name, spec.dtype)
+        for names, weight, order in zip(self.members, self.weights, orders, strict=True):
+            values = to_float(spec.dtype, source.read(before + names[role]))
+            mean.add(values if order is None else order.apply(role, values), weight)
+        return mean.result()
+
+
+@dataclass(frozen=True)
+class Unroll:
+    """An effective layer's sublayer: the stored one with the vectors and corrections of its loop folded in."""
+
+    symbol: str
+    names: dict[str, str]
+    loop: int | None
+    writes: tuple[Spec, ...]
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return tuple(self.names.values())
+
+    def make(self, source: Checkpoint) -> Iterator[Array]:
+        norm_scale, output_scale = (self._scale(source, role) for role in LOOP_SCALES[self.symbol])
+        scales = (norm_scale, None, None if output_scale is None else output_scale[:, None])
+        for role, spec, scale in zip(ROLES[self.symbol], self.writes, scales, strict=True):
+            stored = source.read(self.names[role])
+            values = self._corrected(source, role, to_float(spec.dtype, stored))
+            if scale is not None:
+                values = values.astype(np.float64) * scale
+            yield stored if scale is None and role not in self._factors else from_double(spec.dtype, values)
+
+    @property
+    def _factors(self) -> dict[str, tuple[str, str]]:
+        """For each weight that has corrections the names of their factors."""
+        if self.loop is None:
+            return {}
+        named = {
+            f"{linear}.weight": tuple(self.names.get(f"{linear}.{factor}") for factor in (LOOP_A, LOOP_B))
+            for linear in LINEARS[self.symbol]
+        }
+        return {role: (inner, outer) for role, (inner, outer) in named.items() if inner and outer}
+
+    def _corrected(self, source: Checkpoint, role: str, values: Array) -> Array:
+        """The weight of this loop, in double precision if there is a correction."""
+        if role not in self._factors:
+            return values
+        assert self.loop is not None
+        inner, outer = (
+            to_float(source.tensors[name].dtype, source.read(name))[self.loop].astype(np.float64)
+            for name in self._factors[role]
+        )
+        whole: Array = values.astype(np.float64) + outer.reshape(len(values), -1) @ inner
+        return whole
+
+    def _scale(self, source: Checkpoint, role: str) -> Array | None:
+        """The vector of this loop, [h]; None if the layer has none."""
+        if role not in self.names or self.loop is None:
+            return None
+        hidden = self.writes[0].shape[0]
+        vectors = to_float(source.tensors[self.names[role]].dtype, source.read(self.names[role]))
+        return vectors.reshape(-1, hidden)[self.loop].astype(np.float64)
