@@ -10,7 +10,6 @@ from megatron.core.utils import init_method_normal
 from torch import Tensor
 
 from cherry_megatron.model.options import Recurrence
-from cherry_megatron.model.pattern import unroll
 from cherry_megatron.model.plan import Plan
 from cherry_megatron.model.seeding import seeded
 from cherry_megatron.model.shape import Shape
@@ -22,10 +21,7 @@ from cherry_megatron.model.tying import tie_copies
 def prepare_config(config: TransformerConfig, recurrence: Recurrence) -> TransformerConfig:
     """Set what depends on the recurrence and must not depend on the layout."""
     # Megatron scales output projections by its own layer count, which grows with pipeline copies.
-    pattern = recurrence.parsed
-    visits = unroll(pattern, pattern.loops, recurrence.order)
-    sublayers = sum(len(pattern.layers[visit.layer]) for visit in visits)
-    config.output_layer_init_method = init_method_normal(config.init_method_std / sublayers**0.5)
+    config.output_layer_init_method = init_method_normal(config.init_method_std * recurrence.output_scale)
     if recurrence.injection == "add" and config.pipeline_model_parallel_size > 1:
         # The prelude's output travels with the state, so stages exchange two shapes.
         config.variable_seq_lengths = True

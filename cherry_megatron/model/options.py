@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cherry_megatron.errors import CherryError
-from cherry_megatron.model.pattern import ORDERS, Order, Pattern, parse
+from cherry_megatron.model.pattern import ORDERS, Order, Pattern, parse, unroll
 
 Injection = Literal["none", "add"]
 
@@ -82,3 +82,9 @@ class Recurrence:
     @property
     def parsed(self) -> Pattern:
         return parse(self.pattern)
+
+    @property
+    def output_scale(self) -> float:
+        """What initial weights of output projections are scaled by: 1 / sqrt(effective sublayers)."""
+        visits = unroll(self.parsed, self.parsed.loops, self.order)
+        return sum(len(self.parsed.layers[visit.layer]) for visit in visits) ** -0.5

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +14,13 @@ from cherry_megatron.surgery.align import Alignment
 from cherry_megatron.surgery.checkpoint import Checkpoint, open_checkpoint
 from cherry_megatron.surgery.depth import compression, expansion, objects, peak_bytes, written_bytes
 from cherry_megatron.surgery.grouping import METHODS, Method, Mix, make_groups, mix
+from cherry_megatron.surgery.jobs import Drawn
 from cherry_megatron.surgery.layers import EMBEDDING, FC1, FC2, HEAD, QKV, Source, source_layers
 from cherry_megatron.surgery.lineage import Manifest, parent, record
 from cherry_megatron.surgery.writing import CHECKPOINT, Job, new_folder, publish, run_jobs
 
 SPARE = 1 << 20  # for what is no tensor
+INIT_STD = 0.02  # of --init-method-std in Megatron
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Options:
         keep: which member of a group to take, for `select`.
         align: `none` or `weights`.
         optimizer: `drop` or `average` its moments.
+        seed: of `random`.
     """
 
     groups: str = "adjacent"
@@ -39,12 +43,17 @@ class Options:
     keep: int | None = None
     align: Literal["none", "weights"] = "none"
     optimizer: Literal["drop", "average"] = "drop"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise CherryError(f"--method {self.method} is not one of {', '.join(METHODS)}")
-        if self.align != "none" and self.method == "select":
-            raise CherryError("--align matches layers before their mean; --method select takes one, so use none")
+        if self.align != "none" and self.method in ("select", "random"):
+            raise CherryError(
+                f"--align matches layers before their mean; --method {self.method} takes none of them"
+            )
+        if self.method == "random" and self.optimizer == "average":
+            raise CherryError("--optimizer average: layers drawn anew have no moments; use drop")
         if self.align != "none" and self.optimizer == "average":
             raise CherryError("--optimizer average: moments of layers that were aligned are not carried; use drop")
 
@@ -112,7 +121,13 @@ def plan_compression(load: Path, config: Path, overrides: Sequence[str], options
     moments = options.optimizer == "average"
     if moments and recurrence.loop_rank:
         raise CherryError("--optimizer average: there are no moments for recurrence.loop_rank; use drop")
-    jobs = compression(source, layers, recurrence, mixes, alignment, moments, gated)
+    draw = None
+    if options.method == "random":
+        if recurrence.loop_rank:
+            raise CherryError("--method random keeps nothing that recurrence.loop_rank could correct; set it to 0")
+        std = float(megatron.get("init-method-std", INIT_STD))
+        draw = partial(Drawn, std=std, output_std=std * recurrence.output_scale, seed=options.seed)
+    jobs = compression(source, layers, recurrence, mixes, alignment, moments, gated, draw)
     source.check([name for job in jobs for name in job.reads])
     pattern = recurrence.parsed
     details = {

@@ -1,6 +1,6 @@
 """Depth compression and its reverse: which tensors a new checkpoint holds, and what each is made of."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,7 @@ def compression(
     alignment: Alignment | None,
     with_moments: bool,
     gated: bool,
+    draw: Callable[[tuple[Spec, ...]], Job] | None = None,
 ) -> list[Job]:
     """The jobs that compress a checkpoint.
 
@@ -51,6 +52,7 @@ def compression(
         alignment: see Merge.
         with_moments: carry averaged moments of the optimizer.
         gated: whether the FFN has a gate.
+        draw: makes the job that draws a sublayer anew instead.
 
     Raises:
         CherryError: if layers that are to be averaged differ, or moments are missing.
@@ -68,7 +70,7 @@ def compression(
                     tensor = same(source, [before + names[role] for names in members])
                     writes.append(Spec(f"{before}{prefix}{role}", tensor.dtype, tensor.shape))
             merge = Merge(symbol, tuple(members), mixed.weights, tuple(writes), alignment, moments)
-            jobs.append(merge)
+            jobs.append(merge if draw is None else draw(merge.writes))
             if layer in core and recurrence.loop_scales:
                 jobs += _scales(source, merge, prefix, recurrence.parsed.loops)
             if layer in core and recurrence.loop_rank:

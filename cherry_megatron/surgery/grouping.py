@@ -19,7 +19,7 @@ from cherry_megatron.errors import CherryError
 from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.pattern import unroll
 
-Method = Literal["average", "weighted", "select"]
+Method = Literal["average", "weighted", "select", "random"]
 METHODS = get_args(Method)
 
 
@@ -120,12 +120,13 @@ def mix(
     Args:
         groups: from `make_groups`.
         method: `average`; `weighted` by `weights`, of which there are as many as a group has members;
-            `select` keeps member `keep` of each group, by default the middle one.
+            `select` keeps member `keep` of each group, by default the middle one; `random` takes nothing
+            of the members but their shape.
 
     Raises:
         CherryError: if weights or keep do not fit.
     """
-    if method == "average":
+    if method in ("average", "random"):
         return [Mix(group, (1.0,) * len(group), group) for group in groups]
     if method == "select":
         for group in groups:

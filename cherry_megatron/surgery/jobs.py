@@ -38,6 +38,31 @@ class Constant:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """A sublayer drawn anew, as training draws initial weights: the control of what a mean is worth.
+
+    Attributes:
+        writes: norm, input weight and output weight.
+        std: of the input weight.
+        output_std: of the output weight.
+        seed: weights depend on it and the tensor's name.
+    """
+
+    writes: tuple[Spec, ...]
+    std: float
+    output_std: float
+    seed: int
+    reads: tuple[str, ...] = ()
+
+    def make(self, source: Checkpoint) -> Iterator[Array]:
+        norm, *weights = self.writes
+        yield from_double(norm.dtype, np.ones(norm.shape))
+        for spec, std in zip(weights, (self.std, self.output_std), strict=True):
+            draw = np.random.default_rng([self.seed, *spec.name.encode()])
+            yield from_double(spec.dtype, draw.normal(0.0, std, spec.shape))
+
+
+@dataclass(frozen=True)
 class Merge:
     """A sublayer that is the weighted mean of several.
 

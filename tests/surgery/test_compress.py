@@ -187,3 +187,21 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path, config, 
     printed = capsys.readouterr().out
     assert "layer 2     core     from 4, 5" in printed and "no manifest" in printed and "dropped" in printed
     assert sorted(tmp_path.rglob("*")) == sorted([*before, path])
+
+
+def test_random_layers_are_drawn_as_training_draws_them(tmp_path, config):
+    tensors = model_tensors(8)
+    save(tmp_path / "deep", tensors)
+    ours = compressed(tmp_path / "deep", tmp_path / "one", config(), method="random")
+    assert_same(ours, compressed(tmp_path / "deep", tmp_path / "two", config(), method="random"))
+    other = compressed(tmp_path / "deep", tmp_path / "three", config(), method="random", seed=1)
+    for name, tensor in ours.items():
+        if not name.startswith("decoder.layers"):
+            assert torch.equal(tensor, tensors[name]), "what is not a layer stays the parent's"
+        elif "norm" in name:
+            assert torch.equal(tensor, torch.ones_like(tensor))
+        else:
+            assert not torch.equal(tensor, other[name])
+            # 10 effective layers of two sublayers
+            std = 0.02 / 20**0.5 if "proj" in name or "fc2" in name else 0.02
+            assert float(tensor.std()) == pytest.approx(std, rel=0.15)
