@@ -236,7 +236,7 @@ def _add_compress_depth(verbs: argparse._SubParsersAction) -> None:
         else:
             options = compress.Options(
                 arguments.groups, arguments.method, tuple(arguments.weights), arguments.keep, arguments.align,
-                arguments.optimizer,
+                arguments.optimizer, arguments.calibration,
             )  # fmt: skip
             surgery = compress.plan_compression(arguments.load, arguments.config, arguments.set, options)
         print(compress.summary(surgery, arguments.workers))
@@ -250,7 +250,10 @@ def _add_compress_depth(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--method", default="average", help="average, weighted or select (default average)")
     parser.add_argument("--weights", type=_numbers, default=(), help="of a group's layers, for weighted: 1,2,1")
     parser.add_argument("--keep", type=int, help="which layer of a group, for select (default the middle one)")
-    parser.add_argument("--align", choices=("none", "weights"), default="none", help="match heads and neurons")
+    parser.add_argument(
+        "--align", choices=("none", "weights", "activations"), default="none", help="match heads and neurons"
+    )
+    parser.add_argument("--calibration", type=Path, help="made by `cherry calibrate`, for --align activations")
     parser.add_argument("--optimizer", choices=("drop", "average"), default="drop", help="its state (default drop)")
     parser.add_argument("--expand", action="store_true", help="the reverse: write the unrolled, dense equivalent")
     parser.add_argument("--workers", type=int, default=0, help="processes (default: all cores)")

@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from cherry_megatron.config import outline
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.pattern import Pattern
+from cherry_megatron.surgery.activations import open_calibration
 from cherry_megatron.surgery.align import Alignment
 from cherry_megatron.surgery.checkpoint import Checkpoint, open_checkpoint
 from cherry_megatron.surgery.depth import compression, expansion, objects, peak_bytes, written_bytes
@@ -29,22 +30,28 @@ class Options:
         method: `average`, `weighted`, `select`.
         weights: of the members of a group, for `weighted`.
         keep: which member of a group to take, for `select`.
-        align: `none` or `weights`.
+        align: `none`, `weights` or `activations`.
         optimizer: `drop` or `average` its moments.
+        calibration: a folder made by `cherry calibrate`, for `activations`.
     """
 
     groups: str = "adjacent"
     method: Method = "average"
     weights: tuple[float, ...] = ()
     keep: int | None = None
-    align: Literal["none", "weights"] = "none"
+    align: Literal["none", "weights", "activations"] = "none"
     optimizer: Literal["drop", "average"] = "drop"
+    calibration: Path | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise CherryError(f"--method {self.method} is not one of {', '.join(METHODS)}")
         if self.align != "none" and self.optimizer == "average":
             raise CherryError("--optimizer average: moments of layers that were aligned are not carried; use drop")
+        if self.align == "activations" and self.calibration is None:
+            raise CherryError("--align activations needs --calibration, a folder made by `cherry calibrate`")
+        if self.align != "activations" and self.calibration is not None:
+            raise CherryError(f"--calibration {self.calibration} is for --align activations alone; take it out")
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,7 @@ class Surgery:
             raise CherryError(f"--workers {workers} is negative; 0 takes all cores")
         count = workers or len(os.sched_getaffinity(0))
         with new_folder(save, written_bytes(self.jobs) + SPARE) as partial:
+            (partial / CHECKPOINT).mkdir()
             reports = run_jobs(self.source, partial / CHECKPOINT, self.jobs, count)
             read = {name: chunks for report in reports for name, chunks in report.read.items()}
 
@@ -105,9 +113,13 @@ def plan_compression(load: Path, config: Path, overrides: Sequence[str], options
     _check_sizes(source, layers, config, megatron)
     groups = make_groups(options.groups, len(layers.layers), recurrence)
     mixes = mix(groups, options.method, options.weights, options.keep)
-    alignment = (
-        Alignment(*_heads(config, megatron), bool(megatron.get("swiglu"))) if options.align == "weights" else None
-    )
+    alignment, calibration = None, None
+    if options.align != "none":
+        alignment = Alignment(*_heads(config, megatron), bool(megatron.get("swiglu")))
+    if alignment is not None and options.calibration is not None:
+        calibration = open_calibration(options.calibration)
+        calibration.check(source, layers)
+        alignment = replace(alignment, calibration=calibration)
     moments = options.optimizer == "average"
     jobs = compression(source, layers, recurrence, mixes, alignment, moments)
     source.check([name for job in jobs for name in job.reads])
@@ -115,13 +127,14 @@ def plan_compression(load: Path, config: Path, overrides: Sequence[str], options
     details = {
         "config": str(config),
         "recurrence": asdict(recurrence),
-        "options": asdict(options),
+        "options": {**asdict(options), "calibration": calibration and calibration.record()},
         "plan": [{"layers": mixed.members, "weights": mixed.weights} for mixed in mixes],
     }
     lines = [
         f"source      {source.folder}: {len(layers.layers)} layers",
         *(_describe(pattern, layer, mixed) for layer, mixed in enumerate(mixes)),
-        f"method      {options.method}, alignment {options.align}",
+        f"method      {options.method}, alignment {options.align}"
+        + (f" of {calibration.tokens:,} tokens, {calibration.folder}" if calibration else ""),
         f"optimizer   {'its moments are averaged' if moments else 'its state is dropped; training starts it anew'}",
     ]
     made = objects(source, pattern, HEAD in layers.top, moments)

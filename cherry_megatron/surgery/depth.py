@@ -9,6 +9,7 @@ import numpy as np
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.pattern import Pattern, unroll
+from cherry_megatron.surgery.activations import file_name
 from cherry_megatron.surgery.align import Alignment, Order, align
 from cherry_megatron.surgery.checkpoint import Checkpoint
 from cherry_megatron.surgery.grouping import Mix
@@ -64,6 +65,7 @@ class Merge:
         writes: the new tensors, one a role.
         alignment: how heads or neurons are matched to the middle member's before, or None.
         moments: of the optimizer, which are averaged likewise: beginnings of names.
+        recorded: the members' files in the alignment's calibration, if it has one.
     """
 
     symbol: str
@@ -72,6 +74,7 @@ class Merge:
     writes: tuple[Spec, ...]
     alignment: Alignment | None = None
     moments: tuple[str, ...] = ()
+    recorded: tuple[str, ...] = ()
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -82,7 +85,7 @@ class Merge:
     def make(self, source: Checkpoint) -> Iterator[Array]:
         orders: list[Order | None] = [None] * len(self.members)
         if self.alignment is not None and len(self.members) > 1:
-            orders = align(self.symbol, source, self.members, self.alignment)
+            orders = align(self.symbol, source, self.members, self.alignment, self.recorded)
         written = iter(self.writes)
         for before in ("", *self.moments):
             for role in ROLES[self.symbol]:
@@ -158,7 +161,8 @@ def compression(
                 for role in ROLES[symbol]:
                     tensor = same(source, [before + names[role] for names in members])
                     writes.append(Spec(f"{before}{prefix}{role}", tensor.dtype, tensor.shape))
-            jobs.append(Merge(symbol, tuple(members), mixed.weights, tuple(writes), alignment, moments))
+            recorded = tuple(file_name(number, place, symbol) for number in mixed.members)
+            jobs.append(Merge(symbol, tuple(members), mixed.weights, tuple(writes), alignment, moments, recorded))
             if recurrence.loop_scales and layer in core:
                 norm = source.tensors[members[0][ROLES[symbol][0]]]
                 shape = (recurrence.parsed.loops * norm.shape[0],)
@@ -307,8 +311,12 @@ def peak_bytes(jobs: Sequence[Job], workers: int) -> int:
         # The doubles, a source tensor and the result; rounding to bfloat16 takes some more.
         peak = int(largest) * (32 if itemsize == 2 else 24)
         if isinstance(job, Merge) and job.alignment is not None:
-            whole = sum(int(np.prod(spec.shape, dtype=np.int64)) for spec in job.writes)
-            peak = max(peak, 3 * 8 * whole + 8 * max(spec.shape[-1] for spec in job.writes) ** 2)
+            width = max(spec.shape[-1] for spec in job.writes)
+            if (calibration := job.alignment.calibration) is None:
+                compared = 3 * 8 * sum(int(np.prod(spec.shape, dtype=np.int64)) for spec in job.writes)
+            else:  # two layers' activations in single precision, and one more while it is brought to length one
+                compared = 3 * 4 * calibration.tokens * width
+            peak = max(peak, compared + 8 * width**2)
         return peak
 
     return sum(sorted((job_peak(job) for job in jobs), reverse=True)[:workers])
