@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_pretrain(verbs)
     _add_evaluate(verbs)
     _add_params(verbs)
+    _add_calibrate(verbs)
     _add_compress_depth(verbs)
     _add_lineage(verbs)
     return parser
@@ -225,6 +226,23 @@ def _add_params(verbs: argparse._SubParsersAction) -> None:
 
     parser = _verb(verbs, "params", "parameters, FLOPs and memory of a configuration", run)
     _add_config(parser, positional=True)
+
+
+def _add_calibrate(verbs: argparse._SubParsersAction) -> None:
+    def run(arguments: argparse.Namespace) -> None:
+        from cherry_megatron.platform.machine import prepare
+
+        machine = prepare()
+        config = _load_config(arguments)
+        from cherry_megatron.calibration import calibrate
+
+        calibrate(config, machine, arguments.output, arguments.tokens, show_all=arguments.verbose)
+
+    parser = _verb(verbs, "calibrate", "record activations on training text, for compress-depth", run)
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--tokens", type=int, default=4096, help="how many to record (default 4096)")
+    parser.add_argument("--verbose", action="store_true", help="show Megatron's own output too")
+    _add_config(parser)
 
 
 def _add_compress_depth(verbs: argparse._SubParsersAction) -> None:
