@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_pretrain(verbs)
     _add_evaluate(verbs)
     _add_params(verbs)
+    _add_calibrate(verbs)
     _add_compress_depth(verbs)
     _add_lineage(verbs)
     return parser
@@ -227,6 +228,23 @@ def _add_params(verbs: argparse._SubParsersAction) -> None:
     _add_config(parser, positional=True)
 
 
+def _add_calibrate(verbs: argparse._SubParsersAction) -> None:
+    def run(arguments: argparse.Namespace) -> None:
+        from cherry_megatron.platform.machine import prepare
+
+        machine = prepare()
+        config = _load_config(arguments)
+        from cherry_megatron.calibration import calibrate
+
+        calibrate(config, machine, arguments.output, arguments.tokens, show_all=arguments.verbose)
+
+    parser = _verb(verbs, "calibrate", "record activations on training text, for compress-depth", run)
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--tokens", type=int, default=4096, help="how many to record (default 4096)")
+    parser.add_argument("--verbose", action="store_true", help="show Megatron's own output too")
+    _add_config(parser)
+
+
 def _add_compress_depth(verbs: argparse._SubParsersAction) -> None:
     def run(arguments: argparse.Namespace) -> None:
         from cherry_megatron.surgery import compress
@@ -236,7 +254,7 @@ def _add_compress_depth(verbs: argparse._SubParsersAction) -> None:
         else:
             options = compress.Options(
                 arguments.groups, arguments.method, tuple(arguments.weights), arguments.keep, arguments.align,
-                arguments.optimizer,
+                arguments.optimizer, arguments.calibration,
             )  # fmt: skip
             surgery = compress.plan_compression(arguments.load, arguments.config, arguments.set, options)
         print(compress.summary(surgery, arguments.workers))
@@ -250,7 +268,10 @@ def _add_compress_depth(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--method", default="average", help="average, weighted or select (default average)")
     parser.add_argument("--weights", type=_numbers, default=(), help="of a group's layers, for weighted: 1,2,1")
     parser.add_argument("--keep", type=int, help="which layer of a group, for select (default the middle one)")
-    parser.add_argument("--align", choices=("none", "weights"), default="none", help="match heads and neurons")
+    parser.add_argument(
+        "--align", choices=("none", "weights", "activations"), default="none", help="match heads and neurons"
+    )
+    parser.add_argument("--calibration", type=Path, help="made by `cherry calibrate`, for --align activations")
     parser.add_argument("--optimizer", choices=("drop", "average"), default="drop", help="its state (default drop)")
     parser.add_argument("--expand", action="store_true", help="the reverse: write the unrolled, dense equivalent")
     parser.add_argument("--workers", type=int, default=0, help="processes (default: all cores)")

@@ -190,6 +190,11 @@ class RecurrentStack(HybridStack):
                 hidden, _ = sublayer(hidden_states=hidden, **arguments)
         return hidden
 
+    def stored_layers(self) -> Iterator[tuple[int, list[tuple[str, TransformerLayer]]]]:
+        """The stored layers held here, each with the symbols of its sublayers and these themselves."""
+        for layer, sublayers in self._sublayers.items():
+            yield layer, list(zip(self.plan.pattern.layers[layer], sublayers, strict=True))
+
     def layer_parameters(self) -> Iterator[tuple[int, list[torch.nn.Parameter]]]:
         """The stored layers held here, each with its parameters."""
         for layer, sublayers in self._sublayers.items():

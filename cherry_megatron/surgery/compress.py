@@ -10,6 +10,7 @@ from typing import Any, Literal
 from cherry_megatron.config import outline
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.pattern import Pattern
+from cherry_megatron.surgery.activations import open_calibration
 from cherry_megatron.surgery.align import Alignment
 from cherry_megatron.surgery.checkpoint import Checkpoint, open_checkpoint
 from cherry_megatron.surgery.depth import compression, expansion, objects, peak_bytes, written_bytes
@@ -32,18 +33,20 @@ class Options:
         method: `average`, `weighted`, `select`.
         weights: of the members of a group, for `weighted`.
         keep: which member of a group to take, for `select`.
-        align: `none` or `weights`.
+        align: `none`, `weights` or `activations`.
         optimizer: `drop` or `average` its moments.
         seed: of `random`.
+        calibration: a folder made by `cherry calibrate`, for `activations`.
     """
 
     groups: str = "adjacent"
     method: Method = "average"
     weights: tuple[float, ...] = ()
     keep: int | None = None
-    align: Literal["none", "weights"] = "none"
+    align: Literal["none", "weights", "activations"] = "none"
     optimizer: Literal["drop", "average"] = "drop"
     seed: int = 0
+    calibration: Path | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -56,6 +59,10 @@ class Options:
             raise CherryError("--optimizer average: layers drawn anew have no moments; use drop")
         if self.align != "none" and self.optimizer == "average":
             raise CherryError("--optimizer average: moments of layers that were aligned are not carried; use drop")
+        if self.align == "activations" and self.calibration is None:
+            raise CherryError("--align activations needs --calibration, a folder made by `cherry calibrate`")
+        if self.align != "activations" and self.calibration is not None:
+            raise CherryError(f"--calibration {self.calibration} is for --align activations alone; take it out")
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,7 @@ class Surgery:
             raise CherryError(f"--workers {workers} is negative; 0 takes all cores")
         count = workers or len(os.sched_getaffinity(0))
         with new_folder(save, written_bytes(self.jobs) + SPARE) as partial:
+            (partial / CHECKPOINT).mkdir()
             reports = run_jobs(self.source, partial / CHECKPOINT, self.jobs, count)
             read = {name: chunks for report in reports for name, chunks in report.read.items()}
 
@@ -117,7 +125,11 @@ def plan_compression(load: Path, config: Path, overrides: Sequence[str], options
     groups = make_groups(options.groups, len(layers.layers), recurrence)
     mixes = mix(groups, options.method, options.weights, options.keep)
     gated = bool(megatron.get("swiglu"))
-    alignment = Alignment(*_heads(config, megatron), gated) if options.align == "weights" else None
+    calibration = None
+    if options.calibration is not None:
+        calibration = open_calibration(options.calibration)
+        calibration.check(source, layers)
+    alignment = None if options.align == "none" else Alignment(*_heads(config, megatron), gated, calibration)
     moments = options.optimizer == "average"
     if moments and recurrence.loop_rank:
         raise CherryError("--optimizer average: there are no moments for recurrence.loop_rank; use drop")
@@ -133,13 +145,14 @@ def plan_compression(load: Path, config: Path, overrides: Sequence[str], options
     details = {
         "config": str(config),
         "recurrence": asdict(recurrence),
-        "options": asdict(options),
+        "options": {**asdict(options), "calibration": calibration and calibration.record()},
         "plan": [{"layers": mixed.members, "weights": mixed.weights} for mixed in mixes],
     }
     lines = [
         f"source      {source.folder}: {len(layers.layers)} layers",
         *(_describe(pattern, layer, mixed) for layer, mixed in enumerate(mixes)),
-        f"method      {options.method}, alignment {options.align}, corrections of rank {recurrence.loop_rank}",
+        f"method      {options.method}, corrections of rank {recurrence.loop_rank}, alignment {options.align}"
+        + (f" of {calibration.tokens:,} tokens, {calibration.folder}" if calibration else ""),
         f"optimizer   {'its moments are averaged' if moments else 'its state is dropped; training starts it anew'}",
     ]
     made = objects(source, pattern, HEAD in layers.top, moments)

@@ -8,6 +8,7 @@ import numpy as np
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.pattern import Pattern, unroll
+from cherry_megatron.surgery.activations import file_name
 from cherry_megatron.surgery.align import Alignment
 from cherry_megatron.surgery.checkpoint import Checkpoint
 from cherry_megatron.surgery.corrections import Correct, factors
@@ -69,7 +70,8 @@ def compression(
                 for role in ROLES[symbol]:
                     tensor = same(source, [before + names[role] for names in members])
                     writes.append(Spec(f"{before}{prefix}{role}", tensor.dtype, tensor.shape))
-            merge = Merge(symbol, tuple(members), mixed.weights, tuple(writes), alignment, moments)
+            recorded = tuple(file_name(number, place, symbol) for number in mixed.members)
+            merge = Merge(symbol, tuple(members), mixed.weights, tuple(writes), alignment, moments, recorded)
             jobs.append(merge if draw is None else draw(merge.writes))
             if layer in core and recurrence.loop_scales:
                 jobs += _scales(source, merge, prefix, recurrence.parsed.loops)
@@ -239,8 +241,12 @@ def peak_bytes(jobs: Sequence[Job], workers: int) -> int:
         # The doubles, a source tensor and the result; rounding to bfloat16 takes some more.
         peak = int(largest) * (32 if itemsize == 2 else 24)
         if isinstance(job, Merge) and job.alignment is not None:
-            whole = sum(int(np.prod(spec.shape, dtype=np.int64)) for spec in job.writes)
-            peak = max(peak, 3 * 8 * whole + 8 * max(spec.shape[-1] for spec in job.writes) ** 2)
+            width = max(spec.shape[-1] for spec in job.writes)
+            if (calibration := job.alignment.calibration) is None:
+                compared = 3 * 8 * sum(int(np.prod(spec.shape, dtype=np.int64)) for spec in job.writes)
+            else:  # two layers' activations in single precision, and one more while it is brought to length one
+                compared = 3 * 4 * calibration.tokens * width
+            peak = max(peak, compared + 8 * width**2)
         return peak
 
     return sum(sorted((job_peak(job) for job in jobs), reverse=True)[:workers])

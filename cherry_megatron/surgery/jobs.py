@@ -73,6 +73,7 @@ class Merge:
         writes: the new tensors, one a role.
         alignment: how heads or neurons are matched to the middle member's before, or None.
         moments: of the optimizer, which are averaged likewise: beginnings of names.
+        recorded: the members' files in the alignment's calibration, if it has one.
     """
 
     symbol: str
@@ -81,6 +82,7 @@ class Merge:
     writes: tuple[Spec, ...]
     alignment: Alignment | None = None
     moments: tuple[str, ...] = ()
+    recorded: tuple[str, ...] = ()
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -99,7 +101,7 @@ class Merge:
         """How the heads or neurons of each member are put in order; None leaves them."""
         if self.alignment is None or len(self.members) == 1:
             return [None] * len(self.members)
-        return align(self.symbol, source, self.members, self.alignment)
+        return align(self.symbol, source, self.members, self.alignment, self.recorded)
 
     def mean(
         self, source: Checkpoint, spec: Spec, role: str, orders: Sequence[Order | None], before: str = ""

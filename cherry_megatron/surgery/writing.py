@@ -103,18 +103,17 @@ def cannot_write(path: Path, error: OSError) -> CherryError:
 
 @contextmanager
 def new_folder(save: Path, needed: int) -> Iterator[Path]:
-    """A folder that becomes `save` by `publish`, and is removed otherwise.
+    """A hidden folder beside `save` that is renamed to it by whoever fills it, and is removed otherwise.
 
     Args:
-        save: the folder of checkpoints to be, which must not exist or be empty.
+        save: the folder to be, which must not exist or be empty.
         needed: bytes that will be written.
 
     Raises:
         CherryError: if there is something already, another process is at it, or there is no room.
     """
-    if save.exists() and (not save.is_dir() or any(save.iterdir())):
-        raise CherryError(f"{save} exists and is not empty; choose another --save or remove it")
-    partial = save.parent / f".{save.name}.partial"
+    refuse_taken(save)
+    partial = hidden_folder(save)
     try:
         partial.mkdir(parents=True, exist_ok=True)
         handle = os.open(partial, os.O_RDONLY)
@@ -123,7 +122,7 @@ def new_folder(save: Path, needed: int) -> Iterator[Path]:
     try:
         lock_or_refuse(handle, f"another run is writing {save}; wait for its end", partial)
         # The run that held the lock until now may have renamed the folder, or removed it.
-        if not _is_at(handle, partial) or (save.exists() and (not save.is_dir() or any(save.iterdir()))):
+        if not _is_at(handle, partial) or _is_taken(save):
             raise CherryError(f"another run has written {save}")
         try:
             for left in partial.iterdir():  # by a run that was killed
@@ -131,7 +130,6 @@ def new_folder(save: Path, needed: int) -> Iterator[Path]:
             free = shutil.disk_usage(partial).free
             if free < needed:
                 raise CherryError(f"no space left for {save}: {needed:,} bytes are needed, {free:,} are free")
-            (partial / CHECKPOINT).mkdir()
             yield partial
         except OSError as error:
             raise cannot_write(partial, error) from None
@@ -140,6 +138,25 @@ def new_folder(save: Path, needed: int) -> Iterator[Path]:
                 shutil.rmtree(partial, ignore_errors=True)
     finally:
         os.close(handle)
+
+
+def hidden_folder(save: Path) -> Path:
+    """Where `new_folder` has what will be `save`."""
+    return save.parent / f".{save.name}.partial"
+
+
+def refuse_taken(save: Path) -> None:
+    """See that there is nothing where a folder is to be written.
+
+    Raises:
+        CherryError: if there is.
+    """
+    if _is_taken(save):
+        raise CherryError(f"{save} exists and is not empty; choose another folder or remove it")
+
+
+def _is_taken(save: Path) -> bool:
+    return save.exists() and (not save.is_dir() or any(save.iterdir()))
 
 
 def _is_at(handle: int, path: Path) -> bool:
