@@ -253,8 +253,9 @@ def _add_compress_depth(verbs: argparse._SubParsersAction) -> None:
             surgery = compress.plan_expansion(arguments.load, arguments.config, arguments.set)
         else:
             options = compress.Options(
-                arguments.groups, arguments.method, tuple(arguments.weights), arguments.keep, arguments.align,
-                arguments.optimizer, arguments.calibration,
+                groups=arguments.groups, method=arguments.method, weights=tuple(arguments.weights),
+                keep=arguments.keep, align=arguments.align, calibration=arguments.calibration,
+                optimizer=arguments.optimizer, seed=arguments.seed,
             )  # fmt: skip
             surgery = compress.plan_compression(arguments.load, arguments.config, arguments.set, options)
         print(compress.summary(surgery, arguments.workers))
@@ -265,7 +266,8 @@ def _add_compress_depth(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--load", type=Path, required=True, help="a run's folder, or one of checkpoints")
     parser.add_argument("--save", type=Path, required=True, help="folder to write, of the form that training loads")
     parser.add_argument("--groups", default="adjacent", help="adjacent (default), slots, or e.g. 0-7,8-36/4,...")
-    parser.add_argument("--method", default="average", help="average, weighted or select (default average)")
+    parser.add_argument("--method", default="average", help="average (default), weighted, select or random")
+    parser.add_argument("--seed", type=int, default=0, help="of --method random (default 0)")
     parser.add_argument("--weights", type=_numbers, default=(), help="of a group's layers, for weighted: 1,2,1")
     parser.add_argument("--keep", type=int, help="which layer of a group, for select (default the middle one)")
     parser.add_argument(
