@@ -53,7 +53,7 @@ class Options:
             raise CherryError(f"--method {self.method} is not one of {', '.join(METHODS)}")
         if self.align != "none" and self.method in ("select", "random"):
             raise CherryError(
-                f"--align matches layers before their mean, which --method {self.method} does not take; use --align none"
+                f"--align matches layers before their mean, which {self.method} does not take; use --align none"
             )
         if self.method == "random" and self.optimizer == "average":
             raise CherryError("--optimizer average: layers drawn anew have no moments; use drop")

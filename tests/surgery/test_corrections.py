@@ -101,7 +101,7 @@ def test_layers_that_differ_by_little_come_back_whole(tmp_path, config):
     [
         ({"loop_rank": HIDDEN}, {}, r"loop_rank is 24, but mlp.linear_fc2 of 24 x 20 has no larger rank than 20"),
         ({}, {"optimizer": "average"}, r"there are no moments for recurrence.loop_rank; use drop"),
-        ({}, {"method": "select", "align": "weights"}, r"which --method select does not take; use --align none"),
+        ({}, {"method": "select", "align": "weights"}, r"which select does not take; use --align none"),
     ],
 )
 def test_bad_input(recurrence, options, says, tmp_path, config):
