@@ -124,7 +124,7 @@ def plan_compression(load: Path, config: Path, overrides: Sequence[str], options
         f"method      {options.method}, alignment {options.align}",
         f"optimizer   {'its moments are averaged' if moments else 'its state is dropped; training starts it anew'}",
     ]
-    made = objects(source, pattern, HEAD in layers.top, moments)
+    made = objects(source, pattern, moments)
     return Surgery(source, jobs, made, "compress-depth", details, lines)
 
 
@@ -148,7 +148,7 @@ def plan_expansion(load: Path, config: Path, overrides: Sequence[str]) -> Surger
         "optimizer   its state is dropped",
     ]
     details = {"config": str(config), "recurrence": asdict(recurrence), "pattern": dense.symbols}
-    return Surgery(source, jobs, objects(source, dense, HEAD in layers.top, False), "expand", details, lines)
+    return Surgery(source, jobs, objects(source, dense, False), "expand", details, lines)
 
 
 def summary(surgery: Surgery, workers: int) -> str:

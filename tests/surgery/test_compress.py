@@ -187,3 +187,12 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path, config, 
     printed = capsys.readouterr().out
     assert "layer 2     core     from 4, 5" in printed and "no manifest" in printed and "dropped" in printed
     assert sorted(tmp_path.rglob("*")) == sorted([*before, path])
+
+
+def test_a_model_with_tied_embeddings_has_the_extra_state_that_training_asks_for(tmp_path, config):
+    tensors = model_tensors(8)
+    del tensors["output_layer.weight"]
+    save(tmp_path / "deep", tensors)
+    path = config(megatron={"untie-embeddings-and-output-weights": False})
+    compressed(tmp_path / "deep", tmp_path / "small", path)
+    assert "output_layer._extra_state/shard_0_1" in open_checkpoint(tmp_path / "small").objects
