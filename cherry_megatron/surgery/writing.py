@@ -112,8 +112,7 @@ def new_folder(save: Path, needed: int) -> Iterator[Path]:
     Raises:
         CherryError: if there is something already, another process is at it, or there is no room.
     """
-    if save.exists() and (not save.is_dir() or any(save.iterdir())):
-        raise CherryError(f"{save} exists and is not empty; choose another --save or remove it")
+    refuse_taken(save)
     partial = save.parent / f".{save.name}.partial"
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -123,7 +122,7 @@ def new_folder(save: Path, needed: int) -> Iterator[Path]:
     try:
         lock_or_refuse(handle, f"another run is writing {save}; wait for its end", partial)
         # The run that held the lock until now may have renamed the folder, or removed it.
-        if not _is_at(handle, partial) or (save.exists() and (not save.is_dir() or any(save.iterdir()))):
+        if not _is_at(handle, partial) or _taken(save):
             raise CherryError(f"another run has written {save}")
         try:
             for left in partial.iterdir():  # by a run that was killed
@@ -140,6 +139,20 @@ def new_folder(save: Path, needed: int) -> Iterator[Path]:
                 shutil.rmtree(partial, ignore_errors=True)
     finally:
         os.close(handle)
+
+
+def refuse_taken(save: Path) -> None:
+    """See that nothing lies where a checkpoint is to be written.
+
+    Raises:
+        CherryError: if something does.
+    """
+    if _taken(save):
+        raise CherryError(f"{save} exists and is not empty; choose another --save or remove it")
+
+
+def _taken(save: Path) -> bool:
+    return save.exists() and (not save.is_dir() or any(save.iterdir()))
 
 
 def _is_at(handle: int, path: Path) -> bool:
