@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from megatron.core import mpu
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-from megatron.core.dist_checkpointing.utils import nested_values
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training.arguments import core_transformer_config_from_args
@@ -24,8 +22,8 @@ from cherry_megatron.config import Config, Distillation, load
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.build import build_model, prepare_config
 from cherry_megatron.model.plan import make_plan
+from cherry_megatron.shares import shares
 from cherry_megatron.surgery.checkpoint import Checkpoint, open_checkpoint
-from cherry_megatron.surgery.numbers import to_float
 
 
 class Teacher:
@@ -155,25 +153,18 @@ def _build(teacher: Config, args: Any, alone: Any) -> torch.nn.Module:
     return model.to(args.params_dtype)
 
 
-@torch.no_grad()
 def _load(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     """Fill this rank's share of every weight, without talking to other ranks.
 
     Raises:
         CherryError: if a weight is missing, has another shape, or is not what was saved.
     """
-    state = model.sharded_state_dict()  # type: ignore[operator]
-    apply_factories(state)
-    for shard in nested_values(state):
-        if not isinstance(shard, ShardedTensor):
-            continue
-        found = checkpoint.tensors.get(shard.key)
-        if found is None or found.shape != tuple(shard.global_shape):
+    for share in shares(model):
+        found = checkpoint.tensors.get(share.key)
+        if found is None or found.shape != share.shape:
             has = "none" if found is None else f"one of {list(found.shape)}"
             raise CherryError(
-                f"distillation.load {checkpoint.folder}: the teacher wants {shard.key} of "
-                f"{list(shard.global_shape)}, there is {has}"
+                f"distillation.load {checkpoint.folder}: the teacher wants {share.key} of "
+                f"{list(share.shape)}, there is {has}"
             )
-        cut = tuple(slice(at, at + n) for at, n in zip(shard.global_offset, shard.local_shape, strict=True))
-        values = torch.from_numpy(to_float(found.dtype, checkpoint.read(shard.key))[cut].copy())
-        shard.data.copy_(values.view(shard.data.shape))
+        share.fill(found.dtype, checkpoint.read(share.key)[share.cut])

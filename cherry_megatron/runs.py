@@ -8,6 +8,7 @@ checkpoints/      Megatron's torch_dist checkpoints
 tensorboard/      events
 logs/             Megatron's own output, one file a rank
 cache/            Megatron's data set indices
+search/           logs of a search for the grouping that the run is to start from
 lock              held by the training that writes here
 """
 

@@ -18,6 +18,7 @@ from cherry_megatron.surgery.grouping import METHODS, Method, Mix, make_groups, 
 from cherry_megatron.surgery.jobs import Drawn
 from cherry_megatron.surgery.layers import EMBEDDING, FC1, FC2, HEAD, QKV, Source, source_layers
 from cherry_megatron.surgery.lineage import Manifest, parent, record
+from cherry_megatron.surgery.search import Found
 from cherry_megatron.surgery.writing import CHECKPOINT, Job, new_folder, publish, run_jobs
 
 SPARE = 1 << 20  # for what is no tensor
@@ -106,7 +107,9 @@ class Surgery:
             return publish(partial, save, reports, self.objects, lineage)
 
 
-def plan_compression(load: Path, config: Path, overrides: Sequence[str], options: Options) -> Surgery:
+def plan_compression(
+    load: Path, config: Path, overrides: Sequence[str], options: Options, found: Found | None = None
+) -> Surgery:
     """Look at everything that a compression needs.
 
     Args:
@@ -114,6 +117,7 @@ def plan_compression(load: Path, config: Path, overrides: Sequence[str], options
         config: of the compressed model.
         overrides: as in `config.load`.
         options: how.
+        found: by the search that gave `options.groups`, for the lineage.
 
     Raises:
         CherryError: if something does not fit.
@@ -142,20 +146,22 @@ def plan_compression(load: Path, config: Path, overrides: Sequence[str], options
     jobs = compression(source, layers, recurrence, mixes, alignment, moments, gated, draw)
     source.check([name for job in jobs for name in job.reads])
     pattern = recurrence.parsed
-    details = {
+    details: dict[str, Any] = {
         "config": str(config),
         "recurrence": asdict(recurrence),
         "options": {**asdict(options), "calibration": calibration and calibration.record()},
         "plan": [{"layers": mixed.members, "weights": mixed.weights} for mixed in mixes],
+        **({"search": asdict(found)} if found else {}),
     }
     lines = [
         f"source      {source.folder}: {len(layers.layers)} layers",
         *(_describe(pattern, layer, mixed) for layer, mixed in enumerate(mixes)),
         f"method      {options.method}, corrections of rank {recurrence.loop_rank}, alignment {options.align}"
         + (f" of {calibration.tokens:,} tokens, {calibration.folder}" if calibration else ""),
+        *([_tell(found)] if found else []),
         f"optimizer   {'its moments are averaged' if moments else 'its state is dropped; training starts it anew'}",
     ]
-    made = objects(source, pattern, HEAD in layers.top, moments)
+    made = objects(source, pattern, moments)
     return Surgery(source, jobs, made, "compress-depth", details, lines)
 
 
@@ -179,7 +185,7 @@ def plan_expansion(load: Path, config: Path, overrides: Sequence[str]) -> Surger
         "optimizer   its state is dropped",
     ]
     details = {"config": str(config), "recurrence": asdict(recurrence), "pattern": dense.symbols}
-    return Surgery(source, jobs, objects(source, dense, HEAD in layers.top, False), "expand", details, lines)
+    return Surgery(source, jobs, objects(source, dense, False), "expand", details, lines)
 
 
 def summary(surgery: Surgery, workers: int) -> str:
@@ -202,6 +208,13 @@ def _describe(pattern: Pattern, layer: int, mixed: Mix) -> str:
     first, last = len(pattern.prelude), len(pattern.prelude) + len(pattern.core)
     part = "prelude" if layer < first else "core" if layer < last else "coda"
     return f"layer {layer:<5} {part:<8} from {', '.join(map(str, mixed.members))}"
+
+
+def _tell(found: Found) -> str:
+    return (
+        f"search      loss {found.loss:.6f} of {found.scored} groupings, seed {found.seed} (adjacent "
+        f"{found.adjacent:.6f}, slots {found.slots:.6f}): --groups {found.groups}"
+    )
 
 
 def _check_sizes(source: Checkpoint, layers: Source, config: Path, megatron: dict[str, Any]) -> None:

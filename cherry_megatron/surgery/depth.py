@@ -187,7 +187,7 @@ def _check_loops(source: Checkpoint, names: dict[str, str], symbol: str, recurre
             )
 
 
-def objects(source: Checkpoint, pattern: Pattern, has_head: bool, with_optimizer: bool) -> dict[str, Any]:
+def objects(source: Checkpoint, pattern: Pattern, with_optimizer: bool) -> dict[str, Any]:
     """What a checkpoint holds besides tensors: empty extra states, and Megatron's common state at iteration 0."""
     modules = [
         prefix + module
@@ -195,7 +195,7 @@ def objects(source: Checkpoint, pattern: Pattern, has_head: bool, with_optimizer
         for symbol, prefix in sublayers
         for module in EXTRA_STATES[symbol]
     ]
-    modules += ["output_layer"] if has_head else []
+    modules.append("output_layer")  # Megatron looks for it, also where the weight is the embedding's
     found: dict[str, Any] = {f"{module}._extra_state/shard_0_1": [None] for module in modules}
     return found | {"common_state/shard_0_1": [_common_state(source, pattern, with_optimizer)]}
 

@@ -10,14 +10,14 @@ Layers are counted from 0.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
 
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.options import Recurrence
-from cherry_megatron.model.pattern import unroll
+from cherry_megatron.model.pattern import Visit, unroll
 
 Method = Literal["average", "weighted", "select", "random"]
 METHODS = get_args(Method)
@@ -55,7 +55,7 @@ def make_groups(text: str, layers: int, recurrence: Recurrence) -> list[tuple[in
     if text == "adjacent":
         return _even(range(layers), wanted)
     if text == "slots":
-        return _slots(layers, recurrence)
+        return slot_groups(layers, recurrence, *slot_window(layers, recurrence))
     groups = [_parse(part, layers, text) for part in text.split(",")]
     if len(groups) != wanted:
         raise CherryError(f"--groups {text!r} names {len(groups)} groups; recurrence.pattern has {wanted} layers")
@@ -69,31 +69,73 @@ def _even(layers: Sequence[int], groups: int) -> list[tuple[int, ...]]:
     return [tuple(layers[a:b]) for a, b in pairwise(ends)]
 
 
-def _slots(layers: int, recurrence: Recurrence) -> list[tuple[int, ...]]:
-    """Divide the source over the unrolled slots in order: as many layers a slot, the rest before and after."""
+def slot_window(layers: int, recurrence: Recurrence) -> tuple[int, int]:
+    """The source layers, from the first to before the last, that the core's slots divide: as many a slot."""
     pattern = recurrence.parsed
     before, after = len(pattern.prelude), len(pattern.coda)
-    walked = [visit for visit in unroll(pattern, pattern.loops, recurrence.order) if visit.loop is not None]
     outside = before + after
-    each = (layers - outside) // len(walked)
     if not outside:
-        middle: Sequence[int] = range(layers)
-    else:
-        inside = each * len(walked) if each else layers - outside
-        first = round((layers - inside) * before / outside)
-        middle = range(first, first + inside)
+        return 0, layers
+    slots = len(_walked(recurrence))
+    inside = (layers - outside) // slots * slots or layers - outside
+    first = round((layers - inside) * before / outside)
+    return first, first + inside
+
+
+def slot_groups(
+    layers: int, recurrence: Recurrence, begin: int, end: int, share: bool = True
+) -> list[tuple[int, ...]]:
+    """Divide source layers from `begin` to before `end` over the core's slots, the rest over prelude and coda.
+
+    Args:
+        layers: of the source.
+        recurrence: the compressed model.
+        begin, end: the window, see `slot_window`.
+        share: where there are fewer layers than slots, a slot takes one of its neighbour's instead of none.
+    """
+    pattern = recurrence.parsed
+    before, after = len(pattern.prelude), len(pattern.coda)
+    walked, middle = _walked(recurrence), range(begin, end)
     groups: dict[int, list[int]] = {layer: [] for layer in range(before, before + len(pattern.core))}
     for slot, visit in enumerate(walked):
         run = range(slot * len(middle) // len(walked), (slot + 1) * len(middle) // len(walked))
-        # Fewer layers than slots: some slots share one.
-        groups[visit.layer] += [middle[k] for k in run] or [middle[slot * len(middle) // len(walked)]]
+        if share and not run:
+            run = range(run.start, run.start + 1)
+        groups[visit.layer] += [middle[k] for k in run]
     core = [tuple(sorted(set(group))) for group in groups.values()]
-    start, end = middle[0], middle[-1] + 1
     return [
-        *(_even(range(start), before) if before else []),
+        *(_even(range(begin), before) if before else []),
         *core,
         *(_even(range(end, layers), after) if after else []),
     ]
+
+
+def _walked(recurrence: Recurrence) -> list[Visit]:
+    """The core's slots."""
+    pattern = recurrence.parsed
+    return [visit for visit in unroll(pattern, pattern.loops, recurrence.order) if visit.loop is not None]
+
+
+def groups_text(groups: Sequence[tuple[int, ...]]) -> str:
+    """Groups as `make_groups` reads them."""
+    return ",".join("+".join(_pieces(group)) for group in groups)
+
+
+def _pieces(group: tuple[int, ...]) -> Iterator[str]:
+    """Runs of neighbours, of three or more every n-th, and what is left one by one."""
+    start = 0
+    while start < len(group):
+        rest = group[start:]
+        step = rest[1] - rest[0] if len(rest) > 1 else 0
+        length = next((k for k in range(1, len(rest)) if rest[k] - rest[k - 1] != step), len(rest))
+        if step == 1:
+            yield f"{rest[0]}-{rest[length - 1]}"
+        elif step > 1 and length > 2:
+            yield f"{rest[0]}-{rest[length - 1]}/{step}"
+        else:
+            yield str(rest[0])
+            length = 1
+        start += length
 
 
 def _parse(part: str, layers: int, whole: str) -> tuple[int, ...]:

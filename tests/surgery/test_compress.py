@@ -205,3 +205,12 @@ def test_random_layers_are_drawn_as_training_draws_them(tmp_path, config):
             # 10 effective layers of two sublayers
             std = 0.02 / 20**0.5 if "proj" in name or "fc2" in name else 0.02
             assert float(tensor.std()) == pytest.approx(std, rel=0.15)
+
+
+def test_a_model_with_tied_embeddings_has_the_extra_state_that_training_asks_for(tmp_path, config):
+    tensors = model_tensors(8)
+    del tensors["output_layer.weight"]
+    save(tmp_path / "deep", tensors)
+    path = config(megatron={"untie-embeddings-and-output-weights": False})
+    compressed(tmp_path / "deep", tmp_path / "small", path)
+    assert "output_layer._extra_state/shard_0_1" in open_checkpoint(tmp_path / "small").objects

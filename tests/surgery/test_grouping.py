@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.options import Recurrence
-from cherry_megatron.surgery.grouping import Mix, make_groups, mix
+from cherry_megatron.surgery.grouping import Mix, groups_text, make_groups, mix
 
 PAPER = "*-[(*-)x4]x8*-"
 
@@ -50,6 +50,16 @@ def test_adjacent_groups_hold_every_layer_once_and_differ_by_one_at_most(layers,
 def test_slots_hold_every_layer_and_none_is_empty(layers, pattern, order):
     found = groups("slots", layers, pattern, order)
     assert {layer for group in found for layer in group} == set(range(layers)) and all(found)
+
+
+@given(st.lists(st.lists(st.integers(0, 47), min_size=1, max_size=12).map(tuple), min_size=6, max_size=6))
+def test_groups_are_written_as_they_are_read(found):
+    assert groups(groups_text(found)) == [list(group) for group in found]
+
+
+def test_groups_are_written_short():
+    text = "0-5,6-12+14,8-36/4,0+2,5+3+4,1+4-8/2"
+    assert groups_text(make_groups(text, 48, Recurrence(PAPER))) == "0-5,6-12+14,8-36/4,0+2,5+3-4,1+4-8/2"
 
 
 @pytest.mark.parametrize(
