@@ -164,7 +164,7 @@ def test_tied_embeddings_and_other_types(megatron, tmp_path, write_config, train
         (["--plan", "search", "--set", "recurrence.pattern=(*-)x9"], "the source has 8 layers, fewer than the 9"),
         (["--plan", "search", "--set", "megatron.hidden-size=64"], "megatron.hidden-size is 64"),
         (["--plan", "search", "--set", "megatron.data-path=nowhere"], "nowhere.idx or .bin is missing"),
-        (["--plan", "search", "--save", "."], ". exists and is not empty; choose another --save"),
+        (["--plan", "search", "--save", "."], ". exists and is not empty; choose another folder"),
     ],
 )
 def test_what_does_not_go_with_a_search_is_refused(options, says, deep, tmp_path, write_config):
