@@ -312,7 +312,13 @@ def _add_experiment(verbs: argparse._SubParsersAction) -> None:
             arguments.limit,
         )  # fmt: skip
 
-    text = "run the stages of an experiment"
+    def report(arguments: argparse.Namespace) -> None:
+        from cherry_megatron.experiments.report import report
+
+        for path in report(arguments.experiment, arguments.records, arguments.out):
+            print(path)
+
+    text = "run the stages of an experiment, or report what they found"
     actions = verbs.add_parser("experiment", help=text, description=text).add_subparsers(
         dest="action", required=True, metavar="ACTION"
     )
@@ -325,6 +331,10 @@ def _add_experiment(verbs: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages, with what they need")
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="stop then, so that a later start goes on")
+    parser = _verb(actions, "report", "the table and the plots of an experiment's records", report)
+    parser.add_argument("experiment", metavar="NAME", help="of configs/experiments/NAME.yaml, or a file")
+    parser.add_argument("--records", type=Path, required=True, help="records.jsonl of an experiment's folder")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write table.md and the plots to")
 
 
 def _numbers(text: str) -> list[float]:

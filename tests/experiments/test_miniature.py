@@ -63,9 +63,9 @@ def test_every_stage_is_run_and_recorded(done):
     assert config["megatron"]["seed"] == 7 and config["megatron"]["load"] == str(out / "averaged/seed-7")
 
 
-def test_a_second_start_has_nothing_to_do(done):
-    path, _ = done
-    records = (path.parent / "out/records.jsonl").read_bytes()
-    ran = cherry("run", path, "--out", path.parent / "out")
-    assert ran.returncode == 0 and "3 done before" in ran.stdout and "starts" not in ran.stdout
-    assert (path.parent / "out/records.jsonl").read_bytes() == records
+def test_the_report_reads_the_records(done):
+    out = done[0].parent / "out"
+    assert cherry("report", done[0], "--records", out / "records.jsonl", "--out", out / "report").returncode == 0
+    parent, recovered = (out / "report/table.md").read_text().splitlines()[4:6]
+    assert parent.startswith("| parent | 115k | ") and parent.split(" | ")[3:5] == ["1.54k", "-"]
+    assert recovered.startswith("| plain average | ") and "| - |" not in recovered
