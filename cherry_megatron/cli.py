@@ -1,6 +1,8 @@
 """The one command: `cherry VERB`."""
 
 import argparse
+import contextlib
+import io
 import logging
 import os
 import sys
@@ -41,6 +43,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
 
 
+def options_of(verb: str) -> list[str]:
+    """The names of a verb's options, without dashes.
+
+    Raises:
+        CherryError: if there is no such verb.
+    """
+    verbs = _verbs()
+    if verb not in verbs:
+        raise CherryError(f"there is no verb {verb}")
+    return [option.removeprefix("--") for option in verbs[verb]._option_string_actions]
+
+
+def check_arguments(verb: str, arguments: Sequence[str]) -> None:
+    """See whether a verb takes these arguments.
+
+    Raises:
+        CherryError: what is wrong with them.
+    """
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            _verbs()[verb].parse_args(arguments)
+        except SystemExit:
+            raise CherryError(said.getvalue().strip().splitlines()[-1]) from None
+
+
+def _verbs() -> dict[str, argparse.ArgumentParser]:
+    """The parsers of all verbs by name."""
+    (verbs,) = (action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return verbs.choices
+
+
 def _split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
     if "--" not in argv:
         return argv, []
@@ -61,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_calibrate(verbs)
     _add_compress_depth(verbs)
     _add_lineage(verbs)
+    _add_experiment(verbs)
     return parser
 
 
@@ -326,6 +360,40 @@ def _add_lineage(verbs: argparse._SubParsersAction) -> None:
     parser = _verb(verbs, "lineage", "what a checkpoint was made from; verifies its hashes", run)
     parser.add_argument("checkpoint", type=Path, metavar="DIR", help="a run's folder, or one of checkpoints")
     parser.add_argument("--no-verify", action="store_true", help="do not read the tensors")
+
+
+def _add_experiment(verbs: argparse._SubParsersAction) -> None:
+    def run(arguments: argparse.Namespace) -> int:
+        from cherry_megatron.experiments.run import run
+
+        return run(
+            arguments.experiment, arguments.out, arguments.gpus, arguments.jobs_per_gpu, arguments.only,
+            arguments.limit,
+        )  # fmt: skip
+
+    def report(arguments: argparse.Namespace) -> None:
+        from cherry_megatron.experiments.report import report
+
+        for path in report(arguments.experiment, arguments.records, arguments.out):
+            print(path)
+
+    text = "run the stages of an experiment, or report what they found"
+    actions = verbs.add_parser("experiment", help=text, description=text).add_subparsers(
+        dest="action", required=True, metavar="ACTION"
+    )
+    parser = _verb(actions, "run", "run what is not done yet; goes on where it was stopped", run)
+    parser.add_argument("experiment", metavar="NAME", help="of configs/experiments/NAME.yaml, or a file")
+    parser.add_argument("--out", type=Path, required=True, help="folder of its runs, logs and records")
+    parser.add_argument("--gpus", type=int, help="how many to use (default all; without any, the CPU)")
+    parser.add_argument(
+        "--jobs-per-gpu", type=int, default=1, help="tasks at once on each, or on the CPU (default 1)"
+    )
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages, with what they need")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="stop then, so that a later start goes on")
+    parser = _verb(actions, "report", "the table and the plots of an experiment's records", report)
+    parser.add_argument("experiment", metavar="NAME", help="of configs/experiments/NAME.yaml, or a file")
+    parser.add_argument("--records", type=Path, required=True, help="records.jsonl of an experiment's folder")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write table.md and the plots to")
 
 
 def _numbers(text: str) -> list[float]:

@@ -206,7 +206,7 @@ def outline(path: Path, overrides: Sequence[str] = ()) -> tuple[Recurrence, dict
 
 
 def _read_with(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    data = _read(path)
+    data = read_file(path)
     for override in overrides:
         _override(data, override)
     for key in data:
@@ -215,8 +215,12 @@ def _read_with(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     return data
 
 
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read a file and what it extends."""
+def read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a YAML file and of what it extends, as they stand.
+
+    Raises:
+        CherryError: if it cannot be read.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -237,7 +241,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = path.parent / str(parent)
     if base.resolve() in seen:
         raise CherryError(f"{path}: extends {parent}, which extends it again")
-    return _merge(_read(base, (*seen, path.resolve())), data)
+    return _merge(read_file(base, (*seen, path.resolve())), data)
 
 
 def _environment(path: Path, text: str) -> str:

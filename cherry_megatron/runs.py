@@ -21,6 +21,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -112,10 +113,20 @@ def record_start(config: Config, rank: int, world_size: int) -> None:
 
 def read_steps(run: Path) -> list[dict[str, float]]:
     """The recorded steps of a run in order; of a step recorded twice (after a resume) the later."""
-    steps = {}
-    with (run / "steps.jsonl").open(encoding="utf-8") as file:
+    steps = {step["iteration"]: step for step in _lines(run / "steps.jsonl")}
+    return [steps[iteration] for iteration in sorted(steps)]
+
+
+def read_evaluations(run: Path) -> list[dict[str, Any]]:
+    """The recorded evaluations of a run in order; of what was evaluated twice at a step the later."""
+    losses: dict[int, dict[str, float]] = {}
+    for line in _lines(run / "evaluations.jsonl"):
+        losses.setdefault(line["iteration"], {}).update(line["losses"])
+    return [{"iteration": iteration, "losses": losses[iteration]} for iteration in sorted(losses)]
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
         for line in file:
             if line.endswith("\n"):  # a killed run may leave half a line
-                step = json.loads(line)
-                steps[step["iteration"]] = step
-    return [steps[iteration] for iteration in sorted(steps)]
+                yield json.loads(line)

@@ -1,0 +1,1 @@
+"""Declarative experiments: stages and seeds of one file, run as tasks, recorded and reported."""

@@ -1,0 +1,99 @@
+"""What the tasks of an experiment leave behind: records.jsonl, one line a task."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from cherry_megatron.config import Config, load
+from cherry_megatron.errors import CherryError
+from cherry_megatron.files import write_atomically
+from cherry_megatron.monitor.accounting import account, together
+from cherry_megatron.runs import own_checkpoints, read_evaluations, read_steps
+from cherry_megatron.surgery.checkpoint import newest, saved_folder
+from cherry_megatron.surgery.lineage import read_lineage
+
+RECORDS = "records.jsonl"
+Record = dict[str, Any]
+
+
+def read_records(path: Path) -> dict[str, Record]:
+    """Task -> its record, in the file's order.
+
+    Raises:
+        CherryError: if the file cannot be read.
+    """
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return {f"{line['stage']}/seed-{line['seed']}": line for line in lines}
+    except OSError as error:
+        raise CherryError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise CherryError(f"{path} holds something else than an experiment's records") from None
+
+
+class Records:
+    """The records of an experiment's folder, on the disk after every change.
+
+    A task that has begun has a line too, with `finished` false, its definition and the seconds spent so far.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._path = out / RECORDS
+        self.by_task = read_records(self._path) if self._path.exists() else {}
+
+    def put(self, task: str, record: Record) -> None:
+        """Replace the record of a task."""
+        self.by_task[task] = record
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.by_task.values())
+        write_atomically(self._path, text)
+
+    def finished(self, task: str, definition: str) -> bool:
+        """Whether a task has been done as it is defined now."""
+        record = self.by_task.get(task, {})
+        return bool(record.get("finished")) and record["definition"] == definition
+
+
+def results(verb: str, folder: Path) -> Record:
+    """What a task whose command has ended well adds to its record.
+
+    Raises:
+        CherryError: if it has not done all that it should.
+    """
+    if verb == "pretrain":
+        return _training(folder)
+    if verb == "evaluate":
+        return {"evaluations": read_evaluations(folder)}
+    if verb == "compress-depth":
+        return _surgery(folder)
+    return {}
+
+
+def _training(run: Path) -> Record:
+    config = load(run / "config.yaml")
+    batch = config.value("global-batch-size") or config.positive("micro-batch-size")
+    done, wanted = _saved_step(config), config.value("train-iters") or config.value("train-samples") // batch
+    if done < wanted:
+        raise CherryError(f"the training ended at step {done} of {wanted}; start again to go on")
+    sequence = config.positive("seq-length")
+    model = together(account(config.recurrence, config.shape, sequence))
+    return {
+        "parameters": model.stored,
+        "flops_per_token": model.flops,
+        "tokens_per_step": batch * sequence,
+        "steps": done,
+        "loops": config.recurrence.loops,
+        "median_step_seconds": statistics.median(step["seconds"] for step in read_steps(run)),
+        "evaluations": read_evaluations(run),
+    }
+
+
+def _saved_step(config: Config) -> int:
+    saved = own_checkpoints(config)
+    return 0 if saved is None else int(newest(saved).name.removeprefix("iter_"))
+
+
+def _surgery(folder: Path) -> Record:
+    saved = saved_folder(folder)
+    lineage = None if saved is None else read_lineage(newest(saved))
+    return {key: lineage[key] for key in ("plan", "options") if key in lineage} if lineage else {}

@@ -1,0 +1,179 @@
+"""`cherry experiment report`: the table and the plots of an experiment, from its records alone."""
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cherry_megatron.errors import CherryError
+from cherry_megatron.experiments.plan import Experiment, Stage, find, read
+from cherry_megatron.experiments.records import Record, read_records
+from cherry_megatron.files import write_atomically
+
+_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A stage of training, over the seeds that are done.
+
+    Attributes:
+        stage: of the file.
+        records: of its seeds, in the file's order.
+    """
+
+    stage: Stage
+    records: list[Record]
+
+    @property
+    def parameters(self) -> int:
+        """Stored."""
+        return self._same("parameters")
+
+    @property
+    def flops_per_token(self) -> float:
+        """Of training."""
+        return self._same("flops_per_token")
+
+    @property
+    def tokens(self) -> int:
+        """Trained on."""
+        return self._same("steps") * self._same("tokens_per_step")
+
+    @property
+    def flops(self) -> float:
+        """Of this stage's training, without that of what it starts from."""
+        return self.flops_per_token * self.tokens
+
+    def final(self, loops: str | None = None) -> list[float]:
+        """The last loss of each seed at a number of loops, by default all; none if one has not evaluated it."""
+        return _all([_loss(record, record["evaluations"][-1:], loops) for record in self.records])
+
+    def at(self, iteration: int) -> list[float]:
+        """The loss of each seed after so many steps, at all loops."""
+        return _all([_loss(r, [e for e in r["evaluations"] if e["iteration"] == iteration]) for r in self.records])
+
+    def curve(self) -> list[tuple[int, list[float]]]:
+        """(tokens, loss of each seed) of every evaluation that all seeds have."""
+        iterations = [evaluation["iteration"] for evaluation in self.records[0]["evaluations"]]
+        points = [(iteration * self._same("tokens_per_step"), self.at(iteration)) for iteration in iterations]
+        return [(tokens, losses) for tokens, losses in points if losses]
+
+    def by_loops(self) -> list[tuple[int, list[float]]]:
+        """(loops, loss of each seed) of the last evaluation."""
+        last = self.records[0]["evaluations"][-1:]
+        points = [(int(loops), self.final(loops)) for evaluation in last for loops in evaluation["losses"]]
+        return [(loops, losses) for loops, losses in sorted(points) if losses]
+
+    def _same(self, key: str) -> Any:
+        return self.records[0][key]
+
+
+def report(name: str, records: Path, out: Path) -> list[Path]:
+    """Write table.md and the plots.
+
+    Args:
+        name: of the experiment, or its file.
+        records: its records.jsonl.
+        out: the folder to write to.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        CherryError: bad input, or no training is done.
+    """
+    experiment, found = read(find(name)), read_records(records)
+    rows = rows_of(experiment, found)
+    if not rows:
+        raise CherryError(f"{records} has no finished training of a stage of {experiment.source}")
+    from cherry_megatron.experiments.plots import draw
+
+    out.mkdir(parents=True, exist_ok=True)
+    files = {"table.md": table(experiment, found, rows), **draw(rows)}
+    for file, text in files.items():
+        write_atomically(out / file, text)
+    return [out / file for file in files]
+
+
+def rows_of(experiment: Experiment, records: dict[str, Record]) -> list[Row]:
+    """The stages of training with a finished seed, in the file's order."""
+    rows = [
+        Row(stage, _finished(stage, records)) for stage in experiment.stages.values() if stage.verb == "pretrain"
+    ]
+    return [row for row in rows if row.records]
+
+
+def table(experiment: Experiment, records: dict[str, Record], rows: list[Row]) -> str:
+    """The report as Markdown."""
+    lines = [
+        f"# {experiment.about}",
+        "",
+        "| | stored parameters | GFLOP a token | tokens | loss at step 0 | final loss | final loss, 1 loop |",
+        "|---|---|---|---|---|---|---|",
+        *map(_line, rows),
+        "",
+        "Held-out loss in nats a token, mean ± standard deviation over seeds (their number). GFLOP a token: of "
+        "training. Tokens: of this stage alone.",
+        *_missing(experiment, records),
+        *_made_by([record for row in rows for record in row.records]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _line(row: Row) -> str:
+    cells = [
+        row.stage.label.replace("|", "\\|"),
+        short(row.parameters),
+        f"{row.flops_per_token / 1e9:.4g}",
+        short(row.tokens),
+        *map(_spread, (row.at(0), row.final(), row.final("1"))),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _spread(losses: list[float]) -> str:
+    if not losses:
+        return "-"
+    deviation = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+    return f"{statistics.mean(losses):.4f}{deviation} ({len(losses)})"
+
+
+def _missing(experiment: Experiment, records: dict[str, Record]) -> list[str]:
+    """What the file asks for and the records have not."""
+    lines = []
+    for stage in experiment.stages.values():
+        done = {record["seed"] for record in _finished(stage, records)}
+        missing = [str(seed) for seed in stage.seeds if seed not in done]
+        if missing:
+            lines += ["", f"{stage.label}: {'seeds missing: ' + ', '.join(missing) if done else 'not run'}."]
+    return lines
+
+
+def _made_by(records: list[Record]) -> list[str]:
+    commits = sorted({f"{r.get('commit')}{' (modified)' if r.get('modified') else ''}" for r in records})
+    devices = sorted({record["device"] for record in records})
+    hours = sum(record["seconds"] for record in records) / 3600
+    return ["", f"Trained on {', '.join(devices)} in {hours:.2f} hours together, commit {', '.join(commits)}."]
+
+
+def _finished(stage: Stage, records: dict[str, Record]) -> list[Record]:
+    found = [records.get(f"{stage.name}/seed-{seed}") for seed in stage.seeds]
+    return [record for record in found if record is not None and record["finished"]]
+
+
+def _loss(record: Record, evaluations: list[dict[str, Any]], loops: str | None = None) -> float | None:
+    wanted = str(record["loops"]) if loops is None else loops
+    return evaluations[0]["losses"].get(wanted) if evaluations else None
+
+
+def _all(losses: list[float | None]) -> list[float]:
+    """The losses of all seeds, or none: a mean over some of them would be another quantity."""
+    found = [loss for loss in losses if loss is not None]
+    return found if len(found) == len(losses) else []
+
+
+def short(number: float) -> str:
+    """Three digits and a unit."""
+    size, unit = next(((size, unit) for size, unit in _UNITS if number >= size), (1, ""))
+    return f"{number / size:.3g}{unit}"

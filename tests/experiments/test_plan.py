@@ -1,0 +1,158 @@
+"""An experiment's file: what it may say, and what its tasks are."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cherry_megatron.cli import check_arguments
+from cherry_megatron.config import outline
+from cherry_megatron.errors import CherryError
+from cherry_megatron.experiments.plan import Experiment, find, read
+
+BASE = {"run": "runs/x", "recurrence": {"pattern": "*-"}, "megatron": {"lr": 1e-3}}
+STAGES = {
+    "parent": {"verb": "pretrain", "set": {"recurrence.pattern": "*-[(*-)x4]x8*-", "megatron.min-lr": 1e-5}},
+    "averaged": {"verb": "compress-depth", "args": {"load": "{parent}", "groups": "0-3,4-7", "dry-run": False}},
+    "recovered": {
+        "verb": "pretrain",
+        "seeds": [2],
+        "set": {"megatron.load": "{averaged}", "megatron.finetune": True},
+    },
+    "measured": {
+        "verb": "evaluate",
+        "args": {"loops": [1, 2]},
+        "set": {"megatron.load": "{recovered}"},
+        "seeds": [2],
+    },
+}
+
+
+def write(folder: Path, base: dict | None = None, **keys: object) -> Path:
+    content = {"about": "why", "config": "base.yaml", "seeds": [1, 2], "stages": STAGES, **keys}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "base.yaml").write_text(yaml.safe_dump(base or BASE))
+    (folder / "it.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return folder / "it.yaml"
+
+
+def with_stage(folder: Path, name: str, **keys: object) -> Path:
+    return write(folder, stages={**STAGES, name: {**STAGES.get(name, {}), **keys}})
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Experiment:
+    return read(write(tmp_path))
+
+
+def test_stages_come_in_the_files_order_and_seeds_within(experiment):
+    assert [task.name for task in experiment.tasks()] == [
+        "parent/seed-1", "parent/seed-2", "averaged/seed-1", "averaged/seed-2",
+        "recovered/seed-2", "measured/seed-2",
+    ]  # fmt: skip
+    needs = {task.name: task.needs for task in experiment.tasks()}
+    assert needs["parent/seed-1"] == [] and needs["recovered/seed-2"] == ["averaged/seed-2"]
+    names = {task.stage.name for task in experiment.tasks(["recovered"])}
+    assert names == {"parent", "averaged", "recovered"}
+
+
+def test_every_verb_is_given_its_output(experiment, tmp_path):
+    first, _, averaged, _, recovered, measured = experiment.tasks()
+    base = ["--config", str(tmp_path / "base.yaml")]
+    assert first.arguments(Path("o")) == [
+        *base, "--set", "megatron.min-lr=1.0e-05", "--set", "megatron.seed=1",
+        "--set", "recurrence.pattern='*-[(*-)x4]x8*-'", "--set", "run=o/parent/seed-1",
+    ]  # fmt: skip
+    assert averaged.arguments(Path("o")) == [
+        *base, "--groups=0-3,4-7", "--load=o/parent/seed-1", "--save=o/averaged/seed-1",
+    ]  # fmt: skip
+    assert "megatron.load=o/averaged/seed-2" in recovered.arguments(Path("o"))
+    assert measured.arguments(Path("o"))[2:5] == ["--loops", "1", "2"]
+    for task in experiment.tasks():
+        check_arguments(task.stage.verb, task.arguments(Path("o")))
+
+
+def test_what_set_says_is_read_again(experiment):
+    recurrence, megatron = outline(experiment.stages["parent"].config, experiment.tasks()[0].overrides(Path("o")))
+    assert recurrence.pattern == "*-[(*-)x4]x8*-"
+    assert megatron["min-lr"] == 1e-5 and megatron["seed"] == 1
+
+
+def test_a_base_lies_beside_the_file(tmp_path):
+    write(tmp_path)
+    path = write(tmp_path / "experiments", config="../base.yaml")
+    assert read(path).stages["parent"].config == tmp_path / "base.yaml"
+    own = with_stage(tmp_path, "parent", config="other.yaml")
+    assert read(own).stages["parent"].config == tmp_path / "other.yaml"
+
+
+def test_a_definition_is_that_of_what_decides_the_result(tmp_path):
+    first = read(write(tmp_path / "one")).definitions()
+    assert read(write(tmp_path / "two")).definitions() == first
+    assert read(write(tmp_path / "run", base={**BASE, "run": "elsewhere"})).definitions() == first
+    assert len(set(first.values())) == len(first)
+    changed = with_stage(tmp_path / "three", "averaged", args={"load": "{parent}", "groups": "slots"})
+    differ = {name for name, value in read(changed).definitions().items() if value != first[name]}
+    assert differ == {"averaged/seed-1", "averaged/seed-2", "recovered/seed-2", "measured/seed-2"}
+    other = write(tmp_path / "four", base={**BASE, "megatron": {"lr": 1e-4}})
+    assert not set(read(other).definitions().values()) & set(first.values())
+    assert read(with_stage(tmp_path / "five", "parent", label="another")).definitions() == first
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"abuot": "x"}, "unknown key abuot; did you mean 'about'"),
+        ({"about": None}, "`about` must be a text"),
+        ({"config": 3}, "`config` must be a text"),
+        ({"seeds": []}, "`seeds` must be a list of different positive numbers"),
+        ({"seeds": [1, 1]}, "`seeds` must be a list of different"),
+        ({"seeds": [0]}, "`seeds` must be a list of different positive"),
+        ({"seeds": 3}, "`seeds` must be a list"),
+        ({"stages": {}}, "`stages` must hold stages"),
+        ({"stages": {"a/b": {"verb": "pretrain"}}}, "the stage 'a/b' is a folder's name too"),
+        ({"stages": {"a": None}}, "stages.a must hold keys and values"),
+        (
+            {"stages": {"a": {"verb": "pretrain", "set": {"megatron.load": "{b}"}},
+                        "b": {"verb": "pretrain", "set": {"megatron.load": "{a}"}}}},
+            "the stages a <- b <- a need each other",
+        ),
+    ],
+)  # fmt: skip
+def test_a_bad_file_is_one_sentence(tmp_path, keys, says):
+    with pytest.raises(CherryError) as error:
+        read(write(tmp_path, **keys))
+    assert says in str(error.value) and str(tmp_path / "it.yaml") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "says"),
+    [
+        ("parent", {"vreb": "x"}, "unknown key stages.parent.vreb; did you mean 'verb'"),
+        ("parent", {"verb": "pretain"}, "'pretain' is none of an experiment; did you mean 'pretrain'"),
+        ("parent", {"verb": None}, "`stages.parent.verb` must be a text"),
+        ("parent", {"seeds": [3]}, "stages.parent.seeds has 3, which `seeds` has not"),
+        ("parent", {"seeds": [1]}, "stages.averaged needs {parent} with seed 2, which it lacks"),
+        ("parent", {"set": {"megatron.load": "{parnet}"}}, "{parnet}, which is no stage; did you mean 'parent'"),
+        ("parent", {"set": {"megatron.load": "{parent}"}}, "the stages parent <- parent need each other"),
+        ("parent", {"set": {"run": "x"}}, "stages.parent.set.run is given by the experiment"),
+        ("parent", {"set": {"megatron.seed": 2}}, "stages.parent.set.megatron.seed is given by the experiment"),
+        ("parent", {"set": [1]}, "stages.parent.set must hold keys and values"),
+        ("averaged", {"args": {"save": "x"}}, "stages.averaged.args.save is given by the experiment"),
+        ("averaged", {"args": {"gruops": "slots"}}, "compress-depth has no flag --gruops; did you mean 'groups'"),
+    ],
+)  # fmt: skip
+def test_a_bad_stage_is_one_sentence(tmp_path, name, keys, says):
+    with pytest.raises(CherryError) as error:
+        read(with_stage(tmp_path, name, **keys))
+    assert says in str(error.value) and str(tmp_path / "it.yaml") in str(error.value)
+
+
+def test_an_unknown_stage_or_experiment_is_named(tmp_path, experiment, monkeypatch):
+    with pytest.raises(CherryError, match="there is no stage 'parrent'; did you mean 'parent'"):
+        experiment.tasks(["parrent"])
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "configs/experiments").rename(tmp_path / "configs/experiments/depth.yaml")
+    assert find("depth") == Path("configs/experiments/depth.yaml") and find("x/y.yaml") == Path("x/y.yaml")
+    with pytest.raises(CherryError, match=r"no experiment configs/experiments/dept\.yaml; did you mean 'depth'"):
+        find("dept")

@@ -1,0 +1,109 @@
+"""The report's numbers against those counted by hand, and its pictures."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cherry_megatron.errors import CherryError
+from cherry_megatron.experiments.plan import read
+from cherry_megatron.experiments.records import read_records
+from cherry_megatron.experiments.report import report, rows_of
+
+STAGES = {
+    "averaged": {"verb": "compress-depth", "args": {"load": "x"}},
+    "recovered": {"label": "plain | average", "verb": "pretrain", "set": {"megatron.load": "{averaged}"}},
+    "new": {"verb": "pretrain"},
+    "late": {"verb": "pretrain"},
+}
+LOSSES = {1: (8.0, 4.0), 2: (9.0, 4.5), 3: (10.0, 5.0)}  # seed: at step 0, after 20 steps
+
+
+def trained(stage: str, seed: int, evaluations: list[dict], finished: bool = True, loops: int = 2) -> dict:
+    return {
+        "stage": stage, "label": stage, "seed": seed, "verb": "pretrain", "finished": finished,
+        "definition": "0" * 12,
+        "command": "cherry pretrain", "commit": "abc", "modified": False, "device": "H100", "seconds": 1800.0,
+        "parameters": 1_500_000, "flops_per_token": 9e6, "tokens_per_step": 1000, "steps": 20, "loops": loops,
+        "median_step_seconds": 0.5, "evaluations": evaluations,
+    }  # fmt: skip
+
+
+def evaluated(iteration: int, loss: float) -> dict:
+    return {"iteration": iteration, "losses": {"1": loss + 1, "2": loss}}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    """An experiment and its records."""
+    experiment = {"about": "Does it recover?", "config": "base.yaml", "seeds": [1, 2, 3], "stages": STAGES}
+    (tmp_path / "it.yaml").write_text(yaml.safe_dump(experiment, sort_keys=False))
+    lines = [
+        trained("new", 2, [{"iteration": 20, "losses": {"2": 6.0}}]),
+        trained("new", 3, [], finished=False),
+        *(trained("recovered", s, [evaluated(0, a), evaluated(20, b)]) for s, (a, b) in LOSSES.items()),
+    ]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path / "it.yaml", tmp_path / "records.jsonl"
+
+
+def test_the_table_has_the_numbers_counted_by_hand(files, tmp_path):
+    report(str(files[0]), files[1], tmp_path / "report")
+    lines = (tmp_path / "report/table.md").read_text().splitlines()
+    assert lines[0] == "# Does it recover?"
+    assert lines[4:6] == [
+        # 4.0, 4.5, 5.0: mean 4.5, deviation sqrt((0.25 + 0 + 0.25) / 2) = 0.5
+        "| plain \\| average | 1.5M | 0.009 | 20k "
+        "| 9.0000 ± 1.0000 (3) | 4.5000 ± 0.5000 (3) | 5.5000 ± 0.5000 (3) |",
+        "| new | 1.5M | 0.009 | 20k | - | 6.0000 (1) | - |",
+    ]
+    text = "\n".join(lines)
+    assert "averaged: not run." in text and "late: not run." in text and "new: seeds missing: 1, 3." in text
+    assert "Trained on H100 in 2.00 hours together, commit abc." in text
+
+
+def test_curves_are_those_of_all_seeds(files):
+    recovered, new = rows_of(read(files[0]), read_records(files[1]))
+    assert recovered.curve() == [(0, [8.0, 9.0, 10.0]), (20_000, [4.0, 4.5, 5.0])]
+    assert recovered.by_loops() == [(1, [5.0, 5.5, 6.0]), (2, [4.0, 4.5, 5.0])]
+    assert math.isclose(recovered.flops, 9e6 * 20 * 1000)
+    assert new.curve() == [(20_000, [6.0])]
+
+
+def test_the_same_records_give_the_same_bytes(files, tmp_path):
+    first, second = (report(str(files[0]), files[1], tmp_path / name) for name in ("one", "two"))
+    names = ["table.md", "loss-tokens.svg", "loss-loops.svg", "loss-parameters.svg", "loss-flops.svg"]
+    assert [path.name for path in first] == names
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    assert ">plain | average<" in first[1].read_text() and "<dc:date>" not in first[1].read_text()
+    # `new` has no losses by loops to draw.
+    assert ">new<" not in (tmp_path / "one/loss-loops.svg").read_text()
+
+
+def test_the_command_line_needs_neither_torch_nor_the_runs(files, tmp_path):
+    program = "import sys; from cherry_megatron.cli import main; main(); assert 'torch' not in sys.modules"
+    arguments = ["experiment", "report", files[0], "--records", files[1], "--out", tmp_path / "report"]
+    ran = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[0] == str(tmp_path / "report/table.md")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "cannot read"),
+        ("{}", "holds something else than an experiment's records"),
+        ("[", "holds something else than an experiment's records"),
+        ("", "has no finished training of a stage of"),
+    ],
+)
+def test_bad_records_are_one_sentence(files, tmp_path, content, says):
+    files[1].unlink()
+    if content is not None:
+        files[1].write_text(content)
+    with pytest.raises(CherryError, match=says):
+        report(str(files[0]), files[1], tmp_path / "report")
+    assert not (tmp_path / "report").exists()
