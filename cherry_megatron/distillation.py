@@ -86,8 +86,8 @@ class Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float, group: Any) -> Tensor:
-        ours = _log_softmax(student / temperature, group)
-        theirs = _log_softmax(teacher / temperature, group)
+        ours = _log_softmax(student.float() / temperature, group)
+        theirs = _log_softmax(teacher.float() / temperature, group)
         total = (theirs.exp() * (theirs - ours)).sum(-1)
         torch.distributed.all_reduce(total, group=group)
         ctx.save_for_backward((ours.exp() - theirs.exp()).to(student.dtype))
@@ -101,7 +101,6 @@ class Divergence(torch.autograd.Function):
 
 
 def _log_softmax(logits: Tensor, group: Any) -> Tensor:
-    logits = logits.float()
     largest = logits.max(-1, keepdim=True).values
     torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
     total = (logits - largest).exp().sum(-1, keepdim=True)
