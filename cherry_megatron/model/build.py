@@ -59,7 +59,7 @@ def build_model(
         config=config,
         hybrid_stack_spec=ModuleSpec(
             module=RecurrentStack,
-            params={"plan": plan, "recurrence": recurrence, "implementation": implementation},
+            params={"plan": plan, "recurrence": recurrence},
             submodules=stack_submodules(implementation, config, plan, seed, recurrence),
         ),
         vocab_size=shape.vocabulary,

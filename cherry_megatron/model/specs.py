@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
@@ -153,12 +152,3 @@ def stack_submodules(
             looped_mlp,
         ),
     )
-
-
-def final_norm(implementation: str, config: TransformerConfig) -> torch.nn.Module:
-    """The norm before the output layer."""
-    if implementation == "transformer_engine":
-        from megatron.core.extensions.transformer_engine import TENorm
-
-        return TENorm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
-    return RMSNorm(config, config.hidden_size, config.layernorm_epsilon)

@@ -22,10 +22,9 @@ from megatron.core.utils import WrappedTensor, make_viewless_tensor
 from torch import Tensor
 
 from cherry_megatron.errors import CherryError
-from cherry_megatron.model.loops import PerLoop
+from cherry_megatron.model.loops import PerLoop, RMSNorm
 from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.plan import Plan, Visit
-from cherry_megatron.model.specs import final_norm
 
 
 class RecurrentStack(HybridStack):
@@ -40,11 +39,10 @@ class RecurrentStack(HybridStack):
     Args:
         plan: the unrolled model and this stage's share of it.
         recurrence: order, injection and truncation of the loops.
-        implementation: `transformer_engine` or `local`.
         Others: as in HybridStack.
     """
 
-    def __init__(self, config: Any, *, plan: Plan, recurrence: Recurrence, implementation: str, **kwargs: Any):
+    def __init__(self, config: Any, *, plan: Plan, recurrence: Recurrence, **kwargs: Any):
         super().__init__(config, post_layer_norm=False, **kwargs)
         stage = self.pp_group.rank()
         self.plan, self.recurrence = plan, recurrence
@@ -64,7 +62,8 @@ class RecurrentStack(HybridStack):
         self._carries_out = recurrence.injection == "add" and plan.carries_injection(stage)
         self._received_injection: Tensor | None = None
         if self.post_process:
-            self.final_norm = final_norm(implementation, config)
+            # Transformer Engine's norm has an extra state, which a checkpoint of the local layers lacks.
+            self.final_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
 
     def set_input_tensor(self, input_tensor: Tensor | None) -> None:
         """Take what the previous stage sent; [2s, b, h] where the prelude's output rides along."""

@@ -6,7 +6,6 @@
 import importlib
 import importlib.metadata
 import os
-import socket
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -132,7 +131,5 @@ def _ranks() -> None:
         return
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if "MASTER_PORT" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    # A process alone takes any free port, at the moment when it needs it.
+    os.environ.setdefault("MASTER_PORT", "0")

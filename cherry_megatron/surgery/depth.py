@@ -195,7 +195,8 @@ def objects(source: Checkpoint, pattern: Pattern, with_optimizer: bool) -> dict[
         for symbol, prefix in sublayers
         for module in EXTRA_STATES[symbol]
     ]
-    modules.append("output_layer")  # Megatron looks for it, also where the weight is the embedding's
+    # Megatron looks for these, also where the head is the embedding; the norm's is that of Transformer Engine.
+    modules += ["output_layer", "decoder.final_norm"]
     found: dict[str, Any] = {f"{module}._extra_state/shard_0_1": [None] for module in modules}
     return found | {"common_state/shard_0_1": [_common_state(source, pattern, with_optimizer)]}
 
