@@ -17,8 +17,10 @@ from pathlib import Path
 
 import torch
 
-from cherry_megatron.runs import git_state, read_steps
+from cherry_megatron.runs import read_steps
+from cherry_megatron.versions import git_state
 
+SEQUENCES = 8  # a step
 FP8 = "--fp8-format hybrid --fp8-recipe"
 # name: (configuration, Megatron flags)
 VARIANTS = {
@@ -36,28 +38,49 @@ VARIANTS = {
 
 def measure(name: str, configuration: str, flags: str, options: argparse.Namespace) -> str:
     """One row of the table."""
+    overrides = ["recurrence.loop_scales=true"] if "SCALES" in flags else []
+    try:
+        steps = train(configuration, overrides, flags.replace("SCALES", "").split(), options)
+    except RuntimeError as error:
+        return f"| {name} | {error} | | | | |"
+    seconds = median_seconds(steps)
+    tokens = SEQUENCES * 4096 / seconds
+    flops = tokens * flops_per_token(configuration)
+    return (
+        f"| {name} | {tokens:,.0f} | {flops / 1e12:.0f} | {flops / 989e12:.1%} | {steps[-1]['peak_gib']:.1f} | "
+        f"{steps[-1]['loss']:.3f} |"
+    )
+
+
+def median_seconds(steps: list[dict[str, float]]) -> float:
+    """Of a step, without the first third."""
+    return statistics.median(step["seconds"] for step in steps[len(steps) // 3 :])
+
+
+def train(
+    configuration: str, overrides: list[str], flags: list[str], options: argparse.Namespace, ranks: int = 1
+) -> list[dict[str, float]]:
+    """The steps of a training with SEQUENCES sequences a step and rank.
+
+    Raises:
+        RuntimeError: if it fails.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "cherry_megatron.cli", "pretrain"]
-        command += ["--config", f"configs/{configuration}.yaml", "--set", f"run={folder}"]
-        if "SCALES" in flags:
-            command += ["--set", "recurrence.loop_scales=true"]
-        extra = flags.replace("SCALES", "").split()
-        length = ["--train-iters", str(options.steps), "--lr-warmup-iters", "2", "--global-batch-size", "8"]
-        length += [
-            "--eval-iters",
-            "4",
-            "--eval-interval",
-            "1000",
-            "--save-interval",
-            "100000",
-            "--split",
-            "98,1,1",
-            "--no-save-optim",
-        ]
+        module = ["-m", "cherry_megatron.cli"]
+        program = [sys.executable, *module]
+        if ranks > 1:
+            program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *module]
+        command = [*program, "pretrain", "--config", f"configs/{configuration}.yaml"]
+        for override in [f"run={folder}", *overrides]:
+            command += ["--set", override]
+        length = (
+            f"--train-iters {options.steps} --lr-warmup-iters 2 --global-batch-size {SEQUENCES * ranks} "
+            "--eval-iters 4 --eval-interval 1000 --save-interval 100000 --split 98,1,1 --no-save-optim"
+        )
         environment = {**os.environ, "CHERRY_TOKENIZER": options.tokenizer, "CHERRY_DATA": options.data}
         environment["PYTHONFAULTHANDLER"] = "1"
         with subprocess.Popen(
-            [*command, "--", *length, *extra], env=environment, stderr=subprocess.PIPE, text=True
+            [*command, "--", *length.split(), *flags], env=environment, stderr=subprocess.PIPE, text=True
         ) as process:
             try:
                 _, errors = process.communicate(timeout=options.limit)
@@ -66,16 +89,8 @@ def measure(name: str, configuration: str, flags: str, options: argparse.Namespa
                 _, errors = process.communicate()
             if process.returncode:
                 print(errors[-2000:], file=sys.stderr)
-                return f"| {name} | failed with status {process.returncode} | | | | |"
-        steps = read_steps(Path(folder))
-    timed = steps[len(steps) // 3 :]
-    seconds = statistics.median(step["seconds"] for step in timed)
-    tokens = 8 * 4096 / seconds
-    flops = tokens * flops_per_token(configuration)
-    return (
-        f"| {name} | {tokens:,.0f} | {flops / 1e12:.0f} | {flops / 989e12:.1%} | {steps[-1]['peak_gib']:.1f} | "
-        f"{steps[-1]['loss']:.3f} |"
-    )
+                raise RuntimeError(f"failed with status {process.returncode}")
+        return read_steps(Path(folder))
 
 
 def flops_per_token(configuration: str) -> float:
