@@ -40,7 +40,8 @@ def main() -> None:
         "",
         f"`python benchmarks/scaling.py --steps {options.steps}` on {count} {torch.cuda.get_device_name(0)} of one "
         f"host, torch {torch.__version__}, BF16, commit {git_state().get('commit', 'unknown')}. "
-        f"{SEQUENCES} sequences of 4096 a step and GPU, Adam step included. Efficiency: tokens a second and GPU against the first row.",
+        f"{SEQUENCES} sequences of 4096 a step and GPU, Adam step included. Efficiency: tokens a second and GPU "
+        "against the first row.",
         "",
         "| model | layout | tokens/s | a GPU | efficiency | peak GiB |",
         "|---|---|---|---|---|---|",
