@@ -42,6 +42,8 @@ def _machine(machine: Machine, config: Config) -> list[str]:
     layers = replace(config, megatron={**machine.flags, **config.megatron}).value("transformer-impl")
     if layers != "local" and not (layers == "transformer_engine" and machine.usable("transformer-engine")):
         found.append(f"megatron.transformer-impl {layers} is not usable here; use local")
+    if config.value("cuda-graph-impl") != "none" and not machine.devices:
+        found.append("megatron.cuda-graph-impl needs a GPU; take it out")
     if config.value("fp16") and not machine.devices:
         found.append("megatron.fp16 needs a GPU; use bf16 or neither")
     return found

@@ -101,7 +101,7 @@ def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Call
             pretrain_cfg_container_from_args(args),
             datasets,
             ModelType.encoder_or_decoder,
-            partial(forward_step, progress, teachers),
+            partial(forward_step, teachers),
             model_provider(config),
             non_loss_data_func=evaluation,
         )
@@ -168,12 +168,11 @@ def model_provider(cherry: Config) -> Callable[..., torch.nn.Module]:
 
 
 def forward_step(
-    progress: Progress, teachers: list[Teacher], iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
+    teachers: list[Teacher], iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
 ) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """Megatron's forward step: one micro-batch through this stage."""
     stack: RecurrentStack = get_attr_wrapped_model(model, "decoder")
     if model.training:
-        progress.step_begins()
         stack.loops = draw_loops(stack, get_args().seed, get_args().curr_iteration)
     else:
         stack.loops = stack.recurrence.loops

@@ -83,6 +83,9 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
+GRAPH = "full_iteration"  # of --cuda-graph-impl: forward and backward pass of a step as one CUDA graph
+
+
 def fill_in(path: Path, values: Any) -> dict[str, Any]:
     """A file's `megatron` section with this project's defaults; refuses unknown and contradictory keys."""
     given = by_flag(path, values)
@@ -94,7 +97,9 @@ def fill_in(path: Path, values: Any) -> dict[str, Any]:
             raise CherryError(f"{path}: megatron.{key} must be {wanted}: {why}")
         action_of(key, path)
     fixed = {key: value for key, (value, _) in _FIXED.items()}
-    return {**_DEFAULTS, **given, **fixed}
+    # Megatron's check reads the loss back inside what a graph records.
+    unchecked = {"no-check-for-nan-in-loss-and-grad": True} if given.get("cuda-graph-impl") == GRAPH else {}
+    return {**_DEFAULTS, **unchecked, **given, **fixed}
 
 
 def by_flag(path: Path, values: Any) -> dict[str, Any]:
@@ -129,6 +134,7 @@ def check(config: "Config") -> None:
         _check_split(config)
         _check_tensor_parallel(config)
         _check_loops(config)
+        _check_graph(config)
         _check_batch(config)
         _check_schedule(config)
         config.plan()
@@ -225,6 +231,20 @@ def _check_loops(config: "Config") -> None:
         raise CherryError(
             "recurrence.random_loops: with recomputation or pipeline stages the number of gradients changes from "
             "step to step; set megatron.overlap-grad-reduce and megatron.overlap-param-gather to false"
+        )
+
+
+def _check_graph(config: "Config") -> None:
+    chosen = config.value("cuda-graph-impl")
+    if chosen not in ("none", GRAPH):
+        raise CherryError(
+            f"megatron.cuda-graph-impl {chosen} records layers one by one, but the core's are walked several "
+            f"times; use {GRAPH}"
+        )
+    if chosen == GRAPH and config.recurrence.random_loops:
+        raise CherryError(
+            f"megatron.cuda-graph-impl {GRAPH} replays one step, but recurrence.random_loops walks another "
+            "number of loops in each; take one out"
         )
 
 

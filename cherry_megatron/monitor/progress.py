@@ -2,12 +2,11 @@
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from megatron.training import get_tensorboard_writer
+from megatron.training import get_tensorboard_writer, get_timers
 from tqdm import tqdm
 
 from cherry_megatron.monitor.accounting import PEAK_BF16
@@ -30,9 +29,8 @@ class Progress:
         self.train_dataset: Any = None
         self.valid_dataset: Any = None
         self._run, self._args, self._flops = run, args, flops_per_token
-        self._begun = 0
         self._heard: dict[str, float] = {}
-        self._step_began: float | None = None
+        self._timed = 0.0  # seconds of training steps so far
         self._interval: list[tuple[float, float]] = []  # (loss, seconds) of each step
         self._terminal = terminal
         self._writer = get_tensorboard_writer()
@@ -44,13 +42,8 @@ class Progress:
     @property
     def iteration(self) -> int:
         """The number of steps done, counted from the beginning of the run; known on every rank."""
-        return max(self._begun, self._args.iteration)
-
-    def step_begins(self) -> None:
-        """A micro-batch of a training step starts; the first one starts the step's clock."""
-        self._begun = self._args.curr_iteration + 1
-        if self._step_began is None:
-            self._step_began = time.perf_counter()
+        args = self._args
+        return int(args.iteration if args.skip_train else args.curr_iteration + 1)
 
     def __enter__(self) -> "Progress":
         if self._writer is not None and not self._args.skip_train:
@@ -92,8 +85,11 @@ class Progress:
 
     def _step_ended(self, iteration: int) -> None:
         args = self._args
-        seconds = time.perf_counter() - (self._step_began or time.perf_counter())
-        self._step_began = None
+        # Megatron's timer, which stands still during evaluation and saving.
+        timer = get_timers()("interval-time")
+        timer.elapsed(reset=False)  # brings the sum up to date
+        before, self._timed = self._timed, timer.active_time()
+        seconds = self._timed - before
         loss = self._heard.get("lm loss", float("nan"))
         self._interval.append((loss, seconds))
         record = {
