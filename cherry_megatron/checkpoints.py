@@ -30,7 +30,7 @@ _SHAPE = {
 }  # fmt: skip
 _FUNCTION = ("rotary-base", "norm-epsilon", "squared-relu")
 # What decides which text is held out.
-_HELD_OUT = ("train-iters", "eval-iters", "eval-interval", "global-batch-size", "seq-length", "split", "seed")
+_HELD_OUT = ("global-batch-size", "seq-length", "split")
 
 
 def unloadable(config: Config) -> list[str]:

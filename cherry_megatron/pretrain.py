@@ -22,7 +22,7 @@ from torch import Tensor
 from cherry_megatron.checkpoints import Loading, recorder, start_from, unchanged_start, where_from
 from cherry_megatron.checks import require
 from cherry_megatron.config import Config
-from cherry_megatron.data.batches import build_datasets, next_batch
+from cherry_megatron.data.batches import build_datasets, build_held_out, next_batch
 from cherry_megatron.distillation import Teacher
 from cherry_megatron.errors import CherryError
 from cherry_megatron.flags import megatron_arguments
@@ -78,12 +78,9 @@ def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Call
         if args.rank == 0 and not args.skip_train:
             progress.say(where_from(config, args))
             record_start(config, args.rank, args.world_size)
-        # How a split is shuffled depends on its size: evaluation must ask for what training asks for.
-        iterations = args.train_iters or args.train_samples // args.global_batch_size
-        points = iterations // args.eval_interval + 1
-        valid_samples = points * args.eval_iters * args.eval_global_batch_size
-        train, valid, _ = build_datasets((samples[0], valid_samples, samples[2]))
-        progress.train_dataset, progress.valid_dataset = train, valid
+        train, valid, _ = build_datasets(samples)
+        held_out = build_held_out(config.evaluation.batches * args.eval_global_batch_size)
+        progress.train_dataset, progress.held_out = train, held_out
         if config.distillation is not None and not args.skip_train:
             teachers.append(Teacher(config.distillation, config, args))
         # Megatron would report the test split under the validation's tags.

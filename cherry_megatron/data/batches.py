@@ -15,16 +15,33 @@ from torch import Tensor
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
+HELD_OUT_SEED = 1234
+
+
 def build_datasets(samples: tuple[int, int, int]) -> tuple[Any, Any, Any]:
     """The train, validation and test split, packed to --seq-length. Every rank must call it.
 
     Args:
         samples: how many sequences of each split are wanted.
     """
+    return BlendedMegatronDatasetBuilder(GPTDataset, list(samples), _reads_data, _config(get_args().seed)).build()
+
+
+def build_held_out(samples: int) -> Any:
+    """So many sequences of the validation split, the same ones for every seed, schedule and length of training."""
+    config = _config(HELD_OUT_SEED)
+    if config.split_matrix is not None:
+        config.split_matrix = [None, config.split_matrix[1], None]
+    if config.blend_per_split is not None:
+        config.blend_per_split = [None, config.blend_per_split[1], None]
+    return BlendedMegatronDatasetBuilder(GPTDataset, [0, samples, 0], _reads_data, config).build()[1]
+
+
+def _config(seed: int) -> GPTDatasetConfig:
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    config = GPTDatasetConfig(
-        random_seed=args.seed,
+    return GPTDatasetConfig(
+        random_seed=seed,
         sequence_length=args.seq_length,
         blend=blend,
         blend_per_split=blend_per_split,
@@ -39,7 +56,6 @@ def build_datasets(samples: tuple[int, int, int]) -> tuple[Any, Any, Any]:
         create_attention_mask=args.create_attention_mask_in_dataloader,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
     )
-    return BlendedMegatronDatasetBuilder(GPTDataset, list(samples), _reads_data, config).build()
 
 
 def _reads_data() -> bool:

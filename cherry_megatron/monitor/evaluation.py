@@ -48,7 +48,7 @@ class LoopEvaluation:
             stack.loops = loops
             try:
                 self.losses[loops] = mean_loss(
-                    model, self._progress.valid_dataset, self._config.evaluation.batches, self._run
+                    model, self._progress.held_out, self._config.evaluation.batches, self._run
                 )
             finally:
                 stack.observe, stack.loops = None, full

@@ -27,7 +27,7 @@ class Progress:
 
     def __init__(self, run: Path, args: Any, flops_per_token: float, terminal: TextIO) -> None:
         self.train_dataset: Any = None
-        self.valid_dataset: Any = None
+        self.held_out: Any = None
         self._run, self._args, self._flops = run, args, flops_per_token
         self._heard: dict[str, float] = {}
         self._timed = 0.0  # seconds of training steps so far
