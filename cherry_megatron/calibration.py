@@ -28,9 +28,9 @@ from cherry_megatron.monitor.progress import Progress
 from cherry_megatron.platform.machine import Machine
 from cherry_megatron.pretrain import pretrain
 from cherry_megatron.runs import checkpoint_to_load
+from cherry_megatron.storage.checkpoint import hash_values
+from cherry_megatron.storage.lineage import read_manifest
 from cherry_megatron.surgery.activations import CALIBRATION, calibration_text, file_name
-from cherry_megatron.surgery.checkpoint import hash_values
-from cherry_megatron.surgery.lineage import read_manifest
 from cherry_megatron.surgery.writing import cannot_write, hidden_folder, new_folder, refuse_taken
 
 SPARE = 1 << 20  # for what is no activation

@@ -18,9 +18,9 @@ from cherry_megatron.data.paths import data_prefixes
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.pattern import parse
 from cherry_megatron.runs import checkpoint_to_load, own_checkpoints
-from cherry_megatron.surgery.ancestry import parents_of, record_saved
-from cherry_megatron.surgery.checkpoint import OPTIMIZER, TRACKER, Checkpoint, newest
-from cherry_megatron.surgery.lineage import read_lineage
+from cherry_megatron.storage.ancestry import parents_of, record_saved
+from cherry_megatron.storage.checkpoint import OPTIMIZER, TRACKER, Checkpoint, newest
+from cherry_megatron.storage.lineage import read_lineage
 
 # What a run may not change once it has a checkpoint.
 _SHAPE = {

@@ -15,7 +15,7 @@ from cherry_megatron.data.paths import DATA_FLAGS, data_prefixes
 from cherry_megatron.data.prepare import token_type
 from cherry_megatron.errors import CherryError
 from cherry_megatron.platform.machine import Machine
-from cherry_megatron.surgery.checkpoint import open_checkpoint
+from cherry_megatron.storage.checkpoint import open_checkpoint
 
 
 def obstacles(machine: Machine, config: Config) -> list[str]:

@@ -353,7 +353,7 @@ def _search(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
 
 def _add_lineage(verbs: argparse._SubParsersAction) -> None:
     def run(arguments: argparse.Namespace) -> None:
-        from cherry_megatron.surgery.ancestry import describe
+        from cherry_megatron.storage.ancestry import describe
 
         print("\n".join(describe(arguments.checkpoint, not arguments.no_verify)))
 

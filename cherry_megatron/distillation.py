@@ -23,7 +23,7 @@ from cherry_megatron.errors import CherryError
 from cherry_megatron.model.build import build_model, prepare_config
 from cherry_megatron.model.plan import make_plan
 from cherry_megatron.shares import shares
-from cherry_megatron.surgery.checkpoint import Checkpoint, open_checkpoint
+from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint
 
 
 class Teacher:

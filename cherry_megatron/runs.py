@@ -28,7 +28,7 @@ import yaml
 from cherry_megatron.config import Config
 from cherry_megatron.errors import CherryError
 from cherry_megatron.files import lock_or_refuse, write_atomically
-from cherry_megatron.surgery.checkpoint import TRACKER, newest, saved_folder
+from cherry_megatron.storage.checkpoint import TRACKER, newest, saved_folder
 from cherry_megatron.versions import git_state, installed_versions
 
 

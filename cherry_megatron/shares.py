@@ -7,8 +7,8 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.utils import nested_values
 
-from cherry_megatron.surgery.numbers import to_float
-from cherry_megatron.surgery.records import Array
+from cherry_megatron.storage.numbers import to_float
+from cherry_megatron.storage.records import Array
 
 
 @dataclass(frozen=True)

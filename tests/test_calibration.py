@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from cherry_megatron.cli import main
+from cherry_megatron.storage.checkpoint import newest
+from cherry_megatron.storage.lineage import read_lineage
 from cherry_megatron.surgery.activations import open_calibration
-from cherry_megatron.surgery.checkpoint import newest
-from cherry_megatron.surgery.lineage import read_lineage
 from tests.conftest import run_ranks
 from tests.surgery.conftest import read
 from tests.test_bad_input import check, verb

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cherry_megatron.surgery.ancestry import describe
+from cherry_megatron.storage.ancestry import describe
 from tests.conftest import run_ranks
 from tests.test_bad_input import verb
 

@@ -10,8 +10,8 @@ from cherry_megatron.errors import CherryError
 from cherry_megatron.files import write_atomically
 from cherry_megatron.monitor.accounting import account, together
 from cherry_megatron.runs import own_checkpoints, read_evaluations, read_steps
-from cherry_megatron.surgery.checkpoint import newest, saved_folder
-from cherry_megatron.surgery.lineage import read_lineage
+from cherry_megatron.storage.checkpoint import newest, saved_folder
+from cherry_megatron.storage.lineage import read_lineage
 
 RECORDS = "records.jsonl"
 Record = dict[str, Any]

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from cherry_megatron.errors import CherryError
 from cherry_megatron.experiments.plan import Task
 from cherry_megatron.experiments.records import Records, results
-from cherry_megatron.surgery.checkpoint import saved_folder
+from cherry_megatron.storage.checkpoint import saved_folder
 from cherry_megatron.versions import git_state
 
 PROGRAM = (sys.executable, "-m", "cherry_megatron.cli")

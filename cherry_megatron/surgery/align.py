@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from cherry_megatron.model.pattern import ATTENTION
+from cherry_megatron.storage.checkpoint import Checkpoint
+from cherry_megatron.storage.numbers import to_float
+from cherry_megatron.storage.records import Array
 from cherry_megatron.surgery.activations import Calibration
-from cherry_megatron.surgery.checkpoint import Checkpoint
 from cherry_megatron.surgery.layers import FC1, FC2, PROJ, QKV
-from cherry_megatron.surgery.numbers import to_float
-from cherry_megatron.surgery.records import Array
 
 ACTIVATIONS = "activations"  # beside the roles of a layer's tensors
 

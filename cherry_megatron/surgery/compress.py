@@ -10,14 +10,14 @@ from typing import Any, Literal
 from cherry_megatron.config import outline
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.pattern import Pattern
+from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint
+from cherry_megatron.storage.lineage import Manifest, parent, record
 from cherry_megatron.surgery.activations import open_calibration
 from cherry_megatron.surgery.align import Alignment
-from cherry_megatron.surgery.checkpoint import Checkpoint, open_checkpoint
 from cherry_megatron.surgery.depth import compression, expansion, objects, peak_bytes, written_bytes
 from cherry_megatron.surgery.grouping import METHODS, Method, Mix, make_groups, mix
 from cherry_megatron.surgery.jobs import Drawn
 from cherry_megatron.surgery.layers import EMBEDDING, FC1, FC2, HEAD, QKV, Source, source_layers
-from cherry_megatron.surgery.lineage import Manifest, parent, record
 from cherry_megatron.surgery.search import Found
 from cherry_megatron.surgery.writing import CHECKPOINT, Job, new_folder, publish, run_jobs
 

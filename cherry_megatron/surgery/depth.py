@@ -8,9 +8,10 @@ import numpy as np
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.pattern import Pattern, unroll
+from cherry_megatron.storage.checkpoint import Checkpoint
+from cherry_megatron.storage.records import DTYPES, StandIn
 from cherry_megatron.surgery.activations import file_name
 from cherry_megatron.surgery.align import Alignment
-from cherry_megatron.surgery.checkpoint import Checkpoint
 from cherry_megatron.surgery.corrections import Correct, factors
 from cherry_megatron.surgery.grouping import Mix
 from cherry_megatron.surgery.jobs import Constant, Copy, Merge, Unroll
@@ -27,7 +28,6 @@ from cherry_megatron.surgery.layers import (
     same,
     sublayer_prefixes,
 )
-from cherry_megatron.surgery.records import DTYPES, StandIn
 from cherry_megatron.surgery.writing import Job, Spec
 
 MOMENTS = "optimizer.state."

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.pattern import ATTENTION, MLP, Pattern
-from cherry_megatron.surgery.checkpoint import Checkpoint, Tensor
+from cherry_megatron.storage.checkpoint import Checkpoint, Tensor
 
 EMBEDDING, FINAL_NORM, HEAD = "embedding.word_embeddings.weight", "decoder.final_norm.weight", "output_layer.weight"
 QKV, PROJ = "self_attention.linear_qkv", "self_attention.linear_proj"

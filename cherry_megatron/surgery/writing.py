@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from cherry_megatron.errors import CherryError
 from cherry_megatron.files import lock_or_refuse, sync_folder
-from cherry_megatron.surgery import records
-from cherry_megatron.surgery.checkpoint import TRACKER, Checkpoint, hash_values
-from cherry_megatron.surgery.lineage import LINEAGE, MANIFEST, Manifest, manifest_text
-from cherry_megatron.surgery.records import DTYPES, Array, stand_in
+from cherry_megatron.storage import records
+from cherry_megatron.storage.checkpoint import TRACKER, Checkpoint, hash_values
+from cherry_megatron.storage.lineage import LINEAGE, MANIFEST, Manifest, manifest_text
+from cherry_megatron.storage.records import DTYPES, Array, stand_in
 from cherry_megatron.workers import worker_processes
 
 CHECKPOINT = "iter_0000000"

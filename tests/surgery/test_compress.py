@@ -7,8 +7,8 @@ import torch
 
 from cherry_megatron.cli import main
 from cherry_megatron.errors import CherryError
+from cherry_megatron.storage.checkpoint import open_checkpoint
 from cherry_megatron.surgery import compress
-from cherry_megatron.surgery.checkpoint import open_checkpoint
 from tests.surgery.conftest import model_tensors, read, save
 
 PARTS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")

@@ -14,8 +14,8 @@ import torch
 import yaml
 
 from cherry_megatron.cli import main
+from cherry_megatron.storage.ancestry import describe
 from cherry_megatron.surgery import writing
-from cherry_megatron.surgery.ancestry import describe
 from tests.surgery.conftest import model_tensors, save
 
 

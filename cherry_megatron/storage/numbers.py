@@ -3,7 +3,7 @@
 import numpy as np
 
 from cherry_megatron.errors import CherryError
-from cherry_megatron.surgery.records import DTYPES, Array
+from cherry_megatron.storage.records import DTYPES, Array
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 

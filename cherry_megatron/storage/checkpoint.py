@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from cherry_megatron.errors import CherryError
-from cherry_megatron.surgery.lineage import Manifest, read_manifest
-from cherry_megatron.surgery.records import DTYPES, Array, load_pickle, read_object, read_tensor
+from cherry_megatron.storage.lineage import Manifest, read_manifest
+from cherry_megatron.storage.records import DTYPES, Array, load_pickle, read_object, read_tensor
 
 TRACKER = "latest_checkpointed_iteration.txt"
 READ_AHEAD = 128 << 10  # Linux heeds no more of a request than its own window

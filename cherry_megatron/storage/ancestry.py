@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from cherry_megatron.errors import CherryError
 from cherry_megatron.files import write_atomically
-from cherry_megatron.surgery.checkpoint import Checkpoint, open_checkpoint
-from cherry_megatron.surgery.lineage import (
+from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint
+from cherry_megatron.storage.lineage import (
     LINEAGE,
     MANIFEST,
     Manifest,

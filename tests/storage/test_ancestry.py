@@ -8,8 +8,8 @@ import pytest
 
 from cherry_megatron.cli import main
 from cherry_megatron.errors import CherryError
+from cherry_megatron.storage.ancestry import describe
 from cherry_megatron.surgery import compress
-from cherry_megatron.surgery.ancestry import describe
 from tests.surgery.conftest import model_tensors, save
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cherry_megatron.errors import CherryError
-from cherry_megatron.surgery.numbers import Mean, from_double, to_float
+from cherry_megatron.storage.numbers import Mean, from_double, to_float
 
 
 def nearest_bfloat16(value: float) -> float:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cherry_megatron.errors import CherryError
-from cherry_megatron.surgery import records
+from cherry_megatron.storage import records
 
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: reading them without torch, their hashes and their lineage."""
