@@ -1,4 +1,4 @@
-# make demo    set up, then train a small recurrent model on real Korean text (CPU, under 10 minutes)
+# make demo    set up, then 48 layers -> 6, walked as 34, on real Korean text (CPU, under 10 minutes)
 # make test    set up, then every kind of test, with a fixed sample of the large matrices
 # make lint    ruff and mypy
 
@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CHERRY := $(VENV)/bin/cherry
 STAMP := $(VENV)/.installed
-DEMO := runs/tiny
+DEMO := runs/demo
 
 .PHONY: demo test test-full test-deps lint format board clean setup
 
@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml tools/find_python.sh
 	touch $(STAMP)
 
 demo: setup
-	sh tools/demo.sh $(CHERRY) $(DEMO)
+	sh tools/demo.sh $(CHERRY)
 
 test: setup
 	$(PY) -m pytest -m "not full"

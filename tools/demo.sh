@@ -1,15 +1,24 @@
 #!/bin/sh
-# The demo: real Korean documentation -> tokenizer -> indexed tokens -> a trained recurrent model,
-# its checkpoints, its TensorBoard run and its held-out loss against loops.
-# usage: demo.sh CHERRY RUN
+# The demo: real Korean documentation -> tokenizer -> indexed tokens -> 48 layers -> 6, walked as 34 -> recovery.
+# What is done already is not done again; remove runs/demo to begin anew.
+# usage: demo.sh CHERRY
 set -eu
-cherry=$1 run=$2
+cherry=$1 run=runs/demo
 python=$(dirname "$cherry")/python
 docs=$("$python" -c 'import importlib.util as u, pathlib; print(
     pathlib.Path(u.find_spec("portone_mcp_server").origin).parent / "resources/docs/opi/ko")')
-[ -d "$run/data/tokenizer" ] || "$cherry" tokenizer --input "$docs" --output "$run/data/tokenizer" --vocab-size 4096
-[ -e "$run/data/text.idx" ] || "$cherry" data --input "$docs" --output "$run/data/text" --tokenizer "$run/data/tokenizer"
-"$cherry" params configs/cherry_tiny.yaml
-"$cherry" pretrain --config configs/cherry_tiny.yaml --set "run=$run"
-"$cherry" evaluate --config configs/cherry_tiny.yaml --set "run=$run"
-echo "TensorBoard: $(dirname "$cherry")/tensorboard --logdir $run/tensorboard"
+step() {
+    printf '\n$ cherry'
+    printf ' %s' "$@"
+    echo
+    "$cherry" "$@"
+}
+[ -d $run/data/tokenizer ] || step tokenizer --input "$docs" --output $run/data/tokenizer --vocab-size 4096
+[ -e $run/data/text.idx ] || step data --input "$docs" --output $run/data/text --tokenizer $run/data/tokenizer
+step pretrain --config configs/tiny_base.yaml
+[ -d $run/compressed ] || step compress-depth --load $run/base --save $run/compressed --config configs/tiny_recover.yaml
+[ -d $run/recovered/checkpoints ] || step evaluate --config configs/tiny_recover.yaml
+step pretrain --config configs/tiny_recover.yaml
+step params configs/tiny_recover.yaml
+step lineage $run/recovered
+printf '\nTensorBoard: %s/tensorboard --logdir %s\n' "$(dirname "$cherry")" $run

@@ -22,7 +22,10 @@ from cherry_megatron.surgery.search import Found
 from cherry_megatron.surgery.writing import CHECKPOINT, Job, new_folder, publish, run_jobs
 
 SPARE = 1 << 20  # for what is no tensor
-INIT_STD = 0.02  # of --init-method-std in Megatron
+# Megatron's defaults.
+INIT_STD = 0.02
+# What no tensor shows and decides what they compute: flag, its name in a checkpoint's arguments, default.
+FUNCTION = (("rotary-base", "rotary_base", 10000), ("norm-epsilon", "layernorm_epsilon", 1e-5))
 
 
 @dataclass(frozen=True)
@@ -243,6 +246,13 @@ def _check_sizes(source: Checkpoint, layers: Source, config: Path, megatron: dic
     for key, value in found.items():
         if megatron.get(key, value) != value:
             raise CherryError(f"{config}: megatron.{key} is {megatron[key]}, but {source.folder} has {value}")
+    arguments = source.object("common_state")[0]["args"].state
+    for key, name, default in FUNCTION:
+        ours, theirs = megatron.get(key, default), arguments.get(name)
+        if theirs is not None and theirs != ours:
+            raise CherryError(
+                f"{config}: megatron.{key} is {ours}, but {source.folder} was trained with {theirs}; set it so"
+            )
     untied = bool(megatron.get("untie-embeddings-and-output-weights"))
     if untied != (HEAD in layers.top):
         raise CherryError(

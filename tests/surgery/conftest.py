@@ -45,7 +45,13 @@ def save(folder: Path, tensors: dict[str, Any]) -> Path:
     """Write iteration 7 of a run with torch; returns the folder to load."""
     import torch.distributed.checkpoint as dcp
 
-    args = argparse.Namespace(num_layers=99, consumed_train_samples=70, hybrid_layer_pattern="?")
+    args = argparse.Namespace(
+        num_layers=99,
+        consumed_train_samples=70,
+        hybrid_layer_pattern="?",
+        rotary_base=10000,
+        layernorm_epsilon=1e-5,
+    )
     common = {"args": args, "checkpoint_version": 3.0, "iteration": 7, "optimizer": {"param_groups": [{"step": 7}]}}
     state = {**tensors, "common_state/shard_0_1": [common]}
     writer = dcp.FileSystemWriter(folder / "iter_0000007", thread_count=2)

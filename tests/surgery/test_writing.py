@@ -218,6 +218,8 @@ def test_a_shard_that_is_gone_is_named(deep, capsys):
         (["--set", "recurrence.pattern='*[*]x4*'"], "layer 0 is '*-', but recurrence.pattern wants '*'"),
         (["--set", "megatron.swiglu=false"], "megatron.swiglu is False"),
         (["--set", "megatron.untie-embeddings-and-output-weights=false"], "holds a output_layer.weight"),
+        (["--set", "megatron.rotary-base=500000"], "megatron.rotary-base is 500000, but"),
+        (["--set", "megatron.norm-epsilon=1.0e-6"], "was trained with 1e-05; set it so"),
         (["--expand"], "holds 8 layers, recurrence.pattern 4"),
         (["--set", "recurrence.lops=3"], "did you mean 'loops'"),
     ],
