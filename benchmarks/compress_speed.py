@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from cherry_megatron.storage import records, writing
+from cherry_megatron.storage import records
+from cherry_megatron.surgery import writing
 from cherry_megatron.surgery.writing import Report, Spec
 
 CONFIG = Path(__file__).parent.parent / "configs/cherry_227m.yaml"

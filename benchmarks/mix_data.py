@@ -4,7 +4,7 @@
         --vocab-size 16384 --limit-mb 60
     cherry data --input ko_docs.jsonl.zst ko_reviews.jsonl.zst --output DIR/ko --tokenizer DIR/tokenizer
     cherry data --input en_docs.jsonl.zst --output DIR/en --tokenizer DIR/tokenizer
-    python benchmarks/mix_data.py --output DIR/text DIR/ko=20000000 DIR/en=13000000
+    python benchmarks/mix_data.py --output DIR/text DIR/ko=20000000 DIR/en=30000000
 """
 
 import argparse

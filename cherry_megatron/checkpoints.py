@@ -30,7 +30,10 @@ _SHAPE = {
 }  # fmt: skip
 _FUNCTION = ("rotary-base", "norm-epsilon", "squared-relu")
 # What decides which text is held out.
-_HELD_OUT = ("global-batch-size", "seq-length", "split")
+_HELD_OUT = (
+    "global-batch-size", "eval-global-batch-size", "seq-length", "split", "data-path", "train-data-path",
+    "valid-data-path", "data-args-path",
+)  # fmt: skip
 
 
 def unloadable(config: Config) -> list[str]:
@@ -58,7 +61,8 @@ def _changes(config: Config, folder: Path) -> list[str]:
     before = _record(folder)
     if before is None:
         return []
-    ours, theirs = asdict(config.recurrence), before["recurrence"]
+    # Runs of before there were corrections have no word of them.
+    ours, theirs = asdict(config.recurrence), {"loop_rank": 0, **before["recurrence"]}
     found = [
         (f"recurrence.{key}", theirs[key], ours[key])
         for key in ("loop_scales", "loop_rank", "pattern", "order", "injection")
@@ -90,13 +94,15 @@ def _record(folder: Path) -> dict[str, Any] | None:
 
 
 def other_text(config: Config) -> list[str]:
-    """The flags whose values differ from training's, so that other text is held out."""
+    """The keys whose values differ from training's, so that other text is held out."""
     folder = checkpoint_to_load(config)
     before = None if folder is None else _record(folder)
     if before is None:
         return []
     trained = replace(config, megatron=before["megatron"], flags=tuple(before["flags"]))
-    return [flag for flag in _HELD_OUT if trained.value(flag) != config.value(flag)]
+    found = [flag for flag in _HELD_OUT if trained.value(flag) != config.value(flag)]
+    batches = before["evaluation"]["batches"] != config.evaluation.batches
+    return [*found, "evaluation.batches"] if batches else found
 
 
 def start_from(config: Config) -> dict[str, Any]:

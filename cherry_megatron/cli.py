@@ -335,6 +335,13 @@ def _search(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     if arguments.expand or arguments.groups is not None:
         other = "--expand" if arguments.expand else f"--groups {arguments.groups}"
         raise CherryError(f"{other} does not go with --plan search, which finds the groups; take one out")
+    from cherry_megatron.config import outline
+
+    if outline(arguments.config, arguments.set)[0].loop_rank:
+        raise CherryError(
+            "--plan search scores plain means, without the corrections of recurrence.loop_rank; search with rank 0 "
+            "and give what it finds as --groups"
+        )
     if arguments.method != "average" or arguments.align != "none":
         raise CherryError("--plan search scores plain means; use it with --method average and --align none")
     if not arguments.dry_run:

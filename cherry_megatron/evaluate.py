@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from functools import partial
 
 from cherry_megatron.checkpoints import other_text
 from cherry_megatron.config import Config
@@ -32,7 +33,11 @@ def evaluate(
         )
     differing = other_text(config)
     if differing:
-        print(f"note: {', '.join(differing)} differ from training: other text is held out", file=sys.stderr)
+        print(
+            f"note: {', '.join(differing)} differ from training: other text is held out, and the losses are not "
+            "recorded in the run",
+            file=sys.stderr,
+        )
     if loops:
         config = replace(config, evaluation=replace(config.evaluation, loops=tuple(loops)))
     walked = max(config.evaluation.loop_counts(config.recurrence.loops))
@@ -45,7 +50,9 @@ def evaluate(
     )
     config = replace(config, recurrence=recurrence)
     extra = {"skip-train": True, "no-load-optim": True, "no-load-rng": True}
-    evaluation: LoopEvaluation = pretrain(config, machine, extra, show_all)
+    evaluation: LoopEvaluation = pretrain(
+        config, machine, extra, show_all, partial(LoopEvaluation, recorded=not differing)
+    )
     if not evaluation.losses:
         raise CherryError(f"{config.source}: megatron.split leaves no validation text to evaluate on")
     return evaluation

@@ -1,8 +1,11 @@
 """Writing files so that a reader finds the old content or the new, whenever the writer dies; locks."""
 
 import fcntl
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
 from cherry_megatron.errors import CherryError
 
@@ -16,6 +19,27 @@ def write_atomically(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     sync_folder(path.parent)
+
+
+def append_lines(path: Path) -> TextIO:
+    """Open a file of lines for more; half a line that a killed process left at its end is closed first."""
+    file = path.open("a+", buffering=1, encoding="utf-8")
+    if file.tell():
+        with path.open("rb") as written:
+            written.seek(-1, os.SEEK_END)
+            if written.read(1) != b"\n":
+                file.write("\n")
+    return file
+
+
+def read_lines(path: Path) -> Iterator[Any]:
+    """The JSON value of each line; what a killed process left half written is skipped."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
 
 
 def sync_folder(folder: Path) -> None:

@@ -46,6 +46,8 @@ _UNSUPPORTED = {
     "quick-geglu": "the MLP is built with swiglu or without a gate",
     "init-method-xavier-uniform": "initial weights are drawn with init-method-std",
     "full-validation": "the held-out loss is taken from eval-iters batches",
+    "enable-cuda-graph": "it is an older name; use cuda-graph-impl full_iteration",
+    "external-cuda-graph": "it is an older name; use cuda-graph-impl full_iteration",
     "mock-data": "training reads the files of `cherry data` alone",
     "per-split-data-args-path": "what it names is not looked at before a run; use train-data-path and its kin",
     "yaml-cfg": "a configuration is a YAML file of this project's own form",
@@ -225,6 +227,13 @@ def _check_loops(config: "Config") -> None:
             "megatron.recompute-granularity full recomputes a loop at a time: set recompute-method uniform and "
             "recompute-num-layers 1"
         )
+    looped = recurrence.loop_scales or recurrence.loop_rank
+    again = set(config.value("recompute-modules") or ()) - {"core_attn"}
+    if looped and again and config.value("recompute-granularity") == "selective":
+        raise CherryError(
+            f"megatron.recompute-modules {', '.join(sorted(again))}: recomputed one by one, modules would use the "
+            "last loop's vectors and corrections; use core_attn, or recompute-granularity full, a loop at a time"
+        )
     # Megatron starts a bucket's reduction after as many gradients as the first step had.
     varies = recomputes or config.value("pipeline-model-parallel-size") > 1
     if recurrence.random_loops and config.value("overlap-grad-reduce") and varies:
@@ -236,16 +245,30 @@ def _check_loops(config: "Config") -> None:
 
 def _check_graph(config: "Config") -> None:
     chosen = config.value("cuda-graph-impl")
-    if chosen not in ("none", GRAPH):
+    if chosen == "none":
+        return
+    if chosen != GRAPH:
         raise CherryError(
             f"megatron.cuda-graph-impl {chosen} records layers one by one, but the core's are walked several "
             f"times; use {GRAPH}"
         )
-    if chosen == GRAPH and config.recurrence.random_loops:
-        raise CherryError(
-            f"megatron.cuda-graph-impl {GRAPH} replays one step, but recurrence.random_loops walks another "
-            "number of loops in each; take one out"
-        )
+    micro_batches = "it replays as many micro-batches as it recorded"
+    excluded = {
+        "recurrence.random_loops": (config.recurrence.random_loops, "it replays one step, of one number of loops"),
+        "megatron.rampup-batch-size": (config.value("rampup-batch-size"), micro_batches),
+        "megatron.step-batch-size-schedule": (config.value("step-batch-size-schedule"), micro_batches),
+        "megatron.pipeline-model-parallel-size": (
+            config.value("pipeline-model-parallel-size") > 1,
+            "it has not been tried over pipeline stages",
+        ),
+        "megatron.recompute-granularity": (
+            config.value("recompute-granularity") == "full",
+            "it has not been tried with recomputation",
+        ),
+    }
+    for key, (given, why) in excluded.items():
+        if given:
+            raise CherryError(f"{key} does not go with megatron.cuda-graph-impl {GRAPH}: {why}; take one out")
 
 
 def _check_batch(config: "Config") -> None:

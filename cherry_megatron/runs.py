@@ -27,7 +27,7 @@ import yaml
 
 from cherry_megatron.config import Config
 from cherry_megatron.errors import CherryError
-from cherry_megatron.files import lock_or_refuse, write_atomically
+from cherry_megatron.files import lock_or_refuse, read_lines, write_atomically
 from cherry_megatron.storage.checkpoint import TRACKER, newest, saved_folder
 from cherry_megatron.versions import git_state, installed_versions
 
@@ -113,20 +113,13 @@ def record_start(config: Config, rank: int, world_size: int) -> None:
 
 def read_steps(run: Path) -> list[dict[str, float]]:
     """The recorded steps of a run in order; of a step recorded twice (after a resume) the later."""
-    steps = {step["iteration"]: step for step in _lines(run / "steps.jsonl")}
+    steps = {step["iteration"]: step for step in read_lines(run / "steps.jsonl")}
     return [steps[iteration] for iteration in sorted(steps)]
 
 
 def read_evaluations(run: Path) -> list[dict[str, Any]]:
     """The recorded evaluations of a run in order; of what was evaluated twice at a step the later."""
     losses: dict[int, dict[str, float]] = {}
-    for line in _lines(run / "evaluations.jsonl"):
+    for line in read_lines(run / "evaluations.jsonl"):
         losses.setdefault(line["iteration"], {}).update(line["losses"])
     return [{"iteration": iteration, "losses": losses[iteration]} for iteration in sorted(losses)]
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):  # a killed run may leave half a line
-                yield json.loads(line)

@@ -44,6 +44,33 @@ CONFIGS = {
     "fixed-trailing-flag": ({}, ["--", "--normalization", "LayerNorm"], "must be RMSNorm"),
     "unsupported-flag": ({"megatron": {"reset-attention-mask": True}}, [], "take it out"),
     "zero-stages": ({"megatron": {"pipeline-model-parallel-size": 0}}, [], "positive number"),
+    "selective-recomputation": (
+        {
+            "recurrence": {"loop_rank": 2},
+            "megatron": {"recompute-granularity": "selective", "recompute-modules": ["mlp"]},
+        },
+        [],
+        "would use the last loop's vectors and corrections",
+    ),
+    "negative-rank": ({"recurrence": {"loop_rank": -1}}, [], "recurrence.loop_rank is -1"),
+    "graph-of-layers": ({"megatron": {"cuda-graph-impl": "local"}}, [], "use full_iteration"),
+    "graph-of-random-loops": (
+        {"recurrence": {"random_loops": [1, 3]}, "megatron": {"cuda-graph-impl": "full_iteration"}},
+        [],
+        "it replays one step",
+    ),
+    "graph-of-a-ramp-up": (
+        {"megatron": {"cuda-graph-impl": "full_iteration", "rampup-batch-size": [4, 4, 100]}},
+        [],
+        "it replays as many micro-batches",
+    ),
+    "graph-over-stages": (
+        {"megatron": {"cuda-graph-impl": "full_iteration", "pipeline-model-parallel-size": 2}},
+        [],
+        "has not been tried over pipeline stages",
+    ),
+    "graph-by-an-older-name": ({"megatron": {"enable-cuda-graph": True}}, [], "use cuda-graph-impl full_iteration"),
+    "graph-without-a-gpu": ({"megatron": {"cuda-graph-impl": "full_iteration"}}, [], "needs a GPU; take it out"),
     "more-loops-than-trained": ({"evaluation": {"loops": [9]}}, [], "evaluation.loops 9"),
     "random-loops-overlap": (
         {

@@ -166,9 +166,11 @@ def test_evaluation_says_when_it_holds_out_other_text(copy):
     command = ["evaluate", "--config", str(copy), "--", "--train-iters", "4"]
     ((status, errors),) = run_ranks(copy.parent / "output", 1, verb, copy.parent, command)
     assert status == 0 and "differ from training" not in errors
-    command[-1] = "400"
+    recorded = (copy.parent / "run/evaluations.jsonl").read_text()
+    command[-2:] = ["--split", "70,20,10"]
     ((status, errors),) = run_ranks(copy.parent / "output", 1, verb, copy.parent, command)
-    assert status == 0 and "note: train-iters differ from training" in errors
+    assert status == 0 and "note: split differ from training" in errors
+    assert (copy.parent / "run/evaluations.jsonl").read_text() == recorded
 
 
 def test_every_checkpoint_carries_its_lineage(copy, train):

@@ -1,7 +1,7 @@
 """An experiment's file -> its tasks, one for each stage and seed.
 
 about: Does the recurrent model recover?   # the question asked
-config: ../recover_tiny.yaml               # base configuration, relative to this file
+config: ../tiny_recover.yaml               # base configuration, relative to this file
 seeds: [1, 2, 3]
 stages:                                    # the first that is ready runs first
   parent:
@@ -42,6 +42,7 @@ OUTPUTS = {"pretrain": "run", "evaluate": "run", "compress-depth": "save", "cali
 _KEYS = ("about", "config", "seeds", "stages")
 _STAGE_KEYS = ("label", "verb", "seeds", "config", "args", "set")
 _REFERENCE = re.compile(r"\{([^{}]*)\}")
+_SEED = "seed"  # {seed} is the task's
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Stage:
     def needs(self) -> list[str]:
         """The stages that it refers to, each once."""
         texts = _texts([*self.args.values(), *self.set.values()])
-        return list(dict.fromkeys(name for text in texts for name in _REFERENCE.findall(text)))
+        return list(dict.fromkeys(name for text in texts for name in _REFERENCE.findall(text) if name != _SEED))
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ class Task:
         values = {key: self._filled(value, out) for key, value in self.stage.set.items()}
         if OUTPUTS[self.stage.verb] == "run":
             values |= {"run": str(out / self.name), "megatron.seed": self.seed}
+        elif "plan" in self.stage.args:  # a search trains nothing, but has logs and indices
+            values |= {"run": str(out / f"{self.name}.run")}
         return [f"{key}={_yaml(value)}" for key, value in sorted(values.items())]
 
     def flags(self, out: Path) -> list[str]:
@@ -111,7 +114,10 @@ class Task:
         return ["--config", str(self.stage.config), *self.flags(out), *sets]
 
     def _filled(self, value: Any, out: Path) -> Any:
-        return _replaced(value, lambda match: str(out / match[1] / f"seed-{self.seed}"))
+        def text(match: re.Match[str]) -> str:
+            return str(self.seed) if match[1] == _SEED else str(out / match[1] / f"seed-{self.seed}")
+
+        return _replaced(value, text)
 
 
 @dataclass(frozen=True)

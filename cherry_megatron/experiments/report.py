@@ -101,7 +101,15 @@ def rows_of(experiment: Experiment, records: dict[str, Record]) -> list[Row]:
     rows = [
         Row(stage, _finished(stage, records)) for stage in experiment.stages.values() if stage.verb == "pretrain"
     ]
-    return [row for row in rows if row.records]
+    rows = [row for row in rows if row.records]
+    for row in rows:
+        for key in ("parameters", "flops_per_token", "tokens_per_step", "steps", "loops"):
+            if len({record[key] for record in row.records}) > 1:
+                raise CherryError(
+                    f"{experiment.source}: the seeds of stage {row.stage.name} were not run alike ({key} differs); "
+                    "run them again or take the older lines out of the records"
+                )
+    return rows
 
 
 def table(experiment: Experiment, records: dict[str, Record], rows: list[Row]) -> str:

@@ -150,7 +150,7 @@ class Schedule:
         verbs = [verb]
         if verb == "pretrain" and "megatron.load" in task.stage.set and saved_folder(folder) is None:
             verbs = ["evaluate", verb]
-        elif verb == "compress-depth" and folder.exists():
+        elif verb in ("compress-depth", "calibrate") and folder.exists():
             verbs = []  # it is there whole or not at all; what had begun it was killed before it could say so
         return [[*self._program, verb, *task.arguments(self._out)] for verb in verbs]
 
@@ -165,7 +165,7 @@ class Schedule:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **alone, **address, **slot.environment},
+            env={**_own_environment(), **alone, **address, **slot.environment},
             start_new_session=True,  # Ctrl-C is for the one that waits
         )
 
@@ -192,6 +192,8 @@ class Schedule:
                 found = results(task.stage.verb, self._out / task.name)
             except CherryError as error:
                 problem = str(error)
+            except (OSError, ValueError, LookupError) as error:  # one task's odd files must not end the others
+                problem = f"its folder does not hold what it should ({type(error).__name__}: {error})"
         self._put(task, slot, seconds, finished=not problem, **found)
         if not problem:
             said = f"done, {_last_loss(found)}"
@@ -245,6 +247,11 @@ def _to_do(out: Path, tasks: list[Task], definitions: dict[str, str], records: R
 
 def _log(out: Path, task: Task) -> Path:
     return out / f"{task.name}.log"
+
+
+def _own_environment() -> dict[str, str]:
+    """Without what torchrun leaves: with it a process looks for the store of the one that it was started by."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
 
 
 def _last_line(path: Path) -> str:

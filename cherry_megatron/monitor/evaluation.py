@@ -22,13 +22,19 @@ class LoopEvaluation:
     Every call sees the same first `evaluation.batches` global batches of the validation split, so
     its losses compare between numbers of loops and between evaluations.
 
+    Args:
+        config, progress, run_micro_batch: as `pretrain` gives them.
+        recorded: keep the losses in the run's evaluations.jsonl.
+
     Attributes:
         losses: loops -> loss of the last call, on the last pipeline stage.
         statistics: of each loop, from the last call.
     """
 
-    def __init__(self, config: Config, progress: Progress, run_micro_batch: Callable[..., Any]) -> None:
-        self._config, self._progress, self._run = config, progress, run_micro_batch
+    def __init__(
+        self, config: Config, progress: Progress, run_micro_batch: Callable[..., Any], recorded: bool = True
+    ) -> None:
+        self._config, self._progress, self._run, self._recorded = config, progress, run_micro_batch, recorded
         self.losses: dict[int, float] = {}
         self.statistics: dict[str, list[float]] = {}
         self._evaluated: int | None = None
@@ -60,7 +66,8 @@ class LoopEvaluation:
         if torch.distributed.get_rank() != torch.distributed.get_world_size() - 1:
             return
         iteration = self._progress.iteration
-        self._progress.record_evaluation(self.losses)
+        if self._recorded:
+            self._progress.record_evaluation(self.losses)
         losses = "  ".join(f"{loops}: {loss:.4f}" for loops, loss in self.losses.items())
         self._progress.say(f"step {iteration:>7}  loss by loops  {losses}")
         for loops, loss in self.losses.items():

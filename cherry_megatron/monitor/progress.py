@@ -9,6 +9,7 @@ import torch
 from megatron.training import get_tensorboard_writer, get_timers
 from tqdm import tqdm
 
+from cherry_megatron.files import append_lines
 from cherry_megatron.monitor.accounting import PEAK_BF16
 from cherry_megatron.platform.listen import listen
 
@@ -43,11 +44,14 @@ class Progress:
     def iteration(self) -> int:
         """The number of steps done, counted from the beginning of the run; known on every rank."""
         args = self._args
-        return int(args.iteration if args.skip_train else args.curr_iteration + 1)
+        if args.skip_train:
+            return int(args.iteration)
+        # A training that has nothing left to do begins no step.
+        return max(int(args.iteration), int(args.curr_iteration) + 1)
 
     def __enter__(self) -> "Progress":
         if self._writer is not None and not self._args.skip_train:
-            self._steps = (self._run / "steps.jsonl").open("a", buffering=1)
+            self._steps = append_lines(self._run / "steps.jsonl")
             if sys.stderr.isatty():
                 self._bar = tqdm(total=self._args.train_iters, unit="step")
         return self
@@ -72,7 +76,7 @@ class Progress:
     def record_evaluation(self, losses: dict[int, float]) -> None:
         """Add a line to evaluations.jsonl: held-out loss by number of loops. Called on the last rank."""
         record = {"iteration": self.iteration, "losses": {str(loops): loss for loops, loss in losses.items()}}
-        with (self._run / "evaluations.jsonl").open("a") as file:
+        with append_lines(self._run / "evaluations.jsonl") as file:
             file.write(json.dumps(record) + "\n")
 
     def _hear(self, tag: str, value: float, iteration: int) -> None:

@@ -34,7 +34,7 @@ class Options:
 
     Attributes:
         groups: `adjacent`, `slots`, or the groups written out.
-        method: `average`, `weighted`, `select`.
+        method: `average`, `weighted`, `select`, `random`.
         weights: of the members of a group, for `weighted`.
         keep: which member of a group to take, for `select`.
         align: `none`, `weights` or `activations`.

@@ -77,6 +77,8 @@ def compression(
                 jobs += _scales(source, merge, prefix, recurrence.parsed.loops)
             if layer in core and recurrence.loop_rank:
                 group = tuple(_member(source, layers, number, place, symbols) for number in mixed.group)
+                for role in ROLES[symbol]:
+                    same(source, [names[role] for names in group])
                 specs = factors(prefix, merge, recurrence.parsed.loops, recurrence.loop_rank, gated)
                 jobs.append(Correct(merge, group, specs))
     return jobs

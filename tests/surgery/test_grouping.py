@@ -84,10 +84,10 @@ def test_more_layers_than_there_are_cannot_be_made():
 
 def test_methods():
     pair = [(0, 1, 2), (3, 4, 5)]
-    assert mix(pair, "average") == [Mix((0, 1, 2), (1.0,) * 3), Mix((3, 4, 5), (1.0,) * 3)]
-    assert mix(pair, "weighted", [1, 2, 1])[1] == Mix((3, 4, 5), (1.0, 2.0, 1.0))
-    assert mix(pair, "select") == [Mix((1,), (1.0,)), Mix((4,), (1.0,))]
-    assert mix(pair, "select", keep=0)[1] == Mix((3,), (1.0,))
+    assert mix(pair, "average") == [Mix(group, (1.0,) * 3, group) for group in pair]
+    assert mix(pair, "weighted", [1, 2, 1])[1] == Mix((3, 4, 5), (1.0, 2.0, 1.0), (3, 4, 5))
+    assert mix(pair, "select") == [Mix((1,), (1.0,), (0, 1, 2)), Mix((4,), (1.0,), (3, 4, 5))]
+    assert mix(pair, "select", keep=0)[1] == Mix((3,), (1.0,), (3, 4, 5))
 
 
 @pytest.mark.parametrize(
