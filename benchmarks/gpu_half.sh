@@ -1,7 +1,7 @@
 #!/bin/sh
 # The GPU half of the tests, then the speed table, on one GPU:
 #   sh benchmarks/gpu_half.sh TOKENIZER DATA OUT
-# The two halves of the tests train tiny models side by side; the speed table has the GPU to itself.
+# The parts of the tests train tiny models side by side; the speed table has the GPU to itself.
 set -u
 tokenizer=$1 data=$2 out=$3
 half() {
@@ -11,6 +11,7 @@ half() {
 }
 half plain "fused-norm" &
 half scales "loop-scales" &
+half corrections "corrections" &
 half unrolled "unrolled" &
 wait
 grep -hE " against |: decoder|passed|failed|^E   [A-Z]" "$out"/gpu-*.log | cut -c1-160 | sort -u

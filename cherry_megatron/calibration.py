@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from cherry_megatron.config import Config
 from cherry_megatron.data.paths import data_prefixes
 from cherry_megatron.errors import CherryError
-from cherry_megatron.files import sync_folder
+from cherry_megatron.files import cannot_write, hidden_folder, new_folder, refuse_taken, sync_folder
 from cherry_megatron.model.pattern import ATTENTION
 from cherry_megatron.model.stack import RecurrentStack
 from cherry_megatron.monitor.progress import Progress
@@ -31,7 +31,6 @@ from cherry_megatron.runs import checkpoint_to_load
 from cherry_megatron.storage.checkpoint import hash_values
 from cherry_megatron.storage.lineage import read_manifest
 from cherry_megatron.surgery.activations import CALIBRATION, calibration_text, file_name
-from cherry_megatron.surgery.writing import cannot_write, hidden_folder, new_folder, refuse_taken
 
 SPARE = 1 << 20  # for what is no activation
 LARGEST = float(np.finfo(np.float16).max)

@@ -329,8 +329,8 @@ def _add_compress_depth(verbs: argparse._SubParsersAction) -> None:
 
 def _search(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     """What `--plan search` finds; refused before Megatron is imported if anything else does not go with it."""
+    from cherry_megatron.files import refuse_taken
     from cherry_megatron.surgery import compress
-    from cherry_megatron.surgery.writing import refuse_taken
 
     if arguments.expand or arguments.groups is not None:
         other = "--expand" if arguments.expand else f"--groups {arguments.groups}"

@@ -87,6 +87,7 @@ def test_the_layout_does_not_matter(name, single, teacher, tmp_path, write_confi
             assert ours[value] == pytest.approx(theirs[value], rel=1e-5)
 
 
+@pytest.mark.full
 def test_without_weight_it_is_plain_training_and_with_it_is_not(single, teacher, tmp_path, write_config, train):
     weightless = train(student(tmp_path / "0", teacher, write_config, weight=0.0), flags="--train-iters 8")
     plain = train(write_config(tmp_path / "plain"), flags="--train-iters 8")

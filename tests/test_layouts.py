@@ -6,13 +6,17 @@ import pytest
 
 # name: (ranks, Megatron flags)
 SAMPLE = {
-    "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "pp2": (2, "--pipeline-model-parallel-size 2"),
     "dp2": (2, ""),
-    "tp2-pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+    "tp2-sp-pp2": (
+        4,
+        "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2",
+    ),
     "micro4": (1, "--micro-batch-size 4"),
 }
 REST = {
+    "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "tp2-pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
     "tp2": (2, "--tensor-model-parallel-size 2"),
     "pp4": (4, "--pipeline-model-parallel-size 4"),
     "dp2-replicated": (2, "--num-distributed-optimizer-instances 2"),
@@ -84,17 +88,10 @@ OPTIONS = {
 }
 
 
-def test_injection_over_stages(tmp_path: Path, write_config, train, reference, tmp_path_factory):
-    ranks, flags = SAMPLE["pp2"]
-    args = (tmp_path, write_config, train, reference, tmp_path_factory)
-    check("pp2", ranks, flags, OPTIONS["injection"], *args)
-
-
-@pytest.mark.parametrize("name", ["tp2-sp", "tp2-pp2"])
-def test_corrections_over_ranks(name, tmp_path: Path, write_config, train, reference, tmp_path_factory):
-    ranks, flags = SAMPLE[name]
-    args = (tmp_path, write_config, train, reference, tmp_path_factory)
-    check(name, ranks, flags, OPTIONS["corrections"], *args)
+def test_injection_and_corrections_over_ranks(tmp_path: Path, write_config, train, reference, tmp_path_factory):
+    ranks, flags = REST["tp2-pp2"]
+    options = {**OPTIONS["injection"], **OPTIONS["corrections"]}
+    check("tp2-pp2", ranks, flags, options, tmp_path, write_config, train, reference, tmp_path_factory)
 
 
 @pytest.mark.full

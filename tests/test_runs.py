@@ -162,6 +162,18 @@ def test_a_checkpoint_that_came_while_a_training_started_is_not_written_over(cop
     assert "got a checkpoint while this training started" in planned_anew and not planned_to_resume
 
 
+def test_a_finished_run_that_is_started_again_records_no_other_step(copy, train):
+    train(copy, flags="--train-iters 4")
+    lines = (copy.parent / "run/evaluations.jsonl").read_text().splitlines()
+    assert {json.loads(line)["iteration"] for line in lines} == {4}
+
+
+def test_half_a_line_that_a_kill_left_is_closed(copy, train):
+    with (copy.parent / "run/steps.jsonl").open("a") as file:
+        file.write('{"iteration": 5, "lo')
+    assert [step["iteration"] for step in train(copy, flags="--train-iters 6")] == [1, 2, 3, 4, 5, 6]
+
+
 def test_evaluation_says_when_it_holds_out_other_text(copy):
     command = ["evaluate", "--config", str(copy), "--", "--train-iters", "4"]
     ((status, errors),) = run_ranks(copy.parent / "output", 1, verb, copy.parent, command)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from cherry_megatron.config import outline
 from cherry_megatron.errors import CherryError
+from cherry_megatron.files import new_folder
 from cherry_megatron.model.pattern import Pattern
 from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint
 from cherry_megatron.storage.lineage import Manifest, parent, record
@@ -19,7 +20,7 @@ from cherry_megatron.surgery.grouping import METHODS, Method, Mix, make_groups, 
 from cherry_megatron.surgery.jobs import Drawn
 from cherry_megatron.surgery.layers import EMBEDDING, FC1, FC2, HEAD, QKV, Source, source_layers
 from cherry_megatron.surgery.search import Found
-from cherry_megatron.surgery.writing import CHECKPOINT, Job, new_folder, publish, run_jobs
+from cherry_megatron.surgery.writing import CHECKPOINT, Job, publish, run_jobs
 
 SPARE = 1 << 20  # for what is no tensor
 # Megatron's defaults.

@@ -4,15 +4,12 @@ Everything, the tracker file too, is written into a folder with a hidden name be
 disk, and renamed at the end. Whatever dies on the way leaves no checkpoint, and the next run begins anew.
 """
 
-import errno
 import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,8 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from cherry_megatron.errors import CherryError
-from cherry_megatron.files import lock_or_refuse, sync_folder
+from cherry_megatron.files import cannot_write, sync_folder
 from cherry_megatron.storage import records
 from cherry_megatron.storage.checkpoint import TRACKER, Checkpoint, hash_values
 from cherry_megatron.storage.lineage import LINEAGE, MANIFEST, Manifest, manifest_text
@@ -92,78 +88,6 @@ def carry_out(source: Path, folder: Path) -> Callable[[int, Job], Report]:
         return Report(path.name, _hash_file(path), tuple(written), dict(checkpoint.read_hashes))
 
     return do
-
-
-def cannot_write(path: Path, error: OSError) -> CherryError:
-    """An OSError while writing, as one sentence."""
-    if error.errno == errno.ENOSPC:
-        return CherryError(f"no space left for {path}; make room and run the same command again")
-    return CherryError(f"cannot write {path}: {error.strerror}")
-
-
-@contextmanager
-def new_folder(save: Path, needed: int) -> Iterator[Path]:
-    """A hidden folder beside `save` that is renamed to it by whoever fills it, and is removed otherwise.
-
-    Args:
-        save: the folder to be, which must not exist or be empty.
-        needed: bytes that will be written.
-
-    Raises:
-        CherryError: if there is something already, another process is at it, or there is no room.
-    """
-    refuse_taken(save)
-    partial = hidden_folder(save)
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        handle = os.open(partial, os.O_RDONLY)
-    except OSError as error:
-        raise cannot_write(partial, error) from None
-    try:
-        lock_or_refuse(handle, f"another run is writing {save}; wait for its end", partial)
-        # The run that held the lock until now may have renamed the folder, or removed it.
-        if not _is_at(handle, partial) or _is_taken(save):
-            raise CherryError(f"another run has written {save}")
-        try:
-            for left in partial.iterdir():  # by a run that was killed
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-            free = shutil.disk_usage(partial).free
-            if free < needed:
-                raise CherryError(f"no space left for {save}: {needed:,} bytes are needed, {free:,} are free")
-            yield partial
-        except OSError as error:
-            raise cannot_write(partial, error) from None
-        finally:
-            if _is_at(handle, partial):  # not published
-                shutil.rmtree(partial, ignore_errors=True)
-    finally:
-        os.close(handle)
-
-
-def hidden_folder(save: Path) -> Path:
-    """Where `new_folder` has what will be `save`."""
-    return save.parent / f".{save.name}.partial"
-
-
-def refuse_taken(save: Path) -> None:
-    """See that there is nothing where a folder is to be written.
-
-    Raises:
-        CherryError: if there is.
-    """
-    if _is_taken(save):
-        raise CherryError(f"{save} exists and is not empty; choose another folder or remove it")
-
-
-def _is_taken(save: Path) -> bool:
-    return save.exists() and (not save.is_dir() or any(save.iterdir()))
-
-
-def _is_at(handle: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except OSError:
-        return False
 
 
 def run_jobs(source: Checkpoint, folder: Path, jobs: Sequence[Job], workers: int) -> list[Report]:

@@ -135,6 +135,28 @@ def test_a_failure_stops_only_what_needs_it(tmp_path):
     assert starts(run(path)[1]) == ["bad/seed-1", "after/seed-1"]
 
 
+def test_a_task_that_leaves_nothing_fails_alone(tmp_path):
+    odd = {"verb": "evaluate", "set": {"evaluation.batches": 9}}
+    path = write(tmp_path, {"odd": odd, "parent": PARENT})
+    status, printed = run(path, jobs_per_gpu=2)
+    assert status == 1 and "odd/seed-1 failed (its folder does not hold what it should" in printed
+    assert records(path)["parent/seed-1"]["finished"]
+
+
+def test_the_seed_can_be_an_argument(tmp_path):
+    drawn = {"verb": "compress-depth", "args": {"load": "{parent}", "method": "random", "seed": "{seed}"}}
+    path = write(tmp_path, {"parent": PARENT, "drawn": drawn}, seeds=(1, 2))
+    assert run(path)[0] == 0
+    assert [records(path)[f"drawn/seed-{seed}"]["command"].count(f"--seed={seed}") for seed in (1, 2)] == [1, 1]
+
+
+def test_a_search_gets_a_folder_of_the_experiment(tmp_path):
+    searched = {"verb": "compress-depth", "args": {"load": "{parent}", "plan": "search"}}
+    path = write(tmp_path, {"parent": PARENT, "searched": searched})
+    assert run(path)[0] == 0
+    assert "run=searched/seed-1.run" in records(path)["searched/seed-1"]["command"]
+
+
 def test_a_limit_stops_and_a_later_start_goes_on(tmp_path):
     slow = {"verb": "compress-depth", "args": {"load": "x", "groups": "sleep"}}
     path = write(tmp_path, {"parent": PARENT, "slow": slow, "next": PARENT}, steps=600)

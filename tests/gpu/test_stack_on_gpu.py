@@ -16,7 +16,8 @@ def test_looped_equals_hand_unrolled(implementation, order, recompute, tmp_path:
     from cherry_megatron.model.options import Recurrence
     from tests.model.test_stack import compare
 
-    recurrence = Recurrence("*-[*-*-]x4*-", order=order, loop_scales=order == "cycle")
+    looped = {"loop_scales": True, "loop_rank": 3} if order == "cycle" else {}
+    recurrence = Recurrence("*-[*-*-]x4*-", order=order, **looped)
     (errors,) = run_ranks(tmp_path, 1, compare, recurrence, recompute, None, implementation)
     worst = max(errors, key=errors.get)
     print(f"{implementation} {order}: {worst} {errors[worst]:.2e}")

@@ -15,6 +15,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs an 
 
 # FP8 products need dimensions that are multiples of 16.
 WIDE = {"hidden-size": 64, "ffn-hidden-size": 128, "num-attention-heads": 4, "lr": 5e-4}
+# What the core has of each loop: nothing, so that its norms are fused; vectors; low-rank corrections.
+KINDS = {"fused-norm": {"loop_scales": False}, "loop-scales": {}, "corrections": {"loop_rank": 2}}
+GRAPH = "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"
 LOCAL = "--transformer-impl local --no-rope-fusion --no-persist-layer-norm --no-masked-softmax-fusion"
 VARIANTS = {
     "local-fp32": LOCAL,
@@ -24,6 +27,8 @@ VARIANTS = {
     "te-fp8-delayed": "--bf16 --fp8-format hybrid --fp8-recipe delayed",
     "te-fp8-tensorwise": "--bf16 --fp8-format hybrid --fp8-recipe tensorwise",
     "te-bf16-recompute": "--bf16 --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    "te-bf16-graph": f"--bf16 {GRAPH}",
+    "te-fp8-graph": f"--bf16 --fp8-format hybrid --fp8-recipe delayed {GRAPH}",
     "te-fp8-recompute": "--bf16 --fp8-format hybrid --fp8-recipe delayed --recompute-granularity full "
     "--recompute-method uniform --recompute-num-layers 1",
 }
@@ -35,6 +40,8 @@ PAIRS = [
     ("te-bf16-recompute", "te-bf16", 5e-4, 5e-3),
     ("te-fp8-delayed", "te-bf16", 1e-2, 1e-1),
     ("te-fp8-tensorwise", "te-bf16", 1e-2, 1e-1),
+    ("te-bf16-graph", "te-bf16", 5e-4, 5e-3),
+    ("te-fp8-graph", "te-fp8-delayed", 5e-3, 5e-2),
     ("te-fp8-recompute", "te-fp8-delayed", 5e-3, 5e-2),
 ]
 
@@ -43,21 +50,19 @@ PAIRS = [
 def curves(tmp_path_factory, write_config, train):
     done: dict[tuple, list] = {}
 
-    def get(variant: str, loop_scales: bool):
-        if (variant, loop_scales) not in done:
-            path = write_config(
-                tmp_path_factory.mktemp(variant), megatron=WIDE, recurrence={"loop_scales": loop_scales}
-            )
-            done[variant, loop_scales] = train(path, flags=VARIANTS[variant])
-        return done[variant, loop_scales]
+    def get(variant: str, kind: str):
+        if (variant, kind) not in done:
+            path = write_config(tmp_path_factory.mktemp(variant), megatron=WIDE, recurrence=KINDS[kind])
+            done[variant, kind] = train(path, flags=VARIANTS[variant])
+        return done[variant, kind]
 
     return get
 
 
-@pytest.mark.parametrize("loop_scales", [False, True], ids=["fused-norm", "loop-scales"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("variant", "against", "loss", "norm"), PAIRS, ids=[p[0] for p in PAIRS])
-def test_twenty_steps_agree(variant, against, loss, norm, loop_scales, curves):
-    ours, theirs = curves(variant, loop_scales), curves(against, loop_scales)
+def test_twenty_steps_agree(variant, against, loss, norm, kind, curves):
+    ours, theirs = curves(variant, kind), curves(against, kind)
     assert theirs[-1]["loss"] < theirs[0]["loss"] - 0.3
 
     def worst(key):
@@ -78,13 +83,11 @@ def test_twenty_steps_agree(variant, against, loss, norm, loop_scales, curves):
         ("te-fp8-delayed", "local-bf16", 1e-2),
     ],
 )
-@pytest.mark.parametrize("loop_scales", [False, True], ids=["fused-norm", "loop-scales"])
-def test_resume_with_other_layers(
-    first, second, tolerance, loop_scales, tmp_path: Path, write_config, train, curves
-):
-    path = write_config(tmp_path, megatron=WIDE, recurrence={"loop_scales": loop_scales})
+@pytest.mark.parametrize("kind", KINDS)
+def test_resume_with_other_layers(first, second, tolerance, kind, tmp_path: Path, write_config, train, curves):
+    path = write_config(tmp_path, megatron=WIDE, recurrence=KINDS[kind])
     train(path, flags=f"{VARIANTS[first]} --exit-interval 10 --save-interval 10")
     steps = train(path, flags=VARIANTS[second])
     assert [s["iteration"] for s in steps] == list(range(1, 21))
-    for ours, theirs in zip(steps[10:], curves("te-bf16", loop_scales)[10:], strict=True):
+    for ours, theirs in zip(steps[10:], curves("te-bf16", kind)[10:], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=tolerance)

@@ -136,6 +136,7 @@ def test_training_goes_on_from_it_under_any_layout_and_resumes(layout, tmp_path,
     assert [step["loss"] for step in resumed] == pytest.approx([step["loss"] for step in steps], rel=1e-6)
 
 
+@pytest.mark.full
 def test_moments_are_averaged_on_request_and_load(tmp_path, write_config, train):
     deep = write_config(tmp_path / "deep", recurrence={"pattern": "(*-)x8", "loop_scales": False})
     train(deep, flags="--train-iters 3 --lr-decay-iters 20")

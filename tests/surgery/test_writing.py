@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from cherry_megatron import files
 from cherry_megatron.cli import main
 from cherry_megatron.storage.ancestry import describe
 from cherry_megatron.surgery import writing
@@ -78,7 +79,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint_or_none(kills, tmp_path,
 
 
 def test_two_runs_do_not_write_one_checkpoint(deep, capsys):
-    with writing.new_folder(deep / "small", 0):
+    with files.new_folder(deep / "small", 0):
         assert main(command(deep)) == 2
     assert "another run is writing" in capsys.readouterr().err
 
