@@ -1,0 +1,1 @@
+"""The command line of each verb: its options, and the function that it calls."""

@@ -1,0 +1,72 @@
+"""doctor, params, pretrain, evaluate."""
+
+import argparse
+
+from cherry_megatron.verbs.common import add_config, add_verb, load_config
+
+
+def add_doctor(verbs: argparse._SubParsersAction) -> None:
+    def run(arguments: argparse.Namespace) -> int:
+        from cherry_megatron.platform import doctor, machine
+
+        found = machine.prepare()
+        doctor.report(found)
+        if not arguments.config:
+            return 0
+        config = load_config(arguments)
+        from cherry_megatron.checks import obstacles
+
+        problems = obstacles(found, config)
+        for line in problems or ["can run here", *doctor.how_to_start(config)]:
+            print(f"{config.source}: {line}")
+        return 1 if problems else 0
+
+    parser = add_verb(verbs, "doctor", "what is installed, what will be used, can a configuration run here", run)
+    add_config(parser, required=False)
+
+
+def add_params(verbs: argparse._SubParsersAction) -> None:
+    def run(arguments: argparse.Namespace) -> None:
+        from cherry_megatron.platform.machine import prepare
+
+        prepare()
+        config = load_config(arguments)
+        from cherry_megatron.monitor.tables import params_table
+
+        print(params_table(config))
+
+    parser = add_verb(verbs, "params", "parameters, FLOPs and memory of a configuration", run)
+    add_config(parser, positional=True)
+
+
+def add_pretrain(verbs: argparse._SubParsersAction) -> None:
+    def run(arguments: argparse.Namespace) -> None:
+        from cherry_megatron.platform.machine import prepare
+
+        machine = prepare()
+        config = load_config(arguments)
+        from cherry_megatron.pretrain import pretrain
+
+        pretrain(config, machine, show_all=arguments.verbose)
+
+    parser = add_verb(verbs, "pretrain", "train a model; goes on from the run's newest checkpoint", run)
+    parser.add_argument("--verbose", action="store_true", help="show Megatron's own output too")
+    add_config(parser)
+
+
+def add_evaluate(verbs: argparse._SubParsersAction) -> None:
+    def run(arguments: argparse.Namespace) -> None:
+        from cherry_megatron.platform.machine import prepare
+
+        machine = prepare()
+        config = load_config(arguments)
+        from cherry_megatron.evaluate import evaluate
+
+        evaluate(config, machine, arguments.loops, show_all=arguments.verbose)
+
+    parser = add_verb(verbs, "evaluate", "held-out loss of a run's checkpoint at several numbers of loops", run)
+    parser.add_argument(
+        "--loops", type=int, nargs="+", help="numbers of loops (default 1, 2, 4, ... and the model's)"
+    )
+    parser.add_argument("--verbose", action="store_true", help="show Megatron's own output too")
+    add_config(parser)
