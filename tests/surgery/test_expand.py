@@ -59,6 +59,24 @@ def test_the_dense_model_gives_the_same_logits(order, tmp_path, write_config, tr
     assert np.linalg.norm(without - theirs) / np.linalg.norm(theirs) > 1e-3, "what loops learned did nothing"
 
 
+def test_with_corrections_of_full_rank_the_loops_are_the_parent(tmp_path, write_config, train):
+    """Slots in the loops' order, norms and all: nothing of the parent is lost."""
+    deep = write_config(tmp_path / "deep", recurrence={"pattern": "(*-)x8", "loop_scales": False})
+    train(deep, flags="--train-iters 12 --lr 0.03 --lr-decay-iters 20")
+    found = {"deep": deep}
+    for name, rank in (("whole", 32), ("mean", 0)):
+        found[name] = path = write_config(
+            tmp_path / name,
+            recurrence={"pattern": "[*-*-]x4", "loop_scales": False, "loop_rank": rank},
+            megatron={"load": str(tmp_path / f"{name}-start"), "finetune": True},
+        )
+        options = compress.Options(groups="slots")
+        compress.plan_compression(tmp_path / "deep/run", path, (), options).run(tmp_path / f"{name}-start", 2)
+    parent, whole, mean = (run_ranks(path.parent / "out", 1, _logits, path)[0] for path in found.values())
+    assert np.linalg.norm(whole - parent) / np.linalg.norm(parent) < 1e-5
+    assert np.linalg.norm(mean - parent) / np.linalg.norm(parent) > 0.1
+
+
 def test_keys_are_those_of_a_stock_hybrid_model(tmp_path, config):
     save(tmp_path / "deep", model_tensors(4))
     path = config(recurrence={"pattern": "*-[*-]x2*-"})
