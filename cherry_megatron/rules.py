@@ -289,11 +289,6 @@ def _check_batch(config: "Config") -> None:
 
 
 def _check_schedule(config: "Config") -> None:
-    if config.evaluation.batches > config.value("eval-iters"):
-        raise CherryError(
-            f"evaluation.batches {config.evaluation.batches} is more than megatron.eval-iters "
-            f"{config.value('eval-iters')}, for which the validation split is sampled"
-        )
     iterations = config.value("lr-decay-iters") or config.value("train-iters")
     if iterations and config.value("lr-warmup-iters") >= iterations:
         raise CherryError(
