@@ -183,11 +183,14 @@ class Checkpoint:
         place = next((place for found, place in self.objects.items() if found.split("/")[0] == name), None)
         if place is None:
             raise CherryError(f"{self.folder} holds no {name}; name a checkpoint that Megatron-core 0.19 saved")
+        path = self.folder / place.file
+        if not path.is_file():
+            raise CherryError(f"{path} is missing; restore the checkpoint")
         try:
-            with (self.folder / place.file).open("rb") as file:
+            with path.open("rb") as file:
                 return read_object(file, place.offset, place.length)
         except (CherryError, OSError) as error:
-            raise CherryError(f"{self.folder / place.file}: cannot read {name}: {error}") from None
+            raise CherryError(f"{path}: cannot read {name}: {error}") from None
 
 
 def saved_folder(path: Path) -> Path | None:
