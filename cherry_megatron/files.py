@@ -24,6 +24,18 @@ def write_atomically(path: Path, text: str) -> None:
     sync_folder(path.parent)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder that may be there.
+
+    Raises:
+        CherryError: if it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
 def append_lines(path: Path) -> TextIO:
     """Open a file of lines for more; half a line that a killed process left at its end is closed first."""
     file = path.open("a+", buffering=1, encoding="utf-8")

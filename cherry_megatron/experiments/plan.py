@@ -230,10 +230,13 @@ def _check_flags(path: Path, stage: Stage) -> None:
         if flag not in options:
             unknown = f"{path}: stages.{stage.name}.args: cherry {stage.verb} has no flag --{flag}"
             raise CherryError(unknown + nearest(flag, options))
-    for key in ("config", "set", output):
+    for key in ("config", "set", output, "help", "dry-run"):
         if key in stage.args:
-            raise CherryError(f"{path}: stages.{stage.name}.args.{key} is given by the experiment; take it out")
-    for key in ("run", "megatron.seed") if output == "run" else ():
+            raise CherryError(
+                f"{path}: stages.{stage.name}.args.{key} is not for an experiment's stage; take it out"
+            )
+    # `flags` come after all else: a seed among them would be that of every seed.
+    for key in ("run", "megatron.seed", "flags") if output == "run" else ():
         if key in stage.set:
             raise CherryError(f"{path}: stages.{stage.name}.set.{key} is given by the experiment; take it out")
 

@@ -14,6 +14,8 @@ from cherry_megatron.storage.checkpoint import newest, saved_folder
 from cherry_megatron.storage.lineage import read_lineage
 
 RECORDS = "records.jsonl"
+_ALWAYS = ("stage", "seed", "verb", "finished", "definition", "device", "seconds")
+_TRAINING = ("parameters", "flops_per_token", "tokens_per_step", "steps", "loops", "evaluations")
 Record = dict[str, Any]
 
 
@@ -25,6 +27,15 @@ def read_records(path: Path) -> dict[str, Record]:
     """
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for line in lines:
+            missing = [key for key in _ALWAYS if key not in line]
+            missing += [
+                key for key in _TRAINING if line["finished"] and line["verb"] == "pretrain" and key not in line
+            ]
+            if missing:
+                raise CherryError(
+                    f"{path}: the line of {line.get('stage')} has no {missing[0]}; restore the records"
+                )
         return {f"{line['stage']}/seed-{line['seed']}": line for line in lines}
     except OSError as error:
         raise CherryError(f"cannot read {path}: {error.strerror}") from None

@@ -8,7 +8,7 @@ from typing import Any
 from cherry_megatron.errors import CherryError
 from cherry_megatron.experiments.plan import Experiment, Stage, find, read
 from cherry_megatron.experiments.records import Record, read_records
-from cherry_megatron.files import write_atomically
+from cherry_megatron.files import make_folder, write_atomically
 
 _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
@@ -89,7 +89,7 @@ def report(name: str, records: Path, out: Path) -> list[Path]:
         raise CherryError(f"{records} has no finished training of a stage of {experiment.source}")
     from cherry_megatron.experiments.plots import draw
 
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     files = {"table.md": table(experiment, found, rows), **draw(rows)}
     for file, text in files.items():
         write_atomically(out / file, text)

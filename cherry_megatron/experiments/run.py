@@ -12,7 +12,7 @@ from cherry_megatron.errors import CherryError
 from cherry_megatron.experiments.plan import OUTPUTS, Experiment, Task, find, read
 from cherry_megatron.experiments.records import Records
 from cherry_megatron.experiments.schedule import PROGRAM, Schedule, Slot
-from cherry_megatron.files import lock_or_refuse
+from cherry_megatron.files import lock_or_refuse, make_folder
 from cherry_megatron.platform.machine import inspect_machine
 
 
@@ -48,7 +48,7 @@ def run(
     places = slots(inspect_machine().devices, gpus, jobs_per_gpu)
     check(experiment, out)
     definitions = experiment.definitions()
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     handle = os.open(out, os.O_RDONLY)
     try:
         busy = f"another `cherry experiment run` works in {out}; wait for its end, or choose another --out"
@@ -96,7 +96,11 @@ def check(experiment: Experiment, out: Path) -> None:
         try:
             check_arguments(stage.verb, task.arguments(out))
             if OUTPUTS[stage.verb] == "run":
-                load(stage.config, task.overrides(out))
+                flags = load(stage.config, task.overrides(out)).flags
+                if any(flag.partition("=")[0] == "--seed" for flag in flags):
+                    raise CherryError(
+                        f"{stage.config}: --seed among its flags would be that of every seed; take it out"
+                    )
             else:
                 outline(stage.config, task.overrides(out))
         except CherryError as error:

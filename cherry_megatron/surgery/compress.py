@@ -64,6 +64,8 @@ class Options:
             raise CherryError("--optimizer average: layers drawn anew have no moments; use drop")
         if self.align != "none" and self.optimizer == "average":
             raise CherryError("--optimizer average: moments of layers that were aligned are not carried; use drop")
+        if self.seed < 0:
+            raise CherryError(f"--seed {self.seed} is negative; use 0 or more")
         if self.align == "activations" and self.calibration is None:
             raise CherryError("--align activations needs --calibration, a folder made by `cherry calibrate`")
         if self.align != "activations" and self.calibration is not None:
@@ -96,8 +98,6 @@ class Surgery:
         Raises:
             CherryError: if the source is damaged, or the target cannot be written.
         """
-        if workers < 0:
-            raise CherryError(f"--workers {workers} is negative; 0 takes all cores")
         count = workers or len(os.sched_getaffinity(0))
         with new_folder(save, written_bytes(self.jobs) + SPARE) as partial:
             (partial / CHECKPOINT).mkdir()
@@ -145,7 +145,9 @@ def plan_compression(
     if options.method == "random":
         if recurrence.loop_rank:
             raise CherryError("--method random keeps nothing that recurrence.loop_rank could correct; set it to 0")
-        std = float(megatron.get("init-method-std", INIT_STD))
+        std = megatron.get("init-method-std", INIT_STD)
+        if not isinstance(std, int | float) or not 0 < std < 1e3:
+            raise CherryError(f"{config}: megatron.init-method-std must be a positive number (it is {std})")
         draw = partial(Drawn, std=std, output_std=std * recurrence.output_scale, seed=options.seed)
     jobs = compression(source, layers, recurrence, mixes, alignment, moments, gated, draw)
     source.check([name for job in jobs for name in job.reads])

@@ -30,6 +30,8 @@ def add_compress_depth(verbs: argparse._SubParsersAction) -> None:
         from cherry_megatron.surgery import compress
 
         found = None
+        if arguments.workers < 0:
+            raise CherryError(f"--workers {arguments.workers} is negative; 0 takes all cores")
         if arguments.plan is None and arguments.budget is not None:
             raise CherryError("--budget is that of --plan search; add it")
         if arguments.plan is None and arguments.method != "random" and arguments.seed is not None:
@@ -92,7 +94,10 @@ def _search(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
         raise CherryError("--plan search scores plain means; use it with --method average and --align none")
     if not arguments.dry_run:
         refuse_taken(arguments.save)
-    options = compress.Options(optimizer=arguments.optimizer)
+    options = compress.Options(
+        align=arguments.align, calibration=arguments.calibration, optimizer=arguments.optimizer,
+        seed=arguments.seed or 0,
+    )  # fmt: skip
     compress.plan_compression(arguments.load, arguments.config, arguments.set, options)
     from cherry_megatron.platform.machine import prepare
 

@@ -13,7 +13,7 @@ from cherry_megatron.experiments.plan import Experiment, find, read
 BASE = {"run": "runs/x", "recurrence": {"pattern": "*-"}, "megatron": {"lr": 1e-3}}
 STAGES = {
     "parent": {"verb": "pretrain", "set": {"recurrence.pattern": "*-[(*-)x4]x8*-", "megatron.min-lr": 1e-5}},
-    "averaged": {"verb": "compress-depth", "args": {"load": "{parent}", "groups": "0-3,4-7", "dry-run": False}},
+    "averaged": {"verb": "compress-depth", "args": {"load": "{parent}", "groups": "0-3,4-7", "expand": False}},
     "recovered": {
         "verb": "pretrain",
         "seeds": [2],
@@ -138,7 +138,9 @@ def test_a_bad_file_is_one_sentence(tmp_path, keys, says):
         ("parent", {"set": {"run": "x"}}, "stages.parent.set.run is given by the experiment"),
         ("parent", {"set": {"megatron.seed": 2}}, "stages.parent.set.megatron.seed is given by the experiment"),
         ("parent", {"set": [1]}, "stages.parent.set must hold keys and values"),
-        ("averaged", {"args": {"save": "x"}}, "stages.averaged.args.save is given by the experiment"),
+        ("averaged", {"args": {"dry-run": True}}, "stages.averaged.args.dry-run is not for an experiment"),
+        ("parent", {"set": {"flags": ["--seed", "7"]}}, "stages.parent.set.flags is given by the experiment"),
+        ("averaged", {"args": {"save": "x"}}, "stages.averaged.args.save is not for an experiment"),
         ("averaged", {"args": {"gruops": "slots"}}, "compress-depth has no flag --gruops; did you mean 'groups'"),
     ],
 )  # fmt: skip
