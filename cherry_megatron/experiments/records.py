@@ -30,7 +30,9 @@ def read_records(path: Path) -> dict[str, Record]:
         for line in lines:
             missing = [key for key in _ALWAYS if key not in line]
             missing += [
-                key for key in _TRAINING if line["finished"] and line["verb"] == "pretrain" and key not in line
+                key
+                for key in _TRAINING
+                if line.get("finished") and line.get("verb") == "pretrain" and key not in line
             ]
             if missing:
                 raise CherryError(
