@@ -27,7 +27,7 @@ def read_records(path: Path) -> dict[str, Record]:
     """
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        for line in lines:
+        for number, line in enumerate(lines, start=1):
             missing = [key for key in _ALWAYS if key not in line]
             missing += [
                 key
@@ -35,9 +35,7 @@ def read_records(path: Path) -> dict[str, Record]:
                 if line.get("finished") and line.get("verb") == "pretrain" and key not in line
             ]
             if missing:
-                raise CherryError(
-                    f"{path}: the line of {line.get('stage')} has no {missing[0]}; restore the records"
-                )
+                raise CherryError(f"{path}: line {number} has no {missing[0]}; restore the records")
         return {f"{line['stage']}/seed-{line['seed']}": line for line in lines}
     except OSError as error:
         raise CherryError(f"cannot read {path}: {error.strerror}") from None

@@ -95,8 +95,8 @@ def test_the_command_line_needs_neither_torch_nor_the_runs(files, tmp_path):
     ("content", "says"),
     [
         (None, "cannot read"),
-        ("{}", "holds something else than an experiment's records"),
-        ('{"stage": "parent", "seed": 1}', "the line of parent has no verb; restore the records"),
+        ("{}", "line 1 has no stage; restore the records"),
+        ('{"stage": "parent", "seed": 1}', "line 1 has no verb; restore the records"),
         ("[", "holds something else than an experiment's records"),
         ("", "has no finished training of a stage of"),
     ],
