@@ -6,7 +6,6 @@ import pytest
 
 # name: (ranks, Megatron flags)
 SAMPLE = {
-    "pp2": (2, "--pipeline-model-parallel-size 2"),
     "dp2": (2, ""),
     "tp2-sp-pp2": (
         4,
@@ -15,6 +14,7 @@ SAMPLE = {
     "micro4": (1, "--micro-batch-size 4"),
 }
 REST = {
+    "pp2": (2, "--pipeline-model-parallel-size 2"),
     "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "tp2-pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
     "tp2": (2, "--tensor-model-parallel-size 2"),
