@@ -9,8 +9,9 @@ Tensor parallelism cuts them like the weight: B with the rows of a column-parall
 row-parallel one. Ranks exchange activations of `rank` values a token.
 """
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
@@ -28,6 +29,8 @@ from torch.nn import functional as F
 from cherry_megatron.model.loops import PerLoop
 from cherry_megatron.model.seeding import seeded
 
+AXIS = 2  # of A [loops, rank, in] and of B [loops, parts, out/parts, rank]
+
 
 class _Corrected(PerLoop):
     """What is added to a parallel linear layer; `loop` is set by the stack before each walk.
@@ -40,8 +43,10 @@ class _Corrected(PerLoop):
         Others: as in the linear layer.
     """
 
-    _sharded: str  # the factor that is cut over the ranks, and along which axis
-    _axis: int
+    _sharded: str  # the factor that is cut over the ranks, along AXIS
+    # With and without sequence parallelism: what takes [s, b, rank] from the linear layer's input side to its
+    # output side; s is whole, or this rank's share.
+    _between_ranks: ClassVar[dict[bool, Callable[..., Tensor]]]
 
     def __init__(
         self,
@@ -68,9 +73,9 @@ class _Corrected(PerLoop):
         """This rank's share of a factor."""
         mine = name == self._sharded
         if mine:
-            whole = whole.chunk(self._group.size(), self._axis)[self._group.rank()].clone()
+            whole = whole.chunk(self._group.size(), AXIS)[self._group.rank()].clone()
         parameter = torch.nn.Parameter(whole.to(config.params_dtype))
-        set_tensor_model_parallel_attributes(parameter, mine, self._axis if mine else -1, 1)
+        set_tensor_model_parallel_attributes(parameter, mine, AXIS if mine else -1, 1)
         if not mine:
             # Under sequence parallelism each rank sees its own tokens: Megatron sums marked gradients.
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
@@ -78,12 +83,9 @@ class _Corrected(PerLoop):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         output, bias = super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        inner = self._between_ranks(F.linear(x, self.loop_a[self.walk]))
+        exchange = self._between_ranks[self._sequence_parallel]
+        inner = exchange(F.linear(x, self.loop_a[self.walk]), group=self._group)
         return output + F.linear(inner, self.loop_b[self.walk].flatten(0, 1)), bias
-
-    def _between_ranks(self, inner: Tensor) -> Tensor:
-        """[s, b, rank], s whole or this rank's share, as the linear layer's input is and its output will be."""
-        raise NotImplementedError
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> Any:
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
@@ -91,7 +93,7 @@ class _Corrected(PerLoop):
         return state | make_sharded_tensors_for_checkpoint(
             factors,
             prefix,
-            {self._sharded: self._axis},
+            {self._sharded: AXIS},
             sharded_offsets,
             tp_group=self._group,
             dp_cp_group=metadata["dp_cp_group"],
@@ -99,21 +101,19 @@ class _Corrected(PerLoop):
 
 
 class _CorrectedColumn(_Corrected):
-    _sharded, _axis = "loop_b", 2
-
-    def _between_ranks(self, inner: Tensor) -> Tensor:
-        if self._sequence_parallel:
-            return gather_from_sequence_parallel_region(inner, group=self._group)
-        return copy_to_tensor_model_parallel_region(inner, group=self._group)
+    _sharded = "loop_b"
+    _between_ranks: ClassVar = {
+        False: copy_to_tensor_model_parallel_region,
+        True: gather_from_sequence_parallel_region,
+    }
 
 
 class _CorrectedRow(_Corrected):
-    _sharded, _axis = "loop_a", 2
-
-    def _between_ranks(self, inner: Tensor) -> Tensor:
-        if self._sequence_parallel:
-            return reduce_scatter_to_sequence_parallel_region(inner, group=self._group)
-        return reduce_from_tensor_model_parallel_region(inner, group=self._group)
+    _sharded = "loop_a"
+    _between_ranks: ClassVar = {
+        False: reduce_from_tensor_model_parallel_region,
+        True: reduce_scatter_to_sequence_parallel_region,
+    }
 
 
 @cache
