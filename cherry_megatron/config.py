@@ -21,7 +21,7 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -31,6 +31,7 @@ from cherry_megatron.flags import action_of, megatron_arguments, nearest, parse_
 from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.plan import Plan, make_plan
 from cherry_megatron.model.shape import Shape
+from cherry_megatron.sgt.options import Selective
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,28 @@ class Distillation:
 
 
 @dataclass(frozen=True)
+class Data:
+    """How text is read.
+
+    Attributes:
+        shuffle: a control: `tokens` or `words` of every document in a random order, the same at every reading.
+    """
+
+    shuffle: Literal["none", "tokens", "words"] = "none"
+
+    def __post_init__(self) -> None:
+        if self.shuffle not in ("none", "tokens", "words"):
+            raise CherryError(f"data.shuffle {self.shuffle!r} is not none, tokens or words")
+
+
+@dataclass(frozen=True)
 class Config:
     """A resolved configuration.
 
     Attributes:
         source: the file it came from.
         run: the run's folder.
-        recurrence, evaluation, distillation: sections of the file.
+        recurrence, evaluation, distillation, data, sgt: sections of the file.
         megatron: flag name without dashes in front -> value, defaults of this project filled in.
         flags: Megatron flags of the file's `flags`, then those given after `--`; they come last and win.
     """
@@ -96,6 +112,8 @@ class Config:
     recurrence: Recurrence
     evaluation: Evaluation = field(default_factory=Evaluation)
     distillation: Distillation | None = None
+    data: Data = field(default_factory=Data)
+    sgt: Selective | None = None
     megatron: dict[str, Any] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
 
@@ -106,6 +124,8 @@ class Config:
             "recurrence": _plain(dataclasses.asdict(self.recurrence)),
             "evaluation": _plain(dataclasses.asdict(self.evaluation)),
             **({"distillation": dataclasses.asdict(self.distillation)} if self.distillation else {}),
+            **({"data": dataclasses.asdict(self.data)} if self.data != Data() else {}),
+            **({"sgt": dataclasses.asdict(self.sgt)} if self.sgt else {}),
             "megatron": dict(sorted(self.megatron.items())),
             "flags": list(self.flags),
         }
@@ -159,7 +179,10 @@ class Config:
         return make_plan(self.recurrence, self.shape, self.positive("seq-length"), stages)
 
 
-_SECTIONS = {"recurrence": Recurrence, "evaluation": Evaluation, "distillation": Distillation}
+_SECTIONS = {
+    "recurrence": Recurrence, "evaluation": Evaluation, "distillation": Distillation, "data": Data, "sgt": Selective,
+}  # fmt: skip
+_OPTIONAL = ("distillation", "sgt")
 _TOP_KEYS = ("extends", "run", *_SECTIONS, "megatron", "flags")
 
 
@@ -184,7 +207,7 @@ def load(path: Path, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -
     sections = {
         name: _section(path, name, cls, data.get(name, {}))
         for name, cls in _SECTIONS.items()
-        if name != "distillation" or data.get(name) is not None
+        if name not in _OPTIONAL or data.get(name) is not None
     }
     megatron = rules.fill_in(path, data.get("megatron", {}))
     config = Config(path, Path(run), megatron=megatron, flags=(*given, *flags), **sections)

@@ -24,7 +24,7 @@ from cherry_megatron.config import Config
 from cherry_megatron.errors import CherryError
 from cherry_megatron.flags import megatron_arguments
 from cherry_megatron.model.pattern import Pattern
-from cherry_megatron.monitor.evaluation import mean_loss
+from cherry_megatron.monitor.evaluation import mean_losses
 from cherry_megatron.monitor.progress import Progress
 from cherry_megatron.platform.machine import Machine
 from cherry_megatron.pretrain import pretrain
@@ -121,7 +121,8 @@ class Searching:
     def _score(self, model: list[torch.nn.Module], compressed: "Compressed", bar: Any, groups: Groups) -> float:
         """The loss of a grouping, the same on every rank; a line for each that is the best yet."""
         compressed.write(groups)
-        loss = mean_loss(model, self._progress.train_dataset, self._config.evaluation.batches, self._run)
+        means = mean_losses(model, self._progress.train_dataset, self._config.evaluation.batches, self._run)
+        loss = means.get("lm loss", math.nan)  # the last pipeline stage has it
         # Ranks that see different losses would walk apart.
         shared = torch.tensor([loss], dtype=torch.float64, device=torch.cuda.current_device())
         torch.distributed.broadcast(shared, torch.distributed.get_world_size() - 1)

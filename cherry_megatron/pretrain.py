@@ -1,40 +1,39 @@
 """Wires megatron.training.pretrain(): configuration, model, data, loss, monitor."""
 
 import contextlib
-import random
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from typing import Any, TextIO
 
 import torch
-from megatron.core import mpu
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args
 from megatron.training import pretrain as megatron_pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
-from torch import Tensor
 
 from cherry_megatron.checkpoints import Loading, recorder, start_from, unchanged_start, where_from
 from cherry_megatron.checks import require
 from cherry_megatron.config import Config
-from cherry_megatron.data.batches import build_datasets, build_held_out, next_batch
+from cherry_megatron.data.batches import build_datasets, build_held_out
 from cherry_megatron.distillation import Teacher
 from cherry_megatron.errors import CherryError
 from cherry_megatron.flags import megatron_arguments
 from cherry_megatron.model.build import build_model, prepare_config
-from cherry_megatron.model.stack import RecurrentStack
 from cherry_megatron.monitor.accounting import training_flops
 from cherry_megatron.monitor.console import Console
 from cherry_megatron.monitor.evaluation import LoopEvaluation
 from cherry_megatron.monitor.progress import Progress
+from cherry_megatron.objective import Objective
 from cherry_megatron.platform.machine import Machine
 from cherry_megatron.platform.saving import before_checkpoint_counts
+from cherry_megatron.platform.steps import before_each_step
 from cherry_megatron.runs import make_run_folder, only_training, record_start
+from cherry_megatron.sgt.loss import Supervision
+from cherry_megatron.sgt.probe import Probe
+from cherry_megatron.sgt.training import BeforeStep
 
 
 def pretrain(
@@ -69,20 +68,25 @@ def pretrain(
 def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Callable[..., Any]) -> Any:
     flops = training_flops(config.recurrence, config.shape, args.seq_length)
     progress = Progress(config.run, args, flops, terminal)
-    evaluation = make_evaluation(config, progress, run_micro_batch)
+    objective = Objective()
+    evaluation = make_evaluation(config, progress, objective.run_micro_batch)
     loading = Loading(args)
-    teachers: list[Teacher] = []  # made once Megatron has made its process groups
 
     def datasets(samples: tuple[int, int, int]) -> tuple[Any, Any, Any]:
         loading.done()
         if args.rank == 0 and not args.skip_train:
             progress.say(where_from(config, args))
             record_start(config, args.rank, args.world_size)
-        train, valid, _ = build_datasets(samples)
-        held_out = build_held_out(config.evaluation.batches * args.eval_global_batch_size)
+        reading = {"selection": config.sgt.marks if config.sgt else None, "shuffle": config.data.shuffle}
+        train, valid, _ = build_datasets(samples, **reading)
+        held_out = build_held_out(config.evaluation.batches * args.eval_global_batch_size, **reading)
         progress.train_dataset, progress.held_out = train, held_out
+        # Both need Megatron's process groups.
         if config.distillation is not None and not args.skip_train:
-            teachers.append(Teacher(config.distillation, config, args))
+            objective.teacher = Teacher(config.distillation, config, args)
+        if config.sgt is not None:
+            objective.supervision = Supervision(config.sgt, train)
+            before_each_step(BeforeStep(objective, Probe(objective, progress, config.run)))
         # Megatron would report the test split under the validation's tags.
         return train, valid, None
 
@@ -98,7 +102,7 @@ def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Call
             pretrain_cfg_container_from_args(args),
             datasets,
             ModelType.encoder_or_decoder,
-            partial(forward_step, teachers),
+            objective.forward_step,
             model_provider(config),
             non_loss_data_func=evaluation,
         )
@@ -162,66 +166,3 @@ def model_provider(cherry: Config) -> Callable[..., torch.nn.Module]:
         )
 
     return provide
-
-
-def forward_step(
-    teachers: list[Teacher], iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
-) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """Megatron's forward step: one micro-batch through this stage."""
-    stack: RecurrentStack = get_attr_wrapped_model(model, "decoder")
-    if model.training:
-        stack.loops = draw_loops(stack, get_args().seed, get_args().curr_iteration)
-    else:
-        stack.loops = stack.recurrence.loops
-    return run_micro_batch(iterator, model, teachers[0] if teachers and model.training else None)
-
-
-def run_micro_batch(
-    iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module, teacher: Teacher | None = None
-) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """One micro-batch through this stage, with as many loops as the stack is set to."""
-    args = get_args()
-    size = args.micro_batch_size if model.training else args.eval_micro_batch_size
-    batch = next_batch(iterator, size, teacher is not None)
-    if teacher is not None:
-        teacher.see(model, batch["tokens"], batch["position_ids"])
-    tokens = batch["tokens"] if mpu.is_pipeline_first_stage() else None
-    output = model(tokens, batch["position_ids"], None, labels=batch["labels"])
-    if teacher is None or teacher.divergence is None:
-        return output, partial(loss_function, batch["loss_mask"])
-    return output, partial(loss_function, batch["loss_mask"], divergence=teacher.take(), weight=teacher.weight)
-
-
-def draw_loops(stack: RecurrentStack, seed: int, iteration: int) -> int:
-    """The number of loops of a step: the same on every rank, and again after a resume."""
-    options = stack.recurrence
-    if options.random_loops is None:
-        return options.loops
-    return random.Random(f"{seed}/loops/{iteration}").randint(*options.random_loops)
-
-
-def loss_function(
-    loss_mask: Tensor | None, losses: Tensor, divergence: Tensor | None = None, weight: float = 0.0
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum of the token losses; Megatron divides by the token count of the whole global batch.
-
-    Args:
-        loss_mask: [b, s], 0 or 1; there is one on the last pipeline stage, where this is called.
-        losses: [b, s], cross-entropy of each token in nats.
-        divergence: [b, s], of the student from its teacher, in nats.
-        weight: of the divergence; the cross-entropy has the rest.
-
-    Returns:
-        The sum, the integer number of tokens, and for the report (sum, number) of the cross-entropy and, if there
-        is one, of the divergence.
-    """
-    assert loss_mask is not None
-    mask = loss_mask.float().view(-1)
-    total = torch.sum(losses.float().view(-1) * mask)
-    tokens = mask.sum().to(torch.int)
-    report = {"lm loss": torch.stack((total.detach(), tokens.float()))}
-    if divergence is None:
-        return total, tokens, report
-    apart = torch.sum(divergence.float().reshape(-1) * mask)
-    report["divergence from teacher"] = torch.stack((apart.detach(), tokens.float()))
-    return (1 - weight) * total + weight * apart, tokens, report

@@ -137,6 +137,7 @@ def check(config: "Config") -> None:
         _check_tensor_parallel(config)
         _check_loops(config)
         _check_graph(config)
+        _check_selective(config)
         _check_batch(config)
         _check_schedule(config)
         config.plan()
@@ -269,6 +270,22 @@ def _check_graph(config: "Config") -> None:
     for key, (given, why) in excluded.items():
         if given:
             raise CherryError(f"{key} does not go with megatron.cuda-graph-impl {GRAPH}: {why}; take one out")
+
+
+def _check_selective(config: "Config") -> None:
+    if config.sgt is None:
+        return
+    if config.sgt.skip_head:
+        if config.value("cuda-graph-impl") == GRAPH:
+            raise CherryError(f"sgt.skip_head: the number of tokens varies, and a {GRAPH} graph replays one; take one out")
+        if config.distillation is not None:
+            raise CherryError("sgt.skip_head: a teacher compares the outputs of all tokens; take distillation out")
+    stages = config.value("pipeline-model-parallel-size")
+    if config.sgt.probe_loops and stages > 1 and config.value("overlap-grad-reduce"):
+        raise CherryError(
+            "sgt.probe_loops: a pipeline stage has no gradient for the loops of others, which overlap-grad-reduce "
+            "waits for; take one out"
+        )
 
 
 def _check_batch(config: "Config") -> None:

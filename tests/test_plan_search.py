@@ -69,14 +69,14 @@ def found(deep, tmp_path_factory, write_config) -> tuple[Path, dict[str, Any]]:
 def _losses(path: Path, overrides: tuple[str, ...] = ()) -> list[float]:
     """What a training that starts from a configuration's checkpoint would begin with, on the same batches."""
     from cherry_megatron.config import load
-    from cherry_megatron.monitor.evaluation import mean_loss
+    from cherry_megatron.monitor.evaluation import mean_losses
     from cherry_megatron.platform.machine import prepare
     from cherry_megatron.pretrain import pretrain
 
     losses: list[float] = []
 
     def evaluation(config, progress, run):
-        return lambda model: losses.append(mean_loss(model, progress.train_dataset, config.evaluation.batches, run))
+        return lambda model: losses.append(mean_losses(model, progress.train_dataset, config.evaluation.batches, run)["lm loss"])
 
     extra = {"skip-train": True, "no-load-optim": True, "no-load-rng": True}
     pretrain(load(path, overrides), prepare(), extra, evaluation=evaluation)

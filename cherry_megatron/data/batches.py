@@ -13,6 +13,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+SELECTED = "selected"
 
 
 HELD_OUT_SEED = 1234
@@ -64,7 +65,10 @@ def _reads_data() -> bool:
 
 
 def next_batch(
-    iterator: Iterator[dict[str, Tensor]] | None, micro_batch_size: int, last_reads_tokens: bool = False
+    iterator: Iterator[dict[str, Tensor]] | None,
+    micro_batch_size: int,
+    last_reads_tokens: bool = False,
+    has_selection: bool = False,
 ) -> dict[str, Tensor | None]:
     """One micro-batch of `micro_batch_size` sequences.
 
@@ -72,20 +76,22 @@ def next_batch(
         iterator: this rank's data; None on ranks that read none.
         micro_batch_size: sequences.
         last_reads_tokens: give tokens and position_ids to the last stage too, where a teacher lives.
+        has_selection: the data says which targets are selected.
 
     Returns:
-        tokens, position_ids [b, s] on the first pipeline stage, labels, loss_mask [b, s] on the last,
+        tokens, position_ids [b, s] on the first pipeline stage, labels, loss_mask, selected [b, s] on the last,
         None elsewhere; equal on all tensor-parallel ranks.
     """
     args = get_args()
     if not (mpu.is_pipeline_first_stage() or mpu.is_pipeline_last_stage()):
-        return dict.fromkeys(KEYS)
+        return dict.fromkeys((*KEYS, SELECTED))
     batch: dict[str, Any] = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
         assert iterator is not None, "this rank reads data, but was given no iterator"
         row = next(iterator)
         device = torch.cuda.current_device()
-        batch = {key: row[key].to(device, non_blocking=True) for key in KEYS}
+        wanted = (*KEYS, SELECTED) if has_selection and mpu.is_pipeline_last_stage() else KEYS
+        batch = {key: row[key].to(device, non_blocking=True) for key in wanted}
         batch["attention_mask"] = None
     found: dict[str, Tensor | None] = get_batch_on_this_tp_rank(
         dict(batch),  # Megatron empties what this stage does not need
@@ -103,11 +109,18 @@ def next_batch(
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
-    if last_reads_tokens and mpu.is_pipeline_last_stage() and not mpu.is_pipeline_first_stage():
-        labels = found["labels"]
-        assert labels is not None
-        source, group = mpu.get_tensor_model_parallel_src_rank(), mpu.get_tensor_model_parallel_group()
-        for key in ("tokens", "position_ids"):
-            found[key] = wanted = batch[key] if key in batch else torch.empty_like(labels)
-            torch.distributed.broadcast(wanted, source, group=group)
+    found[SELECTED] = None
+    if mpu.is_pipeline_last_stage():
+        further = ("tokens", "position_ids") if last_reads_tokens and not mpu.is_pipeline_first_stage() else ()
+        for key in (*further, SELECTED) if has_selection else further:
+            found[key] = _broadcast(batch.get(key), found["loss_mask" if key == SELECTED else "labels"])
     return found
+
+
+def _broadcast(ours: Tensor | None, like: Tensor | None) -> Tensor:
+    """What the first tensor-parallel rank has, on all of them."""
+    assert like is not None
+    wanted = torch.empty_like(like) if ours is None else ours
+    group = mpu.get_tensor_model_parallel_group()
+    torch.distributed.broadcast(wanted, mpu.get_tensor_model_parallel_src_rank(), group=group)
+    return wanted

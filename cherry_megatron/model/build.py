@@ -1,14 +1,14 @@
-"""From dataclasses to the model: a HybridModel whose decoder is the recurrent stack."""
+"""From dataclasses to the model: Megatron's HybridModel with the recurrent stack as its decoder."""
 
 from typing import Any
 
 import torch
-from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.utils import init_method_normal
 from torch import Tensor
 
+from cherry_megatron.model.head import RecurrentModel
 from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.plan import Plan
 from cherry_megatron.model.seeding import seeded
@@ -40,7 +40,7 @@ def build_model(
     seed: int,
     pre_process: bool,
     post_process: bool,
-) -> HybridModel:
+) -> RecurrentModel:
     """Build this rank's part of the model.
 
     Args:
@@ -55,7 +55,7 @@ def build_model(
         pre_process, post_process: whether this stage embeds, whether it has the output head.
     """
     implementation = config.transformer_impl
-    model = HybridModel(
+    model = RecurrentModel(
         config=config,
         hybrid_stack_spec=ModuleSpec(
             module=RecurrentStack,

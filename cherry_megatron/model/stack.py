@@ -1,7 +1,7 @@
 """The recurrent stack: prelude, a core walked several times with the same weights, coda."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import groupby
 from typing import Any
 
@@ -35,6 +35,7 @@ class RecurrentStack(HybridStack):
             It may change from step to step; visits of later loops are skipped.
         observe: while set, called after each walk of the core with the loop, the state before (None
             if an earlier stage began the loop) and the state after, both [s, b, h].
+        learning_loop: while set, the core's weights get a gradient from their use in this loop alone.
 
     Args:
         plan: the unrolled model and this stage's share of it.
@@ -49,6 +50,7 @@ class RecurrentStack(HybridStack):
         self.visits = plan.stages[stage]
         self.loops = recurrence.loops
         self.observe: Callable[[int, Tensor | None, Tensor], None] | None = None
+        self.learning_loop: int | None = None
         # Sublayers of each stored layer held here, and the per-loop modules inside.
         self._sublayers: dict[int, list[TransformerLayer]] = {}
         built = iter(self.layers)
@@ -184,10 +186,31 @@ class RecurrentStack(HybridStack):
             module.loop = visit.loop or 0
         # The delayed recipe has one context around the whole pass, the others one a layer.
         each = bool(self.config.fp8) and self.config.fp8_recipe != Fp8Recipe.delayed
-        for sublayer in self._sublayers[visit.layer]:
-            with get_fp8_context(self.config, sublayer.layer_number - 1) if each else nullcontext():
-                hidden, _ = sublayer(hidden_states=hidden, **arguments)
+        with self._learning(visit):
+            for sublayer in self._sublayers[visit.layer]:
+                with get_fp8_context(self.config, sublayer.layer_number - 1) if each else nullcontext():
+                    hidden, _ = sublayer(hidden_states=hidden, **arguments)
         return hidden
+
+    @contextmanager
+    def _learning(self, visit: Visit) -> Iterator[None]:
+        """Autograd notes in the forward pass which uses of a weight get a gradient."""
+        if self.learning_loop in (None, visit.loop) or visit.loop is None:
+            yield
+            return
+        parameters = [p for sublayer in self._sublayers[visit.layer] for p in sublayer.parameters()]
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+
+    def core_parameters(self) -> set[torch.nn.Parameter]:
+        """The weights held here that are walked in loops."""
+        walked = {visit.layer for visit in self.visits if visit.loop is not None}
+        return {p for layer, parameters in self.layer_parameters() if layer in walked for p in parameters}
 
     def stored_layers(self) -> Iterator[tuple[int, list[tuple[str, TransformerLayer]]]]:
         """The stored layers held here, each with the symbols of its sublayers and these themselves."""

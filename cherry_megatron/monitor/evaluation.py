@@ -28,6 +28,7 @@ class LoopEvaluation:
 
     Attributes:
         losses: loops -> loss of the last call, on the last pipeline stage.
+        parts: loops -> the same by part, where some tokens are selected: `selected`, `unselected`.
         statistics: of each loop, from the last call.
     """
 
@@ -36,6 +37,7 @@ class LoopEvaluation:
     ) -> None:
         self._config, self._progress, self._run, self._recorded = config, progress, run_micro_batch, recorded
         self.losses: dict[int, float] = {}
+        self.parts: dict[int, dict[str, float]] = {}
         self.statistics: dict[str, list[float]] = {}
         self._evaluated: int | None = None
 
@@ -45,7 +47,7 @@ class LoopEvaluation:
         self._evaluated = self._progress.iteration
         stack = get_attr_wrapped_model(model[0], "decoder")
         full = self._config.recurrence.loops
-        self.losses = {}
+        self.losses, self.parts = {}, {}
         for loops in self._config.evaluation.loop_counts(full):
             trace = None
             if loops == full:
@@ -53,11 +55,11 @@ class LoopEvaluation:
                 stack.observe = trace.add
             stack.loops = loops
             try:
-                self.losses[loops] = mean_loss(
-                    model, self._progress.held_out, self._config.evaluation.batches, self._run
-                )
+                means = mean_losses(model, self._progress.held_out, self._config.evaluation.batches, self._run)
             finally:
                 stack.observe, stack.loops = None, full
+            self.losses[loops] = means.pop("lm loss", float("nan"))
+            self.parts[loops] = {name.removesuffix(" loss"): value for name, value in means.items()}
             if trace is not None:
                 self.statistics = trace.reduce(ProcessGroupCollection.use_mpu_process_groups())
         self._report()
@@ -67,21 +69,28 @@ class LoopEvaluation:
             return
         iteration = self._progress.iteration
         if self._recorded:
-            self._progress.record_evaluation(self.losses)
+            self._progress.record_evaluation(self.losses, self.parts)
         losses = "  ".join(f"{loops}: {loss:.4f}" for loops, loss in self.losses.items())
         self._progress.say(f"step {iteration:>7}  loss by loops  {losses}")
         for loops, loss in self.losses.items():
             self._progress.scalar(f"loss-by-loops/{loops}", loss, iteration)
+        for part, loss in self.parts[max(self.parts)].items():
+            self._progress.scalar(f"sgt/held-out-loss/{part}", loss, iteration)
         for name in NAMES:
             for loop, value in enumerate(self.statistics[name], start=1):
                 if value == value:  # a loop cut by a stage boundary has no relative change
                     self._progress.scalar(f"{name.replace('_', '-')}/loop-{loop}", value, iteration)
 
 
-def mean_loss(
+def mean_losses(
     model: list[torch.nn.Module], dataset: Any, batches: int, run_micro_batch: Callable[..., Any]
-) -> float:
-    """Mean cross-entropy over a data set's first evaluation batches; NaN before the last pipeline stage."""
+) -> dict[str, float]:
+    """Mean losses over a data set's first evaluation batches.
+
+    Returns:
+        What `run_micro_batch` reports: `lm loss`, over all tokens, and the loss of selected and unselected ones if
+        it knows them; nothing before the last pipeline stage.
+    """
     args = get_args()
     loader = build_pretraining_data_loader(dataset, 0)
     each = args.eval_global_batch_size // (args.eval_micro_batch_size * args.data_parallel_size)
@@ -95,7 +104,10 @@ def mean_loss(
         forward_only=True,
     )
     if not mpu.is_pipeline_last_stage():
-        return float("nan")
-    total = torch.stack([report["lm loss"] for report in reports]).sum(0)
-    torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group(with_context_parallel=True))
-    return float(total[0] / total[1])
+        return {}
+    means = {}
+    for name in reports[0]:
+        total = torch.stack([report[name] for report in reports]).sum(0)
+        torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group(with_context_parallel=True))
+        means[name] = float(total[0] / total[1])
+    return means

@@ -73,9 +73,15 @@ class Progress:
         if self._writer is not None:
             self._writer.add_scalar(f"cherry/{tag}", value, iteration)
 
-    def record_evaluation(self, losses: dict[int, float]) -> None:
-        """Add a line to evaluations.jsonl: held-out loss by number of loops. Called on the last rank."""
-        record = {"iteration": self.iteration, "losses": {str(loops): loss for loops, loss in losses.items()}}
+    def record_evaluation(self, losses: dict[int, float], parts: dict[int, dict[str, float]]) -> None:
+        """Add a line to evaluations.jsonl: held-out loss by number of loops, and by part if there are parts.
+
+        Called on the last rank.
+        """
+        record: dict[str, Any] = {"iteration": self.iteration}
+        record["losses"] = {str(loops): loss for loops, loss in losses.items()}
+        if any(parts.values()):
+            record["parts"] = {str(loops): by_part for loops, by_part in parts.items()}
         with append_lines(self._run / "evaluations.jsonl") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -89,20 +95,25 @@ class Progress:
 
     def _step_ended(self, iteration: int) -> None:
         args = self._args
+        # Where the output layer is left out for them, the loss of unselected tokens is not known.
+        shown = "lm loss" if "lm loss" in self._heard else "selected loss"
         # Megatron's timer, which stands still during evaluation and saving.
         timer = get_timers()("interval-time")
         timer.elapsed(reset=False)  # brings the sum up to date
         before, self._timed = self._timed, timer.active_time()
         seconds = self._timed - before
-        loss = self._heard.get("lm loss", float("nan"))
+        loss = self._heard.get(shown, float("nan"))
         self._interval.append((loss, seconds))
         record = {
             "iteration": iteration,
-            "loss": loss,
+            "loss": self._heard.get("lm loss"),
             "grad_norm": self._heard["grad-norm"],
             "learning_rate": self._heard.get("learning-rate"),
             "seconds": round(seconds, 6),
         }
+        for part in ("selected", "unselected"):
+            if f"{part} loss" in self._heard:
+                record[f"{part}_loss"] = self._heard[f"{part} loss"]
         if torch.cuda.is_available():
             record["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         if self._steps is not None:
@@ -126,9 +137,10 @@ class Progress:
         on_gpu = torch.cuda.is_available()
         if on_gpu:
             self.scalar("throughput/mfu", flops / PEAK_BF16, iteration)
+        name = "loss" if "lm loss" in self._heard else "selected loss"
         mfu = f"MFU {flops / PEAK_BF16:6.1%}" if on_gpu else "MFU      -"
         self.say(
-            f"step {iteration:>7}/{args.train_iters}  loss {loss:7.4f}  grad norm {self._heard['grad-norm']:7.3f}  "
+            f"step {iteration:>7}/{args.train_iters}  {name} {loss:7.4f}  grad norm {self._heard['grad-norm']:7.3f}  "
             f"lr {self._heard.get('learning-rate', 0.0):.2e}  {tokens:9,.0f} tokens/s  "
             f"{flops / 1e12:7.3f} TFLOP/s  {mfu}  left {_clock(seconds * (args.train_iters - iteration))}"
         )

@@ -1,0 +1,80 @@
+"""One micro-batch through this stage of the model: Megatron's forward step."""
+
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.utils import get_attr_wrapped_model
+from megatron.training import get_args
+from torch import Tensor
+
+from cherry_megatron.data.batches import next_batch
+from cherry_megatron.distillation import Teacher
+from cherry_megatron.model.stack import RecurrentStack
+from cherry_megatron.sgt.loss import Supervision, loss_function
+
+Loss = tuple[Tensor, Tensor, dict[str, Tensor]]
+
+
+class Objective:
+    """What the model is trained for: the text, a teacher, and how much each token counts.
+
+    Attributes:
+        teacher: to be set once Megatron has made its process groups.
+        supervision: of selective supervision, or None: every token counts the same.
+        scores: while a list, the token losses of each micro-batch, [b, s], are put there on the last stage.
+    """
+
+    def __init__(self, supervision: Supervision | None = None) -> None:
+        self.teacher: Teacher | None = None
+        self.supervision = supervision
+        self.scores: list[Tensor] | None = None
+
+    def forward_step(
+        self, iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
+    ) -> tuple[Tensor, Callable[[Tensor], Loss]]:
+        """Megatron's forward step, in training with the number of loops of this step."""
+        stack: RecurrentStack = get_attr_wrapped_model(model, "decoder")
+        if model.training:
+            stack.loops = draw_loops(stack, get_args().seed, get_args().curr_iteration)
+        else:
+            stack.loops = stack.recurrence.loops
+        return self.run_micro_batch(iterator, model)
+
+    def run_micro_batch(
+        self, iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
+    ) -> tuple[Tensor, Callable[[Tensor], Loss]]:
+        """One micro-batch with as many loops as the stack is set to; in evaluation mode without a teacher."""
+        args = get_args()
+        size = args.micro_batch_size if model.training else args.eval_micro_batch_size
+        supervision, teacher = self.supervision, self.teacher if model.training else None
+        has_selection = supervision is not None and supervision.has_selection(model.training)
+        batch = next_batch(iterator, size, teacher is not None, has_selection)
+        if teacher is not None:
+            teacher.see(model, batch["tokens"], batch["position_ids"])
+        tokens = batch["tokens"] if mpu.is_pipeline_first_stage() else None
+        selected = batch["selected"]
+        arguments: dict[str, Any] = {"selected": selected}
+        rows = None
+        if model.training and supervision is not None and selected is not None:
+            arguments["weights"] = supervision.weights(selected)
+            if supervision.skips_head:
+                assert batch["loss_mask"] is not None
+                rows, arguments["partly"] = selected * batch["loss_mask"], True
+        output = model(tokens, batch["position_ids"], None, labels=batch["labels"], rows=rows)
+        if teacher is not None and teacher.divergence is not None:
+            arguments.update(divergence=teacher.take(), share=teacher.weight)
+        if self.scores is not None and mpu.is_pipeline_last_stage():
+            self.scores.append(output.detach())
+        return output, partial(loss_function, batch["loss_mask"], **arguments)
+
+
+def draw_loops(stack: RecurrentStack, seed: int, iteration: int) -> int:
+    """The number of loops of a step: the same on every rank, and again after a resume."""
+    options = stack.recurrence
+    if options.random_loops is None:
+        return options.loops
+    return random.Random(f"{seed}/loops/{iteration}").randint(*options.random_loops)

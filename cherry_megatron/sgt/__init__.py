@@ -1,0 +1,1 @@
+"""SGT, selective ground-truth token training: selectors, the weighted loss, the gradient-coupling probe."""
