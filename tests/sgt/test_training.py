@@ -1,0 +1,130 @@
+"""Selective training: one gradient under every split, and that of the formula."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.sgt.conftest import ONE_STEP, distance, first_gradient
+
+TOLERANCE = 1e-6
+
+
+@pytest.fixture(scope="module")
+def step(tmp_path_factory, selective, train):
+    """Train one step; returns what is recorded of it and its gradient. The same one is trained once."""
+    done = {}
+
+    def run(ranks=1, flags="", sections=None, **options):
+        key = str((ranks, flags, sections, sorted(options.items())))
+        if key not in done:
+            folder = tmp_path_factory.mktemp("step")
+            recorded = train(selective(folder, sections, **options), ranks, f"{ONE_STEP} {flags}")
+            done[key] = recorded[0], first_gradient(folder / "run")
+        return done[key]
+
+    return run
+
+
+def agree(found, expected, tolerance=TOLERANCE):
+    for name, value in expected[0].items():
+        if "loss" in name or name == "grad_norm":
+            assert found[0][name] == pytest.approx(value, rel=tolerance), name
+    assert distance(found[1], expected[1]) <= tolerance
+
+
+def test_alpha_0_is_plain_training_bit_for_bit(step):
+    plain, gradient = step()
+    selective, ours = step(marks="some", alpha=0.0)
+    assert (selective["loss"], selective["grad_norm"]) == (plain["loss"], plain["grad_norm"])
+    assert all(np.array_equal(ours[name], gradient[name]) for name in gradient)
+
+
+def test_every_token_selected_is_plain_training(step):
+    agree(step(marks="every", alpha=0.7), step())
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.7])
+def test_alpha_mixes_all_and_selected_tokens(step, alpha):
+    everything, selected = step()[1], step(marks="some", alpha=1.0)[1]
+    mixed = {name: (1 - alpha) * everything[name] + alpha * selected[name] for name in everything}
+    assert distance(step(marks="some", alpha=alpha)[1], mixed) <= TOLERANCE
+
+
+def test_alpha_1_is_training_on_the_selected_tokens(step, marked, tmp_path_factory):
+    """Another way to the same gradient: the selected tokens as the only ones with a loss, as answers are."""
+    folder = tmp_path_factory.mktemp("answers")
+    for suffix in ("", ".some"):
+        for ending in (".bin", ".idx", ".json"):
+            target = folder / f"text{suffix.replace('some', 'answers')}{ending}"
+            target.write_bytes(Path(f"{marked}{suffix}{ending}").read_bytes().replace(b'"some"', b'"answers"'))
+    answers, gradient = step(sections={"megatron": {"data-path": [str(folder / "text")]}})
+    found, ours = step(marks="some", alpha=1.0)
+    assert found["selected_loss"] == pytest.approx(answers["loss"], rel=TOLERANCE)
+    # The one divides by the batch's number of selected tokens, the other by rho and the number of all.
+    ratio = np.linalg.norm(ours["decoder.final_norm.weight"]) / np.linalg.norm(gradient["decoder.final_norm.weight"])
+    assert 0.5 < ratio < 2
+    assert distance(ours, {name: ratio * value for name, value in gradient.items()}) <= TOLERANCE
+
+
+def test_parts_add_up(step):
+    found, _ = step(marks="some", alpha=0.7)
+    share = (found["loss"] - found["unselected_loss"]) / (found["selected_loss"] - found["unselected_loss"])
+    assert 0.1 < share < 0.2  # of this batch's tokens: about rho, and a whole number of them
+    assert share * 8 * 32 == pytest.approx(round(share * 8 * 32), abs=1e-2)
+
+
+SAMPLE = {
+    "dp2": (2, "", {"marks": "few", "alpha": 0.7}),
+    "tp2-sp-pp2": (
+        4,
+        "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2",
+        {"marks": "some", "alpha": 1.0, "skip_head": True},
+    ),
+    "micro4": (1, "--micro-batch-size 4", {"top_loss": 0.15, "alpha": 0.3}),
+}
+
+
+def check(step, ranks, flags, options):
+    whole = {name: value for name, value in options.items() if name != "skip_head"}
+    found, expected = step(ranks, flags, **options), step(**whole)
+    if "skip_head" in options:
+        assert found[0]["loss"] is None, "the loss of all tokens is not known"
+        expected = {name: expected[0][name] for name in ("selected_loss", "grad_norm")}, expected[1]
+    agree(found, expected)
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_split(name, step):
+    check(step, *SAMPLE[name])
+
+
+SPLITS = {
+    "micro1": (1, "--micro-batch-size 1"),
+    "micro4": (1, "--micro-batch-size 4"),
+    "micro8": (1, "--micro-batch-size 8"),
+    "dp2": (2, ""),
+    "tp2": (2, "--tensor-model-parallel-size 2"),
+    "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "pp2": (2, "--pipeline-model-parallel-size 2"),
+    "tp2-sp-dp2": (4, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "dp2-overlap": (2, "--overlap-grad-reduce --overlap-param-gather"),
+    "native-fusion": (1, "--cross-entropy-loss-fusion --cross-entropy-fusion-impl native"),
+}
+OPTIONS = {
+    "alpha-0": {"marks": "some", "alpha": 0.0},
+    "alpha-0.3": {"marks": "some", "alpha": 0.3},
+    "alpha-0.7": {"marks": "some", "alpha": 0.7},
+    "alpha-1": {"marks": "some", "alpha": 1.0},
+    "few": {"marks": "few", "alpha": 0.7},
+    "few-skip-head": {"marks": "few", "alpha": 1.0, "skip_head": True},
+    "every": {"marks": "every", "alpha": 1.0},
+    "top-loss": {"top_loss": 0.15, "alpha": 0.7},
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_split(split, option, step):
+    check(step, *SPLITS[split], OPTIONS[option])
