@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.utils import get_batch_on_this_tp_rank
 from megatron.training import get_args, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
+
+from cherry_megatron.data.dataset import MarkedDataset, MarkedDatasetConfig
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
@@ -18,29 +19,34 @@ KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 HELD_OUT_SEED = 1234
 
 
-def build_datasets(samples: tuple[int, int, int]) -> tuple[Any, Any, Any]:
+def build_datasets(
+    samples: tuple[int, int, int], selection: str | None = None, shuffle: str = "none"
+) -> tuple[Any, Any, Any]:
     """The train, validation and test split, packed to --seq-length. Every rank must call it.
 
     Args:
         samples: how many sequences of each split are wanted.
+        selection: name of the marks to give with each sample.
+        shuffle: what to permute within documents, see `dataset.SHUFFLES`.
     """
-    return BlendedMegatronDatasetBuilder(GPTDataset, list(samples), _reads_data, _config(get_args().seed)).build()
+    config = _config(get_args().seed, selection, shuffle)
+    return BlendedMegatronDatasetBuilder(MarkedDataset, list(samples), _reads_data, config).build()
 
 
-def build_held_out(samples: int) -> Any:
+def build_held_out(samples: int, selection: str | None = None, shuffle: str = "none") -> Any:
     """So many sequences of the validation split, the same ones for every seed, schedule and length of training."""
-    config = _config(HELD_OUT_SEED)
+    config = _config(HELD_OUT_SEED, selection, shuffle)
     if config.split_matrix is not None:
         config.split_matrix = [None, config.split_matrix[1], None]
     if config.blend_per_split is not None:
         config.blend_per_split = [None, config.blend_per_split[1], None]
-    return BlendedMegatronDatasetBuilder(GPTDataset, [0, samples, 0], _reads_data, config).build()[1]
+    return BlendedMegatronDatasetBuilder(MarkedDataset, [0, samples, 0], _reads_data, config).build()[1]
 
 
-def _config(seed: int) -> GPTDatasetConfig:
+def _config(seed: int, selection: str | None, shuffle: str) -> MarkedDatasetConfig:
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    return GPTDatasetConfig(
+    return MarkedDatasetConfig(
         random_seed=seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -55,6 +61,8 @@ def _config(seed: int) -> GPTDatasetConfig:
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        selection=selection,
+        shuffle=shuffle,
     )
 
 

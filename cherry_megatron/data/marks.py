@@ -85,23 +85,36 @@ def fingerprint(prefix: Path) -> str:
     return digest.hexdigest()
 
 
+def has_answers(prefix: Path) -> bool:
+    """Whether the tokens are conversations, of which the answers alone are learned from."""
+    return Path(f"{marks_prefix(prefix, ANSWERS)}.json").exists()
+
+
 def read_marks(prefix: Path, name: str) -> Marks:
     """The description of marks, seen to belong to the tokens beside them.
 
     Raises:
-        CherryError: if there are none, or they belong to other tokens.
+        CherryError: if there are none, they are not whole, or they belong to other tokens.
     """
-    path = Path(f"{marks_prefix(prefix, name)}.json")
+    target = marks_prefix(prefix, name)
+    path = Path(f"{target}.json")
+    made_by = "data --sft" if name == ANSWERS else "select"
     try:
+        Path(f"{target}.idx").stat()
+        size = Path(f"{target}.bin").stat().st_size
         marks = Marks(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise CherryError(
-            f"there are no marks {marks_prefix(prefix, name)}; make them with cherry select --data {prefix}"
+            f"there are no marks {target}.bin, .idx and .json; make them with cherry {made_by}"
         ) from None
     except OSError as error:
         raise CherryError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, TypeError):
-        raise CherryError(f"{path} does not describe marks; make them again with cherry select") from None
+        raise CherryError(f"{path} does not describe marks; make them again with cherry {made_by}") from None
+    if size != marks.tokens:
+        raise CherryError(
+            f"{target}.bin has {size} bytes, not {marks.tokens}: copy it again or make the marks again"
+        )
     if marks.data != fingerprint(prefix):
         raise CherryError(f"{path} belongs to other tokens than {prefix}.bin; make the marks again")
     return marks

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
@@ -192,6 +194,14 @@ def end_of_document(tokenizer: Tokenizer, folder: Path) -> int:
 def size(tokenizer: Tokenizer) -> int:
     """One more than the largest id: what a model's vocabulary must hold at least."""
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def word_starts(tokenizer: Tokenizer) -> np.ndarray[Any, Any]:
+    """Which tokens of a byte-level vocabulary begin with white space, and so begin a word: [size] bool."""
+    spaces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(" \t\n\v\f\r")
+    found = np.zeros(size(tokenizer), bool)
+    found[[id for token, id in tokenizer.get_vocab().items() if token[0] in spaces[0][0]]] = True
+    return found
 
 
 def fingerprint(folder: Path) -> str:
