@@ -57,4 +57,4 @@ class RecurrentModel(HybridModel):
         # Spare rows keep the graph whole where no token is wanted.
         found = found * (torch.arange(len(padded), device=found.device) < len(wanted))
         losses = found.new_zeros(rows.numel()).index_add(0, padded, found)
-        return losses.view(rows.shape[1], rows.shape[0]).transpose(0, 1)
+        return losses.view(rows.shape[1], rows.shape[0]).transpose(0, 1).contiguous()

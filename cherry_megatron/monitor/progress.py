@@ -111,7 +111,7 @@ class Progress:
             "learning_rate": self._heard.get("learning-rate"),
             "seconds": round(seconds, 6),
         }
-        for part in ("selected", "unselected"):
+        for part in ("selected", "unselected", "weighted"):
             if f"{part} loss" in self._heard:
                 record[f"{part}_loss"] = self._heard[f"{part} loss"]
         if torch.cuda.is_available():

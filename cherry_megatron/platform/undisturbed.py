@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.training import get_timers
 
@@ -21,6 +22,9 @@ def undisturbed(model: list[torch.nn.Module], config: Any) -> Iterator[None]:
     generators = torch.get_rng_state(), torch.cuda.get_rng_state(), tracker.get_states()
     scales = [(kept, kept.clone()) for kept in _scales(model)]
     timers, config.timers = config.timers, None
+    rerun = get_rerun_state_machine()
+    mode = rerun.get_mode()
+    rerun.set_mode(RerunMode.DISABLED)  # it validates the passes of a step alone
     timer.stop()
     try:
         yield
@@ -33,6 +37,7 @@ def undisturbed(model: list[torch.nn.Module], config: Any) -> Iterator[None]:
         for chunk in model:
             chunk.zero_grad_buffer()
         config.timers = timers
+        rerun.set_mode(mode)
         timer.start()
 
 

@@ -16,7 +16,8 @@ def mark(prefix: Path, name: str, choose: Callable[[np.ndarray, np.ndarray], np.
 
     from cherry_megatron.data.marks import Marks, fingerprint, write_marks
 
-    lengths = IndexedDataset(str(prefix)).sequence_lengths
+    tokens = IndexedDataset(str(prefix))
+    lengths = tokens.sequence_lengths.copy()  # the data set unmaps its own with itself
     documents = np.repeat(np.arange(len(lengths)), lengths)
     marks = choose(documents, np.arange(lengths.sum())).astype(np.uint8)
     described = Marks(name, "by hand", "1", len(marks), len(marks), int(marks.sum()), fingerprint(prefix))
