@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,9 @@ def fingerprint(prefix: Path) -> str:
 
 def has_answers(prefix: Path) -> bool:
     """Whether the tokens are conversations, of which the answers alone are learned from."""
+    with suppress(OSError, ValueError):
+        if json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8")).get("answers"):
+            return True  # also where the marks have been lost, so that they are missed
     return Path(f"{marks_prefix(prefix, ANSWERS)}.json").exists()
 
 

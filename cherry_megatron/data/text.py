@@ -4,14 +4,14 @@ Files are read in chunks of whole lines, so that a process can hand the splittin
 to others and never holds more than a chunk (or a line, where a line is longer) of a file.
 """
 
-import functools
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import zstandard
 
@@ -116,9 +116,9 @@ def _blocks(path: Path, raw: BinaryIO) -> Iterator[bytes]:
         case ".zst":
             yield from _zstd_blocks(raw)
         case ".gz":
-            yield from iter(functools.partial(gzip.GzipFile(fileobj=raw).read, BLOCK_BYTES), b"")
+            yield from iter(partial(gzip.GzipFile(fileobj=raw).read, BLOCK_BYTES), b"")
         case _:
-            yield from iter(functools.partial(raw.read, BLOCK_BYTES), b"")
+            yield from iter(partial(raw.read, BLOCK_BYTES), b"")
 
 
 def _zstd_blocks(raw: BinaryIO) -> Iterator[bytes]:
@@ -139,39 +139,70 @@ def _zstd_blocks(raw: BinaryIO) -> Iterator[bytes]:
 
 def documents(chunk: Chunk, key: str = "text") -> Iterator[tuple[int, str | ValueError]]:
     """The documents of a chunk: the number of the (first) line, and the text or why it is malformed."""
-    is_jsonl = _suffix(chunk.path).startswith(".jsonl")
+    if is_jsonl(chunk.path):
+        yield from lines(chunk, partial(_text_of, key=key))
+    else:
+        yield chunk.line, _parsed(chunk.raw, partial(str, encoding="utf-8"))
+
+
+def is_jsonl(path: Path) -> bool:
+    """Whether a file holds a document a line."""
+    return _suffix(path).startswith(".jsonl")
+
+
+def lines[T](chunk: Chunk, parse: Callable[[bytes], T]) -> Iterator[tuple[int, T | ValueError]]:
+    """What `parse` makes of each line of a chunk, or why the line is malformed, with its number."""
     # Only \n ends a line: splitlines() would also cut at characters that JSON allows in a string.
-    records = chunk.raw.removesuffix(b"\n").split(b"\n") if is_jsonl else [chunk.raw]
-    for number, record in enumerate(records, start=chunk.line):
-        try:
-            yield number, _parse(record, key) if is_jsonl else record.decode("utf-8")
-        except UnicodeDecodeError as error:
-            yield number, ValueError(f"not UTF-8 (byte {error.start} is {error.object[error.start]:#04x})")
-        except ValueError as error:
-            yield number, error
+    for number, line in enumerate(chunk.raw.removesuffix(b"\n").split(b"\n"), start=chunk.line):
+        yield number, _parsed(line, parse)
 
 
-def _parse(record: bytes, key: str) -> str:
-    """The text of a JSON line; none for a blank line.
+def _parsed[T](record: bytes, parse: Callable[[bytes], T]) -> T | ValueError:
+    try:
+        return parse(record)
+    except UnicodeDecodeError as error:
+        return ValueError(f"not UTF-8 (byte {error.start} is {error.object[error.start]:#04x})")
+    except ValueError as error:
+        return error
+
+
+def _text_of(line: bytes, key: str) -> str:
+    parsed = json_object(line)
+    return "" if parsed is None else text_under(parsed, key)
+
+
+def json_object(line: bytes) -> dict[str, Any] | None:
+    """The JSON object of a line, None if the line is blank.
 
     Raises:
         ValueError: why it is malformed.
     """
-    text = record.decode("utf-8")
+    text = line.decode("utf-8")
     if not text.strip():
-        return ""
+        return None
     try:
         parsed = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg})") from None
     except (ValueError, RecursionError) as error:  # numbers too long, brackets nested too deeply
         raise ValueError(f"not usable JSON ({error})") from None
-    if not isinstance(parsed, dict) or not isinstance(parsed.get(key), str):
+    if not isinstance(parsed, dict):
+        raise ValueError("no JSON object")
+    return parsed
+
+
+def text_under(found: dict[str, Any], key: str) -> str:
+    """The text of a JSON object under a key.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    text = found.get(key)
+    if not isinstance(text, str):
         raise ValueError(f"no text under the key {key!r}")
-    found: str = parsed[key]
     try:
-        found.encode()
+        text.encode()
     except UnicodeEncodeError:
         # Half of a surrogate pair is valid JSON but no text.
         raise ValueError("an unpaired surrogate is no character") from None
-    return found
+    return text

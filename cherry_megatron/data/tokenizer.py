@@ -17,6 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
+from cherry_megatron.data.chat import CHAT_TEMPLATE, conversations
 from cherry_megatron.data.text import Chunk, documents, find_files, read_chunks
 from cherry_megatron.errors import CherryError
 
@@ -43,6 +44,8 @@ class Counts:
     """Each document's end included."""
     empty: int = 0
     malformed: int = 0
+    answers: int = 0
+    """Tokens of conversations that are learned from."""
     named: list[str] = field(default_factory=list)
 
     def add(self, later: "Counts") -> None:
@@ -54,10 +57,15 @@ class Counts:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A batch after tokenization: the ids of all its documents, and how many each has (int32)."""
+    """A batch after tokenization.
 
-    ids: bytes
-    lengths: bytes
+    Attributes:
+        streams: what is appended to each file of OUTPUT.parts: tokens.bin, the ids of all documents; lengths,
+            how many each has (int32); answers, of conversations, 1 for ids that are learned from (uint8).
+        counts: of the batch.
+    """
+
+    streams: dict[str, bytes]
     counts: Counts
 
 
@@ -148,7 +156,10 @@ def _save(tokenizer: Tokenizer, output: Path) -> None:
     try:
         partial.mkdir(parents=True)
         PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, eos_token=END_OF_DOCUMENT, pad_token=PADDING
+            tokenizer_object=tokenizer,
+            eos_token=END_OF_DOCUMENT,
+            pad_token=PADDING,
+            chat_template=CHAT_TEMPLATE,
         ).save_pretrained(partial)
         partial.replace(output)
     except OSError as error:
@@ -216,40 +227,55 @@ def fingerprint(folder: Path) -> str:
         raise CherryError(f"cannot read {folder}/tokenizer.json: {error.strerror}") from None
 
 
-def encode(tokenizer: Tokenizer, chunks: Iterable[Chunk], key: str, end: int, typecode: str) -> Encoded:
+def encode(tokenizer: Tokenizer, chunks: Iterable[Chunk], key: str | None, end: int, typecode: str) -> Encoded:
     """Tokenize the documents of some chunks.
 
     Args:
         tokenizer: from `load`.
         chunks: of any files.
-        key: the key of the text in .jsonl lines.
-        end: the id that ends every document.
+        key: the key of the text in .jsonl lines; None if they are conversations.
+        end: the id that ends every document, and every answer.
         typecode: of the ids, as `array` names it.
     """
     counts = Counts()
-    texts = []
+    found = list(_usable(chunks, key, counts))
+    ids, lengths, answers = array(typecode), array("i"), bytearray()
+    # What is asked is encoded without its answer, as it is when a model is asked.
+    encodings = iter(tokenizer.encode_batch_fast(list(itertools.chain(*found)), add_special_tokens=False))
+    for pieces in found:
+        before = len(ids)
+        for encoding, is_answer in zip(itertools.islice(encodings, len(pieces)), itertools.cycle((False, True))):
+            row = encoding.ids
+            if is_answer or key is not None:
+                row.append(end)
+            ids.fromlist(row)
+            if key is None:
+                answers += bytes([is_answer]) * len(row)
+        lengths.append(len(ids) - before)
+    counts.documents, counts.tokens, counts.answers = len(lengths), len(ids), sum(answers)
+    streams = {"tokens.bin": ids.tobytes(), "lengths": lengths.tobytes(), "answers": bytes(answers)}
+    return Encoded(streams, counts)
+
+
+def _usable(chunks: Iterable[Chunk], key: str | None, counts: Counts) -> Iterator[list[str]]:
+    """The pieces of the documents that are neither malformed nor empty; what was read is added to `counts`."""
     for chunk in chunks:
         counts.input_bytes += chunk.disk
-        for number, text in documents(chunk, key):
+        for number, found in conversations(chunk) if key is None else documents(chunk, key):
             counts.lines += 1
-            if isinstance(text, ValueError):
+            if isinstance(found, ValueError):
                 counts.malformed += 1
                 if len(counts.named) < NAMED_LINES:
-                    counts.named.append(f"{chunk.path}:{number}: {text}")
-            elif not text or text.isspace():
+                    counts.named.append(f"{chunk.path}:{number}: {found}")
+                continue
+            pieces = [found] if isinstance(found, str) else found
+            text = "".join(pieces)
+            if not text or text.isspace():
                 counts.empty += 1
             else:
                 counts.characters += len(text)
                 counts.bytes += len(text.encode())
-                texts.append(text)
-    ids, lengths = array(typecode), array("i")
-    for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
-        row = encoding.ids
-        row.append(end)
-        ids.fromlist(row)
-        lengths.append(len(row))
-    counts.documents, counts.tokens = len(lengths), len(ids)
-    return Encoded(ids.tobytes(), lengths.tobytes(), counts)
+                yield pieces
 
 
 def worker(folder: Path) -> Callable[..., Encoded]:

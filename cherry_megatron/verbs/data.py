@@ -35,13 +35,15 @@ def add_data(verbs: argparse._SubParsersAction) -> None:
         left_out = _left_out(arguments.input)
         report = prepare.prepare(
             arguments.input, prepare.output_prefix(arguments.output), arguments.tokenizer, arguments.workers,
-            arguments.key, arguments.max_malformed,
+            arguments.key, arguments.max_malformed, arguments.sft,
         )  # fmt: skip
         print(
             f"{arguments.output}: {report['documents']:,} documents, {report['tokens']:,} tokens, "
             f"{report['bytes'] / 1e6:.1f} MB in {report['seconds']} s "
             f"({report['mb_per_second_and_worker']} MB/s a worker, {report['workers']} workers)"
         )
+        if arguments.sft:
+            print(f"{report['answers']:,} of the tokens are answers, which alone are learned from")
         if report["malformed"]:
             print(f"{report['malformed']} malformed lines are named in {arguments.output}.json; the first:")
             print("  " + report["named"][0])
@@ -60,6 +62,7 @@ def add_data(verbs: argparse._SubParsersAction) -> None:
         default=0.01,
         help="stop above this share of malformed lines (default 0.01)",
     )
+    parser.add_argument("--sft", action="store_true", help="the .jsonl lines are conversations; mark their answers")
 
 
 def _left_out(inputs: list[Path]) -> list[str]:

@@ -69,7 +69,9 @@ def contents(output: Path) -> list[bytes]:
     for name in ("seconds", "mb_per_second_and_worker", "workers", "resumed_bytes"):
         report.pop(name)
     assert not Path(f"{output}.parts").exists()
-    return [Path(f"{output}{suffix}").read_bytes() for suffix in (".bin", ".idx")] + [json.dumps(report).encode()]
+    answers = sorted(output.parent.glob(f"{output.name}.answers.*"))
+    files = [Path(f"{output}.bin"), Path(f"{output}.idx"), *answers]
+    return [*(path.read_bytes() for path in files), json.dumps(report).encode()]
 
 
 def read_back(output: Path) -> list[list[int]]:

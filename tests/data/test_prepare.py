@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from cherry_megatron import cli
 from cherry_megatron.data import prepare, text
 from cherry_megatron.data import tokenizer as tokenizers
+from cherry_megatron.data.parts import Parts, Position
 from cherry_megatron.errors import CherryError
 from tests.conftest import korean_text, run_ranks
 from tests.data.conftest import PROCESSES, contents, read_back, run, small_parts, threads
@@ -117,17 +118,18 @@ def _megatron_index(folder: Path) -> tuple[list[str], bytes, bytes]:
     rule = [np.dtype(DType.optimal_dtype(size)).name for size in (65499, 65500)]
     ids = [[1, 70000, 3], [4], [5, 6]]
     builder = IndexedDatasetBuilder(str(folder / "theirs.bin"), dtype=np.int32)
-    parts = prepare._Parts(folder / "ours", folder, "same", np.dtype(np.int32))
+    parts = Parts(folder / "ours", folder, "same", np.dtype(np.int32))
     for document in ids:
         builder.add_document(document, [len(document)])
         lengths = np.array([len(document)], np.int32).tobytes()
-        encoded = tokenizers.Encoded(np.array(document, np.int32).tobytes(), lengths, tokenizers.Counts())
-        parts.append(encoded, prepare.Position())
+        streams = {"tokens.bin": np.array(document, np.int32).tobytes(), "lengths": lengths}
+        encoded = tokenizers.Encoded(streams, tokenizers.Counts())
+        parts.append(encoded, Position())
     builder.finalize(str(folder / "theirs.idx"))
     parts.save()
     parts.write_index()
-    assert (folder / "tokens").read_bytes() == (folder / "theirs.bin").read_bytes()
-    return rule, (folder / "theirs.idx").read_bytes(), (folder / "index").read_bytes()
+    assert (folder / "tokens.bin").read_bytes() == (folder / "theirs.bin").read_bytes()
+    return rule, (folder / "theirs.idx").read_bytes(), (folder / "tokens.idx").read_bytes()
 
 
 def test_the_index_is_what_megatron_writes_document_by_document(tmp_path):
@@ -221,7 +223,7 @@ def test_an_output_that_came_between_is_refused(folder, tmp_path, small):
 def test_inputs_that_change_while_they_are_read_are_refused(folder, tmp_path, small, monkeypatch):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "some text"}\n')
-    monkeypatch.setattr(prepare._Parts, "write_index", lambda _: path.write_text('{"text": "other text"}\n'))
+    monkeypatch.setattr(Parts, "write_index", lambda _: path.write_text('{"text": "other text"}\n'))
     with pytest.raises(CherryError, match="changed while they were read"):
         prepare.prepare([path], tmp_path / "out", folder / "tokenizer")
     assert not outputs(tmp_path)

@@ -15,6 +15,7 @@ from typing import Any
 from cherry_megatron import cli
 from cherry_megatron.data import prepare, text
 from cherry_megatron.data import tokenizer as tokenizers
+from cherry_megatron.data.parts import Parts, Position
 from cherry_megatron.errors import CherryError
 from tests.conftest import run_ranks
 from tests.data.conftest import contents, run, small_parts, threads
@@ -50,33 +51,34 @@ def _killed(step: int, folder: Path, output: Path, **arguments: Any) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
-def _kill_at_every_step(folder: Path, scratch: Path) -> tuple[int, int]:
+def kill_at_every_step(folder: Path, scratch: Path, files: int, arguments: dict[str, Any]) -> tuple[int, int]:
     """Returns the number of steps, and how many of the second runs went on from a part."""
     small_parts()
     prepare.worker_processes = threads
-    run(folder, scratch / "whole", workers=1)
+    run(folder, scratch / "whole", workers=1, **arguments)
     whole = contents(scratch / "whole")
     resumed = 0
     for step in count(1):
         output = scratch / str(step) / "out"
-        if not _killed(step, folder, output, workers=2):
+        if not _killed(step, folder, output, workers=2, **arguments):
             return step - 1, resumed
         # A data set is there if its index is, and then the rest must be.
         if Path(f"{output}.idx").exists():
             assert Path(f"{output}.bin").read_bytes() == whole[0] and Path(f"{output}.json").exists()
+            assert len(list(output.parent.glob("out.*"))) >= files
         try:
-            resumed += run(folder, output, workers=2)["resumed_bytes"] > 0
+            resumed += run(folder, output, workers=2, **arguments)["resumed_bytes"] > 0
         except CherryError as error:
             # The data set was whole; all that was left to do was to remove the empty folder.
             assert "out.bin exists" in str(error)
             shutil.rmtree(f"{output}.parts", ignore_errors=True)
         assert contents(output) == whole, f"killed at step {step}"
-        assert len(list(output.parent.iterdir())) == 3
+        assert len(list(output.parent.iterdir())) == files
     raise AssertionError
 
 
 def test_killed_at_any_step_a_second_run_gives_the_same_bytes(folder, tmp_path):
-    steps, resumed = run_ranks(tmp_path, 1, _kill_at_every_step, folder, tmp_path)[0]
+    steps, resumed = run_ranks(tmp_path, 1, kill_at_every_step, folder, tmp_path, 3, {})[0]
     assert steps >= 40 and resumed >= 20
 
 
@@ -97,7 +99,7 @@ def _resume_from_something_else(folder: Path, scratch: Path) -> None:
         assert contents(output) == contents(scratch / f"{name}-whole")
 
     def shorten(parts: Path) -> None:
-        os.truncate(parts / "tokens", 10)
+        os.truncate(parts / "tokens.bin", 10)
 
     def add_document(_: Path) -> None:
         with (changed / "1.jsonl").open("a") as file:
@@ -123,14 +125,14 @@ def test_parts_made_from_something_else_are_not_used(folder, tmp_path):
 
 def _stop_after_a_part(pipe: Any, arguments: list[str]) -> None:
     small_parts()
-    save = prepare._Parts.save
+    save = Parts.save
 
-    def save_and_wait(parts: prepare._Parts) -> None:
+    def save_and_wait(parts: Parts) -> None:
         save(parts)
         pipe.send([child.pid for child in multiprocessing.active_children()])
         signal.pause()
 
-    prepare._Parts.save = save_and_wait
+    Parts.save = save_and_wait
     cli.main(["data", *arguments])
 
 
@@ -173,11 +175,11 @@ def test_reading_ahead_is_bounded(folder):
     """However slow the workers, only so many batches are read before the first is written."""
     read = 0
 
-    def batches() -> Iterator[tuple[list[text.Chunk], prepare.Position]]:
+    def batches() -> Iterator[tuple[list[text.Chunk], Position]]:
         nonlocal read
         for read in range(1, 51):
             line = json.dumps({"text": str(read)}).encode()
-            yield [text.Chunk(Path("a.jsonl"), read, line, len(line))], prepare.Position(0, read)
+            yield [text.Chunk(Path("a.jsonl"), read, line, len(line))], Position(0, read)
 
     with threads(2, tokenizers.worker, folder / "tokenizer") as submit:
         for number, (encoded, position) in enumerate(prepare._in_order(submit, batches(), ("text", 0, "H"), 4), 1):

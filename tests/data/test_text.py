@@ -113,7 +113,7 @@ def test_any_line_is_a_text_or_malformed(raw):
         (b'{"text": "\xb0\xa1"}', r"not UTF-8 \(byte 10 is 0xb0\)"),
         (b'{"body": "a"}', "no text under the key 'text'"),
         (b'{"text": null}', "no text under the key 'text'"),
-        (b'["text"]', "no text under the key 'text'"),
+        (b'["text"]', "no JSON object"),
         (b'{"text": "\\ud83d"}', "unpaired surrogate"),
         (b'{"text": ' + b"[" * 100_000, "not usable JSON"),
         (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "not usable JSON"),
