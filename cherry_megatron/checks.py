@@ -11,6 +11,7 @@ from pathlib import Path
 from cherry_megatron.checkpoints import unloadable
 from cherry_megatron.config import Config
 from cherry_megatron.data import tokenizer as tokenizers
+from cherry_megatron.data.marks import read_marks
 from cherry_megatron.data.paths import DATA_FLAGS, data_prefixes
 from cherry_megatron.data.prepare import token_type
 from cherry_megatron.errors import CherryError
@@ -80,6 +81,9 @@ def _check_teacher(config: Config) -> None:
 def _data(config: Config) -> list[str]:
     """One source of text with a split, or a source for each split. Megatron fails late on anything else."""
     found = [why for flag, prefix in data_prefixes(config) for why in _data_set(config, flag, prefix)]
+    if config.sgt is not None and config.sgt.marks is not None and not found:
+        for _, prefix in data_prefixes(config):
+            read_marks(Path(prefix), config.sgt.marks)
     split = config.value("split")
     given = [flag for flag in (*DATA_FLAGS, "data-args-path") if config.value(flag)]
     whole = [flag for flag in given if flag in ("data-path", "data-args-path")]

@@ -41,10 +41,12 @@ class Evaluation:
     Attributes:
         loops: report the loss at these numbers of loops besides the model's own; by default 1, 2, 4, ...
         batches: global batches of the validation split that are used for it.
+        at_start: evaluate before the first step too.
     """
 
     loops: tuple[int, ...] = ()
     batches: int = 4
+    at_start: bool = False
 
     def __post_init__(self) -> None:
         if self.batches < 1 or any(n < 1 for n in self.loops):
@@ -180,7 +182,8 @@ class Config:
 
 
 _SECTIONS = {
-    "recurrence": Recurrence, "evaluation": Evaluation, "distillation": Distillation, "data": Data, "sgt": Selective,
+    "recurrence": Recurrence, "evaluation": Evaluation, "distillation": Distillation, "data": Data,
+    "sgt": Selective,
 }  # fmt: skip
 _OPTIONAL = ("distillation", "sgt")
 _TOP_KEYS = ("extends", "run", *_SECTIONS, "megatron", "flags")

@@ -14,6 +14,7 @@ from megatron.training import pretrain as megatron_pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 
+from cherry_megatron.before_step import BeforeStep
 from cherry_megatron.checkpoints import Loading, recorder, start_from, unchanged_start, where_from
 from cherry_megatron.checks import require
 from cherry_megatron.config import Config
@@ -32,8 +33,6 @@ from cherry_megatron.platform.saving import before_checkpoint_counts
 from cherry_megatron.platform.steps import before_each_step
 from cherry_megatron.runs import make_run_folder, only_training, record_start
 from cherry_megatron.sgt.loss import Supervision
-from cherry_megatron.sgt.probe import Probe
-from cherry_megatron.sgt.training import BeforeStep
 
 
 def pretrain(
@@ -76,8 +75,7 @@ def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Call
         loading.done()
         if args.rank == 0 and not args.skip_train:
             progress.say(where_from(config, args))
-            record_start(config, args.rank, args.world_size)
-        reading = {"selection": config.sgt.marks if config.sgt else None, "shuffle": config.data.shuffle}
+        reading: dict[str, Any] = {"selection": config.sgt and config.sgt.marks, "shuffle": config.data.shuffle}
         train, valid, _ = build_datasets(samples, **reading)
         held_out = build_held_out(config.evaluation.batches * args.eval_global_batch_size, **reading)
         progress.train_dataset, progress.held_out = train, held_out
@@ -86,7 +84,8 @@ def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Call
             objective.teacher = Teacher(config.distillation, config, args)
         if config.sgt is not None:
             objective.supervision = Supervision(config.sgt, train)
-            before_each_step(BeforeStep(objective, Probe(objective, progress, config.run)))
+        if args.rank == 0 and not args.skip_train:
+            record_start(config, args.world_size, objective.supervision.share if objective.supervision else None)
         # Megatron would report the test split under the validation's tags.
         return train, valid, None
 
@@ -98,6 +97,7 @@ def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Call
             before_checkpoint_counts(recorder(config, args, progress.say))
         stack.enter_context(progress)
         stack.enter_context(loading)
+        before_each_step(BeforeStep(config, objective, progress, evaluation))
         megatron_pretrain(
             pretrain_cfg_container_from_args(args),
             datasets,

@@ -277,7 +277,9 @@ def _check_selective(config: "Config") -> None:
         return
     if config.sgt.skip_head:
         if config.value("cuda-graph-impl") == GRAPH:
-            raise CherryError(f"sgt.skip_head: the number of tokens varies, and a {GRAPH} graph replays one; take one out")
+            raise CherryError(
+                f"sgt.skip_head: the number of tokens varies, and a {GRAPH} graph replays one; take one out"
+            )
         if config.distillation is not None:
             raise CherryError("sgt.skip_head: a teacher compares the outputs of all tokens; take distillation out")
     stages = config.value("pipeline-model-parallel-size")

@@ -4,6 +4,7 @@ config.yaml       the resolved configuration of the last start
 starts.jsonl      one line a start: time, command, commit, versions, configuration hash
 steps.jsonl       one line a step: loss, gradient norm, learning rate, seconds
 evaluations.jsonl one line an evaluation: held-out loss by number of loops
+probes.jsonl      one line a probe of selective training: the gradient coupling
 checkpoints/      Megatron's torch_dist checkpoints
 tensorboard/      events
 logs/             Megatron's own output, one file a rank
@@ -91,10 +92,14 @@ def make_run_folder(config: Config) -> None:
     (config.run / "logs").mkdir(parents=True, exist_ok=True)
 
 
-def record_start(config: Config, rank: int, world_size: int) -> None:
-    """Write what is about to run, on rank 0."""
-    if rank != 0:
-        return
+def record_start(config: Config, world_size: int, rho: float | None) -> None:
+    """Write what is about to run.
+
+    Args:
+        config: of the run.
+        world_size: ranks.
+        rho: the selected share of the training split, of selective training with marks.
+    """
     write_atomically(config.run / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
     start = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -106,6 +111,7 @@ def record_start(config: Config, rank: int, world_size: int) -> None:
         "host": socket.gethostname(),
         "world_size": world_size,
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        **({} if rho is None else {"rho": rho}),
     }
     with (config.run / "starts.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(start) + "\n")
@@ -118,8 +124,29 @@ def read_steps(run: Path) -> list[dict[str, float]]:
 
 
 def read_evaluations(run: Path) -> list[dict[str, Any]]:
-    """The recorded evaluations of a run in order; of what was evaluated twice at a step the later."""
-    losses: dict[int, dict[str, float]] = {}
+    """The recorded evaluations of a run in order; of what was evaluated twice at a step the later.
+
+    Returns:
+        Of each: iteration, losses by number of loops, and parts, the losses of selected and unselected tokens by
+        number of loops, if some tokens were selected.
+    """
+    found: dict[int, dict[str, Any]] = {}
     for line in read_lines(run / "evaluations.jsonl"):
-        losses.setdefault(line["iteration"], {}).update(line["losses"])
-    return [{"iteration": iteration, "losses": losses[iteration]} for iteration in sorted(losses)]
+        known = found.setdefault(line["iteration"], {"iteration": line["iteration"], "losses": {}})
+        for key in ("losses", "parts"):
+            if key in line:
+                known.setdefault(key, {}).update(line[key])
+    return [found[iteration] for iteration in sorted(found)]
+
+
+def read_probes(run: Path) -> list[dict[str, Any]]:
+    """The recorded couplings of a run in order: iteration, and by part cos and ratio."""
+    path = run / "probes.jsonl"
+    probes = {line["iteration"]: line for line in read_lines(path)} if path.exists() else {}
+    return [probes[iteration] for iteration in sorted(probes)]
+
+
+def read_rho(run: Path) -> float | None:
+    """The selected share of a run's training split, if it was trained on marks."""
+    found = [start["rho"] for start in read_lines(run / "starts.jsonl") if "rho" in start]
+    return found[-1] if found else None

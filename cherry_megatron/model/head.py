@@ -14,7 +14,11 @@ from torch import Tensor
 class RecurrentModel(HybridModel):
     """A HybridModel whose cross-entropy may be asked of some tokens alone."""
 
-    def forward(self, *args: Any, labels: Tensor | None = None, rows: Tensor | None = None, **kwargs: Any) -> Tensor:
+    post_process: bool
+
+    def forward(
+        self, *args: Any, labels: Tensor | None = None, rows: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
         """As HybridModel's.
 
         Args:

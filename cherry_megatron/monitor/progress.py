@@ -29,6 +29,7 @@ class Progress:
     def __init__(self, run: Path, args: Any, flops_per_token: float, terminal: TextIO) -> None:
         self.train_dataset: Any = None
         self.held_out: Any = None
+        self.before_first_step = False
         self._run, self._args, self._flops = run, args, flops_per_token
         self._heard: dict[str, float] = {}
         self._timed = 0.0  # seconds of training steps so far
@@ -44,7 +45,7 @@ class Progress:
     def iteration(self) -> int:
         """The number of steps done, counted from the beginning of the run; known on every rank."""
         args = self._args
-        if args.skip_train:
+        if args.skip_train or self.before_first_step:
             return int(args.iteration)
         # A training that has nothing left to do begins no step.
         return max(int(args.iteration), int(args.curr_iteration) + 1)
@@ -140,9 +141,10 @@ class Progress:
         name = "loss" if "lm loss" in self._heard else "selected loss"
         mfu = f"MFU {flops / PEAK_BF16:6.1%}" if on_gpu else "MFU      -"
         self.say(
-            f"step {iteration:>7}/{args.train_iters}  {name} {loss:7.4f}  grad norm {self._heard['grad-norm']:7.3f}  "
-            f"lr {self._heard.get('learning-rate', 0.0):.2e}  {tokens:9,.0f} tokens/s  "
-            f"{flops / 1e12:7.3f} TFLOP/s  {mfu}  left {_clock(seconds * (args.train_iters - iteration))}"
+            f"step {iteration:>7}/{args.train_iters}  {name} {loss:7.4f}  "
+            f"grad norm {self._heard['grad-norm']:7.3f}  "
+            f"lr {self._heard.get('learning-rate', 0.0):.2e}  {tokens:9,.0f} tokens/s  {flops / 1e12:7.3f} TFLOP/s  "
+            f"{mfu}  left {_clock(seconds * (args.train_iters - iteration))}"
         )
 
 

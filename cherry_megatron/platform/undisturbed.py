@@ -35,7 +35,7 @@ def undisturbed(model: list[torch.nn.Module], config: Any) -> Iterator[None]:
         for kept, was in scales:
             kept.copy_(was)
         for chunk in model:
-            chunk.zero_grad_buffer()
+            chunk.zero_grad_buffer()  # type: ignore[operator]
         config.timers = timers
         rerun.set_mode(mode)
         timer.start()

@@ -25,6 +25,7 @@ class Supervision:
 
     Attributes:
         options: of the configuration.
+        share: selected share of the training split; of online selection, what is asked for.
         mode: `weighted` for training; the mean over `selected` or `unselected` tokens for the probe, up to a
             constant; `plain` for their scores.
         alpha, rho: tensors without dimensions, so that a CUDA graph sees their new values.
@@ -39,12 +40,14 @@ class Supervision:
         self.options = options
         self.mode: Mode = "weighted"
         device = torch.cuda.current_device()
-        self.alpha = torch.tensor(options.alpha_at(0), dtype=torch.float32, device=device)
-        self.rho = torch.tensor(1.0, dtype=torch.float32, device=device)
+        share = torch.tensor(options.top_loss or 0.0, dtype=torch.float64, device=device)
         if options.marks is not None:
             if torch.distributed.get_rank() == 0:
-                self.rho.fill_(rho_of(train))
-            torch.distributed.broadcast(self.rho, 0)
+                share.fill_(rho_of(train))
+            torch.distributed.broadcast(share, 0)
+        self.share = float(share)
+        self.alpha = torch.tensor(options.alpha_at(0), dtype=torch.float32, device=device)
+        self.rho = share.float()
 
     def has_selection(self, training: bool) -> bool:
         """Whether batches come with `selected`: online selection has none at evaluation and for its scores."""

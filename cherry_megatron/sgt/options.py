@@ -32,7 +32,9 @@ class Selective:
 
     def __post_init__(self) -> None:
         if (self.marks is None) == (self.top_loss is None):
-            raise CherryError("sgt needs either marks, the name that `cherry select` gave them, or top_loss, a share")
+            raise CherryError(
+                "sgt needs either marks, the name that `cherry select` gave them, or top_loss, a share"
+            )
         if self.marks == ANSWERS:
             raise CherryError(f"sgt.marks {ANSWERS} are no selection: only they are output tokens anyway")
         if self.top_loss is not None and not 0 < self.top_loss <= 1:

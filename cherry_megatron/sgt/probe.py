@@ -5,8 +5,8 @@ With g_S and g_U the gradients of the mean loss over the selected and the unsele
     cos   = <g_S, g_U> / (|g_S| |g_U|)
     ratio = <g_S, g_U> / |g_S|^2
 
-A step of size eta along -g_S changes the unselected loss by -eta <g_S, g_U> to first order. The paper's own formula is
-not public, so both are given, over all parameters and by part.
+A step of size eta along -g_S changes the unselected loss by -eta <g_S, g_U> to first order. The paper's own formula
+is not public, so both are given, over all parameters and by part.
 """
 
 import json
@@ -30,7 +30,7 @@ from cherry_megatron.model.pattern import ATTENTION
 from cherry_megatron.model.stack import RecurrentStack
 from cherry_megatron.monitor.progress import Progress
 from cherry_megatron.objective import Objective
-from cherry_megatron.sgt.loss import Mode
+from cherry_megatron.sgt.loss import Mode, Supervision
 
 PARTS = ("embedding", "attention", "ffn", "head")
 ALL = "all"
@@ -40,15 +40,18 @@ class Probe:
     """Measures the coupling on the micro-batches of a step, and records it in TensorBoard and probes.jsonl.
 
     Args:
-        objective: with a supervision.
+        objective: has a supervision when the probe is called.
         progress: where scalars go.
         run: the run's folder.
     """
 
     def __init__(self, objective: Objective, progress: Progress, run: Path) -> None:
-        assert objective.supervision is not None
-        self._objective, self._supervision = objective, objective.supervision
-        self._progress, self._run = progress, run
+        self._objective, self._progress, self._run = objective, progress, run
+
+    @property
+    def _supervision(self) -> Supervision:
+        assert self._objective.supervision is not None
+        return self._objective.supervision
 
     def __call__(self, batch: Callable[[], Any], model: list[torch.nn.Module], step: int) -> None:
         """Two forward and backward passes, and two more for each loop with `sgt.probe_loops`; all ranks call it.
@@ -106,7 +109,7 @@ class Probe:
         """
         args = get_args()
         for chunk in model:
-            chunk.zero_grad_buffer()
+            chunk.zero_grad_buffer()  # type: ignore[operator]
             chunk.force_all_reduce = True  # type: ignore[assignment]
         self._supervision.mode = mode
         try:

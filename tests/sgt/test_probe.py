@@ -44,7 +44,8 @@ def test_coupling_is_that_of_the_gradients(probed, tmp_path, selective, train):
     mean = steps[1.0]["selected_loss"] / steps[1.0]["weighted_loss"]  # instead of sum / (rho * tokens)
     selected = {name: mean * value for name, value in gradients[1.0].items()}
     others = {
-        name: (tokens * value - number * selected[name]) / (tokens - number) for name, value in gradients[0.0].items()
+        name: (tokens * value - number * selected[name]) / (tokens - number)
+        for name, value in gradients[0.0].items()
     }
     seen = set()
     for part, starts in PARTS.items():

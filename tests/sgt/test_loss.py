@@ -62,7 +62,9 @@ def test_alpha_1_is_training_on_the_selected_tokens(step, marked, tmp_path_facto
     found, ours = step(marks="some", alpha=1.0)
     assert found["selected_loss"] == pytest.approx(answers["loss"], rel=TOLERANCE)
     # The one divides by the batch's number of selected tokens, the other by rho and the number of all.
-    ratio = np.linalg.norm(ours["decoder.final_norm.weight"]) / np.linalg.norm(gradient["decoder.final_norm.weight"])
+    ratio = np.linalg.norm(ours["decoder.final_norm.weight"]) / np.linalg.norm(
+        gradient["decoder.final_norm.weight"]
+    )
     assert 0.5 < ratio < 2
     assert distance(ours, {name: ratio * value for name, value in gradient.items()}) <= TOLERANCE
 

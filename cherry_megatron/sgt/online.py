@@ -1,0 +1,100 @@
+"""Online selection: the tokens of a global batch with the highest loss, before the step that trains on it."""
+
+from collections.abc import Iterator
+
+import torch
+from megatron.core import mpu
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.training import get_args
+from torch import Tensor
+
+from cherry_megatron.data.batches import SELECTED
+from cherry_megatron.objective import Objective
+from cherry_megatron.sgt.loss import Supervision
+
+Rows = list[dict[str, Tensor]]
+Ahead = list[Rows | None]  # the micro-batches of a step by model chunk; None on ranks that read no data
+
+
+def select(
+    objective: Objective, supervision: Supervision, ahead: Ahead, model: list[torch.nn.Module], share: float
+) -> None:
+    """Mark the targets with the highest loss of the global batch, and set rho to their exact share.
+
+    All ranks call it. It costs a forward pass.
+
+    Args:
+        objective, supervision: of the training.
+        ahead: the micro-batches of the step, which get `selected` on the last stage.
+        model: chunks of this rank.
+        share: of the targets.
+    """
+    args = get_args()
+    supervision.mode, objective.scores = "plain", []
+    try:
+        get_forward_backward_func()(
+            forward_step_func=objective.forward_step,
+            data_iterator=replay(ahead),
+            model=model,
+            num_microbatches=get_num_microbatches(),
+            seq_length=args.seq_length,
+            micro_batch_size=args.micro_batch_size,
+            forward_only=True,
+        )
+        scores = objective.scores
+    finally:
+        supervision.mode, objective.scores = "weighted", None
+    if not mpu.is_pipeline_last_stage():
+        return
+    rows = ahead[-1]
+    selected, rho = highest(torch.stack(scores).float(), _masks(rows), share, mpu.get_data_parallel_group())
+    supervision.rho.fill_(rho)
+    if rows is not None:
+        for row, chosen in zip(rows, selected, strict=True):
+            row[SELECTED] = chosen
+
+
+def _masks(rows: Rows | None) -> Tensor:
+    """The loss masks of the micro-batches on every rank of the last stage, [m, b, s]."""
+    args = get_args()
+    shape = (get_num_microbatches(), args.micro_batch_size, args.seq_length)
+    masks = torch.empty(shape, device=torch.cuda.current_device())
+    if rows is not None:
+        masks.copy_(torch.stack([row["loss_mask"] for row in rows]))
+    source, group = mpu.get_tensor_model_parallel_src_rank(), mpu.get_tensor_model_parallel_group()
+    torch.distributed.broadcast(masks, source, group=group)
+    return masks
+
+
+def replay(ahead: Ahead) -> list[Iterator[dict[str, Tensor]] | None]:
+    """Iterators over micro-batches that were read already."""
+    return [None if rows is None else iter(rows) for rows in ahead]
+
+
+def highest(
+    scores: Tensor, masks: Tensor, share: float, group: torch.distributed.ProcessGroup
+) -> tuple[Tensor, float]:
+    """The tokens with the highest scores of the global batch, exactly so many, under any split of it.
+
+    Args:
+        scores: [m, b, s] of this rank's micro-batches.
+        masks: [m, b, s], 0 or 1: tokens that can be selected.
+        share: of these; at least one token is selected.
+        group: data-parallel ranks, which read the micro-batches of a batch in turns.
+
+    Returns:
+        1 for selected tokens, [m, b, s]; and the exact share that is selected.
+    """
+    scores = scores.masked_fill(masks == 0, float("-inf"))
+    everyone = [torch.empty_like(scores) for _ in range(group.size())]
+    torch.distributed.all_gather(everyone, scores, group=group)
+    # [m, ranks, b, s] is the order of the data, by which ties are broken.
+    together = torch.stack(everyone, dim=1)
+    eligible = int((together > float("-inf")).sum())
+    if not eligible:
+        return torch.zeros_like(scores), 1.0
+    count = max(round(share * eligible), 1)
+    order = together.flatten().sort(descending=True, stable=True).indices[:count]
+    chosen = torch.zeros_like(together).flatten().index_fill_(0, order, 1.0).view_as(together)
+    return chosen[:, group.rank()], count / eligible
