@@ -88,7 +88,7 @@ def fingerprint(prefix: Path) -> str:
 
 def has_answers(prefix: Path) -> bool:
     """Whether the tokens are conversations, of which the answers alone are learned from."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, AttributeError):  # a data set may be without a report of ours
         if json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8")).get("answers"):
             return True  # also where the marks have been lost, so that they are missed
     return Path(f"{marks_prefix(prefix, ANSWERS)}.json").exists()
