@@ -131,8 +131,9 @@ def _recovered(axes: Axes, rows: list[SelectiveRow]) -> None:
         above = [max(values) - mean for mean, (_, values) in zip(means, points, strict=True)]
         places = [place for place, _ in points]
         axes.errorbar(means, places, xerr=[below, above], linestyle="none", capsize=2, label=label, **_look(kind))
-    axes.set_yticks(range(len(selective)), [f"{row.label}, alpha {row.alpha}" for row in selective])
+    axes.set_yticks(range(len(selective)), [row.label for row in selective])
     axes.invert_yaxis()
+    axes.get_figure(root=True).set_figheight(max(3.2, 0.25 * len(selective)))
     axes.set_xlabel("recovered fraction")
 
 

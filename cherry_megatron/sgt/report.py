@@ -156,7 +156,7 @@ def _recovered(row: Row) -> str:
     ]
     return _line(
         row,
-        _different([f"{share:.3g}" for share in rho]),
+        _different([float(f"{share:.3g}") for share in rho]),
         start,
         lowest,
         _different([pair.run.optimum for pair in row.pairs]),
@@ -180,9 +180,9 @@ def _line(row: Row, *cells: str) -> str:
     return f"| {' | '.join((row.label.replace('|', '\\|'), row.alpha, *cells))} |"
 
 
-def _different(values: Sequence[object]) -> str:
+def _different(values: Sequence[float]) -> str:
     """The values that seeds have, each once."""
-    return ", ".join(map(str, dict.fromkeys(values))) or "-"
+    return ", ".join(map(str, sorted(set(values)))) or "-"
 
 
 def spread(values: Sequence[float], digits: int = 4) -> str:
