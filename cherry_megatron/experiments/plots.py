@@ -30,6 +30,7 @@ _STYLE: dict[Any, Any] = {
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _MARKERS = "osD^vP*X"
+_HEIGHT = 3.2
 _LOSS = "held-out loss, nats a token"
 _COUPLINGS = {"cos": "cos of the gradients", "ratio": "<g_S, g_U> / |g_S|²"}
 
@@ -50,16 +51,18 @@ def draw(rows: list[Row], selective: list[SelectiveRow]) -> dict[str, str]:
     drawn = {name: figure(plot, rows, _LOSS) for name, plot in losses.items()}
     for name, label in _COUPLINGS.items():
         drawn[f"coupling-{name}.svg"] = figure(partial(_coupling, name), selective, label)
-    drawn["recovered.svg"] = figure(_recovered, selective, "")
+    drawn["recovered.svg"] = figure(_recovered, selective, "", max(_HEIGHT, 0.25 * len(selective)))
     return {name: _svg(made) for name, made in drawn.items() if made is not None}
 
 
-def figure[R](plot: Callable[[Axes, list[R]], None], rows: list[R], label: str) -> Figure | None:
-    """One plot, or None if nothing was drawn; `label` is the y axis'."""
+def figure[R](
+    plot: Callable[[Axes, list[R]], None], rows: list[R], label: str, height: float = _HEIGHT
+) -> Figure | None:
+    """One plot, or None if nothing was drawn; `label` is the y axis', `height` in inches."""
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(_STYLE)
-        made = Figure(figsize=(5, 3.2), layout="constrained")
+        made = Figure(figsize=(5, height), layout="constrained")
         axes = made.add_subplot()
         plot(axes, rows)
         if not axes.has_data():
@@ -133,7 +136,6 @@ def _recovered(axes: Axes, rows: list[SelectiveRow]) -> None:
         axes.errorbar(means, places, xerr=[below, above], linestyle="none", capsize=2, label=label, **_look(kind))
     axes.set_yticks(range(len(selective)), [row.label for row in selective])
     axes.invert_yaxis()
-    axes.get_figure(root=True).set_figheight(max(3.2, 0.25 * len(selective)))
     axes.set_xlabel("recovered fraction")
 
 

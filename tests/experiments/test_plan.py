@@ -8,7 +8,7 @@ import yaml
 from cherry_megatron.cli import check_arguments
 from cherry_megatron.config import outline
 from cherry_megatron.errors import CherryError
-from cherry_megatron.experiments.plan import Experiment, find, read
+from cherry_megatron.experiments.plan import Experiment, Stage, find, read
 
 BASE = {"run": "runs/x", "recurrence": {"pattern": "*-"}, "megatron": {"lr": 1e-3}}
 STAGES = {
@@ -161,3 +161,17 @@ def test_an_unknown_stage_or_experiment_is_named(tmp_path, experiment, monkeypat
     assert find("depth") == Path("configs/experiments/depth.yaml") and find("x/y.yaml") == Path("x/y.yaml")
     with pytest.raises(CherryError, match=r"no experiment configs/experiments/dept\.yaml; did you mean 'depth'"):
         find("dept")
+
+
+def test_every_selective_stage_of_ours_has_its_full_one():
+    experiment = read(Path(__file__).parents[2] / "configs/experiments/sgt.yaml")
+
+    def shared(stage: Stage) -> str:
+        kept = {key: value for key, value in stage.set.items() if not key.startswith("sgt.")}
+        return f"{stage.config} {sorted(kept.items())}"
+
+    stages = experiment.stages.values()
+    full = {(shared(stage), seed) for stage in stages for seed in stage.seeds if "sgt.alpha" not in stage.set}
+    selective = {(shared(stage), seed) for stage in stages for seed in stage.seeds if stage.set.get("sgt.alpha")}
+    assert selective and selective <= full
+    assert full - selective == {(shared(experiment.stages["reference"]), 1)}

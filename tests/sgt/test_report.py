@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,12 @@ def test_an_alpha_that_stays_0_is_full_supervision(runs, tmp_path):
     assert cells(both, "semantic")[3][1:5] == ["1.0000 (1)", "2.0000 (1)", "-", "0.250 (1)"]
     rising = make_run(tmp_path / "rising", 1, FULL, {"alpha": 0.5, "alpha_start": 0.0, "alpha_steps": 9}, 0.125)
     assert cells(report([runs[0], rising]), "semantic")[0][0] == "0 to 0.5 in 9 steps"
+
+
+def test_an_alpha_that_falls_to_0_is_selective(runs, tmp_path):
+    falling = {"alpha": 0.0, "alpha_start": 0.5, "alpha_steps": 30}
+    made = make_run(tmp_path / "falling", 1, FULL, falling, 0.125)
+    assert cells(report([runs[0], made]), "semantic")[0][0] == "0.5 to 0 in 30 steps"
 
 
 def test_the_seed_may_be_a_flag_or_megatrons_own(tmp_path):
@@ -291,6 +298,19 @@ def test_rows_are_over_the_seeds_that_can_be_compared():
     ]
     (problem,) = compared.problems
     assert problem.startswith("one/3 pairs with no run of full supervision")
+
+
+def test_what_one_seed_lacks_is_left_out_for_all():
+    runs = [made_up("full", seed, f"a{seed}", [8.0, 4.0], None) for seed in (1, 2)]
+    for seed, steps in ((1, (5, 10)), (2, (10, 15))):
+        probes = [{"iteration": step, "coupling": coupling(seed + step, 1.0)} for step in steps]
+        one = made_up("one", seed, f"a{seed}", [8.0, 5.0], 0.5, 1.0)
+        runs.append(replace(one, probes=probes if seed == 1 else [*probes, {"iteration": 5, "coupling": {}}]))
+    row = compare(runs).rows[1]
+    assert row.coupling("cos") == [(10, [11.0, 12.0])]
+    assert row.each(lambda pair: pair.run.last_coupling("cos")) == [11.0, 17.0]
+    whole = compare([*runs[:3], replace(runs[3], probes=[])]).rows[1]
+    assert whole.coupling("cos") == [] and whole.each(lambda pair: pair.run.last_coupling("cos")) == []
 
 
 def test_the_base_is_what_a_pair_has_in_common(tmp_path):
