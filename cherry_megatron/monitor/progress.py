@@ -142,9 +142,9 @@ class Progress:
         mfu = f"MFU {flops / PEAK_BF16:6.1%}" if on_gpu else "MFU      -"
         self.say(
             f"step {iteration:>7}/{args.train_iters}  {name} {loss:7.4f}  "
-            f"grad norm {self._heard['grad-norm']:7.3f}  "
-            f"lr {self._heard.get('learning-rate', 0.0):.2e}  {tokens:9,.0f} tokens/s  {flops / 1e12:7.3f} TFLOP/s  "
-            f"{mfu}  left {_clock(seconds * (args.train_iters - iteration))}"
+            f"grad norm {self._heard['grad-norm']:7.3f}  lr {self._heard.get('learning-rate', 0.0):.2e}  "
+            f"{tokens:9,.0f} tokens/s  {flops / 1e12:7.3f} TFLOP/s  {mfu}  "
+            f"left {_clock(seconds * (args.train_iters - iteration))}"
         )
 
 
