@@ -57,7 +57,8 @@ def run_ranks(folder: Path, world: int, function: Callable[..., Any], *args: Any
     """Call a module-level function on `world` ranks; returns what each gave, raises what one raised."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        # A process alone takes a port when it needs one: by then another may have this one.
+        port = probe.getsockname()[1] if world > 1 else 0
     folder.mkdir(parents=True, exist_ok=True)
     queue = _CONTEXT.Queue()
     ranks = [

@@ -28,6 +28,7 @@ _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#
 _LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _MARKERS = "osD^vP*X"
 _LOSS = "held-out loss, nats a token"
+_WIDTH, _HEIGHT, _ENTRY = 5.0, 3.0, 0.2  # inches, of the axes and of a line of the legend
 
 
 def draw(rows: list[Row]) -> dict[str, str]:
@@ -47,13 +48,15 @@ def figure(plot: Callable[[Axes, list[Row]], None], rows: list[Row]) -> Figure |
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(_STYLE)
-        made = Figure(figsize=(5, 3.2), layout="constrained")
+        made = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
         axes = made.add_subplot()
         plot(axes, rows)
         if not axes.has_data():
             return None
         axes.set_ylabel(_LOSS)
-        made.legend(loc="outside right upper")
+        # Below, with room of its own: beside the axes long labels would leave them none.
+        made.set_figheight(_HEIGHT + _ENTRY * len(axes.get_legend_handles_labels()[0]))
+        made.legend(loc="outside lower left")
         return made
 
 
@@ -67,6 +70,11 @@ def _svg(made: Figure) -> str:
 def _over_tokens(axes: Axes, rows: list[Row]) -> None:
     for number, row in enumerate(rows):
         _line(axes, number, row, row.curve())
+    # Losses before the first step, some above that of a uniform guess, would press the others flat.
+    later = [loss for row in rows for tokens, losses in row.curve() if tokens for loss in losses]
+    if later:
+        margin = 0.05 * (max(later) - min(later)) or 0.1
+        axes.set_ylim(min(later) - margin, max(later) + margin)
     axes.set_xlabel("training tokens of the stage")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: short(tokens)))
 
