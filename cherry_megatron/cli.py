@@ -13,6 +13,7 @@ from cherry_megatron import __version__
 from cherry_megatron.errors import CherryError
 from cherry_megatron.verbs.data import add_data, add_tokenizer
 from cherry_megatron.verbs.experiment import add_experiment
+from cherry_megatron.verbs.sgt import add_select
 from cherry_megatron.verbs.surgery import add_calibrate, add_compress_depth, add_lineage
 from cherry_megatron.verbs.training import add_doctor, add_evaluate, add_params, add_pretrain
 
@@ -91,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     add_doctor(verbs)
     add_tokenizer(verbs)
     add_data(verbs)
+    add_select(verbs)
     add_pretrain(verbs)
     add_evaluate(verbs)
     add_params(verbs)
