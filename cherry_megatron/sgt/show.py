@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 
 from cherry_megatron.data.marks import marks_prefix, read_marks
 from cherry_megatron.sgt.select import Selection
+from cherry_megatron.sgt.semantic import byte_places
 from cherry_megatron.sgt.tokens import open_tokenizer, open_tokens, token_bytes
 from cherry_megatron.sgt.words import KINDS
 
@@ -40,13 +41,16 @@ def show(prefix: Path, name: str, tokenizer: Path, documents: int) -> str:
 
 
 def bracketed(parts: list[bytes], marked: list[int]) -> str:
-    """The text of tokens, with brackets around those that are marked; a leading space stays outside."""
-    found = b""
-    for is_marked, group in groupby(zip(marked, parts, strict=True), key=lambda pair: pair[0]):
-        text = b"".join(part for _, part in group)
-        bare = text.lstrip()
-        found += text[: len(text) - len(bare)] + b"[" + bare + b"]" if is_marked else text
-    return found.decode(errors="replace")
+    """The text of tokens, with brackets around the characters that a marked token has a part of."""
+    text = b"".join(parts).decode(errors="ignore")  # the last token may end within a character
+    of_bytes = np.repeat(marked, [len(part) for part in parts])
+    of_characters = np.maximum.reduceat(of_bytes, byte_places(text)[:-1]) if text else of_bytes[:0]
+    found = ""
+    for is_marked, group in groupby(zip(of_characters, text, strict=True), key=lambda pair: pair[0]):
+        run = "".join(character for _, character in group)
+        bare = run.strip()
+        found += run.replace(bare, f"[{bare}]") if is_marked and bare else run
+    return found
 
 
 def summary(selection: Selection, prefix: Path, tokenizer: Path | None) -> str:
