@@ -35,19 +35,22 @@ class Semantic:
     token has that of the highest of its words; without any it has 0, and the end of a document LAST.
 
     Args:
-        tokenizer: folder of the data set's tokenizer.
+        prefix: of the data set.
+        tokenizer: folder of its tokenizer.
         triggers: a list of expressions, or None for the shipped ones.
 
     Raises:
-        CherryError: if the list cannot be read, or an analyser is missing.
+        CherryError: if it is another tokenizer, the list cannot be read, or an analyser is missing.
     """
 
     name = "semantic"
     version = "1"
 
-    def __init__(self, tokenizer: Path, triggers: Path | None) -> None:
+    def __init__(self, prefix: Path, tokenizer: Path, triggers: Path | None) -> None:
         self._tokenizer, self._triggers = tokenizer, read_triggers(triggers)
-        Analyser(self._triggers)  # for what it refuses, before anything is written
+        # For what they refuse, before anything is written.
+        token_bytes(open_tokenizer(tokenizer, prefix), tokenizer)
+        Analyser(self._triggers)
         self.options: dict[str, Any] = {"triggers": self._triggers.hash, **versions()}
 
     def score(self, tokens: Tokens, pieces: list[Piece], scratch: Scratch, workers: int) -> int:

@@ -89,7 +89,7 @@ def _selector(arguments: argparse.Namespace) -> "Selector":
     if arguments.selector == "semantic":
         from cherry_megatron.sgt.semantic import Semantic
 
-        return Semantic(arguments.tokenizer, arguments.triggers)
+        return Semantic(arguments.data, arguments.tokenizer, arguments.triggers)
     from cherry_megatron.sgt.models import ModelScores, Source
 
     source = Source(arguments.config, tuple(arguments.set), tuple(arguments.flags))
