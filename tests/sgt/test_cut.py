@@ -1,5 +1,7 @@
 """The cut against a sort of everything, and the hash against the published generator."""
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,7 +27,7 @@ def scored(draw):
 def test_it_is_the_beginning_of_a_sort(drawn):
     """By score from above, and by the hash of the place among equal scores, whatever the pieces."""
     scores, eligible, borders, count = drawn
-    parts = list(zip(borders, borders[1:], strict=False))
+    parts = list(pairwise(borders))
 
     def read():
         return ((start, scores[start:end], eligible[start:end]) for start, end in parts)
@@ -51,6 +53,5 @@ def test_the_hash_is_splitmix64():
     """The generator's first outputs from the seed 0, as published with it."""
     published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
     assert mixed(np.arange(3, dtype=np.uint64)).tolist() == published
-    assert not np.intersect1d(
-        mixed(np.arange(1000, dtype=np.uint64), 1), mixed(np.arange(1000, dtype=np.uint64))
-    ).size
+    places = np.arange(1000, dtype=np.uint64)
+    assert not np.intersect1d(mixed(places, 1), mixed(places)).size

@@ -63,7 +63,7 @@ def test_triggers_end_where_a_morpheme_ends_and_begin_a_word():
     def triggers(text: str) -> list[str]:
         return [text[word.start : word.end] for word in analyse(text) if word.kind == TRIGGER]
 
-    assert triggers("다시 다시마를 예를 들면 먹으므로") == ["다시", "예를 들면", "므로"]
+    assert triggers("다시 다시마를 예를 들면 사람이므로") == ["다시", "예를 들면", "므로"]
     assert triggers("그는 생각하지만 간다. 하지만 온다") == ["하지만"]
     assert triggers("in fact they check") == ["in fact"]
 

@@ -1,6 +1,7 @@
 """Words to tokens, exactly; and the order by frequency."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 from hypothesis import given, settings
@@ -22,7 +23,7 @@ def cut_texts(draw):
     text = "".join(draw(st.lists(st.one_of(st.sampled_from(MIXED), st.text(max_size=8)), min_size=1, max_size=3)))
     content = text.encode()
     borders = sorted({0, len(content), *draw(st.lists(st.integers(0, len(content)), max_size=40))})
-    parts = [content[start:end] for start, end in zip(borders, borders[1:], strict=False)]
+    parts = [content[start:end] for start, end in pairwise(borders)]
     places = sorted(draw(st.sets(st.integers(0, len(text)), max_size=10)))
     return text, parts, list(zip(places[::2], places[1::2], strict=False))
 

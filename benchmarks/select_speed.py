@@ -1,0 +1,90 @@
+"""`cherry select`: the speed of the selectors that run on a CPU, next to their analysers alone on the same text.
+
+    python benchmarks/select_speed.py --input TEXT.jsonl --tokenizer FOLDER [--repeats 2]
+
+Makes the tokens first, untimed. The analysers alone get the lines of the documents, which are in memory already, on one
+core, and what they find is thrown away. `cherry select` is timed from start to exit with one worker, its start and the
+import of Megatron for the index included, and within it: its own seconds. Megabytes are of UTF-8 text.
+"""
+
+import argparse
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+from cherry_megatron.data.text import documents, read_chunks
+from cherry_megatron.sgt.segments import LIBRARIES, english_analyser, korean_analyser, segments
+
+
+def main() -> None:
+    """Measure and print a Markdown report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", type=Path, required=True, help="a text file")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder made by `cherry tokenizer`")
+    parser.add_argument("--repeats", type=int, default=2, help="take turns so often; the best of each counts")
+    options = parser.parse_args()
+    texts = [text for chunk in read_chunks(options.input) for _, text in documents(chunk) if isinstance(text, str)]
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    parts = [(text[start:end], korean) for text in texts for start, end, korean in segments(text)]
+    korean = sum(len(part.encode()) for part, is_korean in parts if is_korean) / 1e6
+    print(f"Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in LIBRARIES))
+    print(f"{megabytes:.1f} MB of text, {korean:.1f} MB of it for mecab-ko\n")
+    best: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        prefix = Path(scratch) / "text"
+        cherry("data", "--input", options.input, "--output", prefix, "--tokenizer", options.tokenizer)
+        for turn in range(options.repeats):
+            for name, work in {
+                "analysers alone": lambda: analyse(parts, plain=True),
+                "analysers, spans and keys": lambda: analyse(parts, plain=False),
+                "random": lambda turn=turn: select("random", prefix, turn),
+                "semantic": lambda turn=turn: select("semantic", prefix, turn, "--tokenizer", options.tokenizer),
+            }.items():
+                best[name] = min(best.get(name, float("inf")), timed(work))
+    print("| | s | MB/s a core |\n|---|---|---|")
+    for name, seconds in best.items():
+        print(f"| {name} | {seconds:.1f} | {megabytes / seconds:.3f} |")
+
+
+def analyse(parts: list[tuple[str, bool]], plain: bool) -> None:
+    """Both analysers over the text: their own calls, or with what `cherry select` makes of the answers."""
+    if plain:
+        import mecab_ko
+        from textblob import en
+
+        parse = mecab_ko.Tagger().parse
+        for text, is_korean in parts:
+            parse(text) if is_korean else en.tag(text)
+        return
+    korean, english = korean_analyser(), english_analyser()
+    for text, is_korean in parts:
+        (korean if is_korean else english)(text)
+
+
+def select(name: str, prefix: Path, turn: int, *options: object) -> None:
+    """`cherry select` with one worker."""
+    print(
+        cherry("select", "--data", prefix, "--selector", name, "--name", f"{name}{turn}", "--workers", 1, *options)
+    )
+
+
+def cherry(*arguments: object) -> str:
+    """What a command says."""
+    command = [sys.executable, "-m", "cherry_megatron.cli", *map(str, arguments)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+
+
+def timed(work: Callable[[], None]) -> float:
+    """Seconds."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()
