@@ -60,8 +60,8 @@ def _exact(folder: Path) -> None:
     assert text.count("--- document") == 3 and "[" in text
 
 
-def test_exactly_so_many_whatever_the_pieces(data, tmp_path):
-    run_ranks(tmp_path / "logs", 1, _exact, data)
+def test_exactly_so_many_whatever_the_pieces(own, tmp_path):
+    run_ranks(tmp_path / "logs", 1, _exact, own)
 
 
 def _answers(folder: Path) -> None:
@@ -77,8 +77,8 @@ def _answers(folder: Path) -> None:
         assert selection.marks.eligible == answers.sum() and abs(selection.marks.rho - 0.15) < 1e-3
 
 
-def test_only_answers_are_targets_where_they_are_marked(data, tmp_path):
-    run_ranks(tmp_path / "logs", 1, _answers, data)
+def test_only_answers_are_targets_where_they_are_marked(own, tmp_path):
+    run_ranks(tmp_path / "logs", 1, _answers, own)
 
 
 def _dying_at(step: int) -> Callable[[Path, Any], Path]:
@@ -116,8 +116,8 @@ def _killed_at_every_file(folder: Path) -> tuple[int, int]:
         _remove(folder, "semantic")
 
 
-def test_killed_at_any_file_a_second_run_goes_on(data, tmp_path):
-    ((steps, resumed),) = run_ranks(tmp_path / "logs", 1, _killed_at_every_file, data)
+def test_killed_at_any_file_a_second_run_goes_on(own, tmp_path):
+    ((steps, resumed),) = run_ranks(tmp_path / "logs", 1, _killed_at_every_file, own)
     assert steps > 10 and resumed > 3
 
 
@@ -132,8 +132,8 @@ def _killed_after_the_marks(folder: Path) -> None:
     assert not left.exists()
 
 
-def test_what_a_finished_run_left_is_removed(data, tmp_path):
-    run_ranks(tmp_path / "logs", 1, _killed_after_the_marks, data)
+def test_what_a_finished_run_left_is_removed(own, tmp_path):
+    run_ranks(tmp_path / "logs", 1, _killed_after_the_marks, own)
 
 
 def _processes(folder: Path) -> list[bytes]:
@@ -149,12 +149,12 @@ def _one_thread(folder: Path) -> list[bytes]:
     return run(folder, "semantic") and _contents(folder, "semantic")
 
 
-def test_the_command_with_processes_gives_the_same_bytes(data, tmp_path):
-    (processes,) = run_ranks(tmp_path / "logs", 1, _processes, data)
+def test_the_command_with_processes_gives_the_same_bytes(own, tmp_path):
+    (processes,) = run_ranks(tmp_path / "logs", 1, _processes, own)
     said = (tmp_path / "logs/rank0.out").read_text()
     assert "rho 0.15" in said and "triggers" in said and "most frequent" in said and "MB/s a worker" in said
-    _remove(data, "semantic")
-    assert run_ranks(tmp_path / "logs", 1, _one_thread, data) == [processes]
+    _remove(own, "semantic")
+    assert run_ranks(tmp_path / "logs", 1, _one_thread, own) == [processes]
 
 
 # Bad input
@@ -195,13 +195,13 @@ def _table(folder: Path) -> list[bytes]:
     return tokens.token_bytes(tokens.open_tokenizer(folder / "tokenizer", folder / "text"), folder / "tokenizer")
 
 
-def test_damaged_data(data, tmp_path):
-    (said,) = run_ranks(tmp_path / "logs", 1, _unreadable, data)
+def test_damaged_data(own, tmp_path):
+    (said,) = run_ranks(tmp_path / "logs", 1, _unreadable, own)
     for found, wanted in zip(
         said,
         [
             "selects none; give a larger share",
-            f"document 119 of {data}/text cannot be read ('utf-8' codec can't decode",
+            f"document 119 of {own}/text cannot be read ('utf-8' codec can't decode",
             "text.answers.json belongs to other tokens than",
             "text.bin has another size than",
             "text.idx is no index of tokens",
@@ -242,29 +242,29 @@ def test_one_clear_line(arguments, says, tmp_path, monkeypatch, capsys):
     ("content", "says"),
     [(None, "No such file"), ("# nothing\n", "names no expression"), (b"\xff", "is no UTF-8 text")],
 )
-def test_triggers_that_are_none(content, says, data, capsys):
-    path = data / "triggers.txt"
+def test_triggers_that_are_none(content, says, own, capsys):
+    path = own / "triggers.txt"
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    command = ["select", "--data", str(data / "text"), "--selector", "semantic", "--tokenizer"]
-    assert cli.main([*command, str(data / "tokenizer"), "--triggers", str(path)]) == 2
-    assert says in capsys.readouterr().err and not list(data.glob("text.semantic*"))
+    command = ["select", "--data", str(own / "text"), "--selector", "semantic", "--tokenizer"]
+    assert cli.main([*command, str(own / "tokenizer"), "--triggers", str(path)]) == 2
+    assert says in capsys.readouterr().err and not list(own.glob("text.semantic*"))
 
 
-def test_a_missing_analyser_is_said_in_one_sentence(monkeypatch, data, capsys):
+def test_a_missing_analyser_is_said_in_one_sentence(monkeypatch, own, capsys):
     monkeypatch.setitem(__import__("sys").modules, "mecab_ko", None)
-    command = ["select", "--data", str(data / "text"), "--selector", "semantic"]
-    assert cli.main([*command, "--tokenizer", str(data / "tokenizer")]) == 2
+    command = ["select", "--data", str(own / "text"), "--selector", "semantic"]
+    assert cli.main([*command, "--tokenizer", str(own / "tokenizer")]) == 2
     said = capsys.readouterr().err
     assert "needs mecab-ko and textblob" in said and "pip install 'cherry-megatron[select]'" in said
 
 
-def test_another_tokenizer_is_refused(data, capsys):
-    (data / "other").mkdir()
-    (data / "other/tokenizer.json").write_text((data / "tokenizer/tokenizer.json").read_text() + " ")
-    command = ["select", "--data", str(data / "text"), "--selector", "semantic"]
-    assert cli.main([*command, "--tokenizer", str(data / "other")]) == 2
-    assert "was made with another tokenizer" in capsys.readouterr().err and not list(data.glob("text.semantic*"))
+def test_another_tokenizer_is_refused(own, capsys):
+    (own / "other").mkdir()
+    (own / "other/tokenizer.json").write_text((own / "tokenizer/tokenizer.json").read_text() + " ")
+    command = ["select", "--data", str(own / "text"), "--selector", "semantic"]
+    assert cli.main([*command, "--tokenizer", str(own / "other")]) == 2
+    assert "was made with another tokenizer" in capsys.readouterr().err and not list(own.glob("text.semantic*"))
 
 
 def test_a_second_run_at_the_same_time_is_refused(tmp_path):
