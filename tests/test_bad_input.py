@@ -53,7 +53,11 @@ CONFIGS = {
         "would use the last loop's vectors and corrections",
     ),
     "negative-rank": ({"recurrence": {"loop_rank": -1}}, [], "recurrence.loop_rank is -1"),
-    "nothing-selects": ({"sgt": {"alpha": 0.5}}, [], "either marks, the name that `cherry select` gave them, or top_loss"),
+    "nothing-selects": (
+        {"sgt": {"alpha": 0.5}},
+        [],
+        "either marks, the name that `cherry select` gave them, or top_loss",
+    ),
     "two-selections": ({"sgt": {"marks": "some", "top_loss": 0.1}}, [], "either marks"),
     "no-such-marks": ({"sgt": {"marks": "some"}}, [], "make them with cherry select"),
     "answers-as-selection": ({"sgt": {"marks": "answers"}}, [], "are no selection"),
@@ -62,7 +66,10 @@ CONFIGS = {
     "alpha-schedule": ({"sgt": {"top_loss": 0.1, "alpha_start": 0.5}}, [], "go together"),
     "skipped-head": ({"sgt": {"top_loss": 0.1, "skip_head": True}}, [], "needs sgt.alpha 1"),
     "skipped-head-graph": (
-        {"sgt": {"top_loss": 0.1, "alpha": 1.0, "skip_head": True}, "megatron": {"cuda-graph-impl": "full_iteration"}},
+        {
+            "sgt": {"top_loss": 0.1, "alpha": 1.0, "skip_head": True},
+            "megatron": {"cuda-graph-impl": "full_iteration"},
+        },
         [],
         "the number of tokens varies",
     ),
