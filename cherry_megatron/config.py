@@ -12,6 +12,7 @@ A value may name environment variables as ${NAME} or ${NAME:-default}. Command-l
 the file: `--set recurrence.loops=4`, and any Megatron flag after `--`.
 """
 
+import argparse
 import dataclasses
 import hashlib
 import os
@@ -20,6 +21,7 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,9 +141,13 @@ class Config:
 
     def value(self, flag: str, default: Any = None) -> Any:
         """A Megatron flag's value: from the flags after `--`, else from the file, else `default`."""
-        arguments = parse_flags(megatron_arguments(self.megatron) + list(self.flags))
-        found = getattr(arguments, action_of(flag).dest)
+        found = getattr(self._arguments, action_of(flag).dest)
         return default if found is None else found
+
+    @cached_property
+    def _arguments(self) -> argparse.Namespace:
+        """All flags, as Megatron's parser reads them."""
+        return parse_flags(megatron_arguments(self.megatron) + list(self.flags))
 
     def holds(self, flag: str, wanted: Any) -> bool:
         """Whether a flag has a value; of a switch, whether it is given."""

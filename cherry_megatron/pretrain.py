@@ -29,7 +29,7 @@ from cherry_megatron.monitor.evaluation import LoopEvaluation
 from cherry_megatron.monitor.progress import Progress
 from cherry_megatron.objective import Objective
 from cherry_megatron.platform.machine import Machine
-from cherry_megatron.platform.saving import before_checkpoint_counts
+from cherry_megatron.platform.saving import before_checkpoint_counts, save_in_this_process
 from cherry_megatron.platform.steps import before_each_step
 from cherry_megatron.runs import make_run_folder, only_training, record_start
 from cherry_megatron.sgt.loss import Supervision
@@ -95,6 +95,8 @@ def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Call
             stack.enter_context(only_training(config, args.rank))
             unchanged_start(config, args)
             before_checkpoint_counts(recorder(config, args, progress.say))
+            if not args.async_save:
+                save_in_this_process()
         stack.enter_context(progress)
         stack.enter_context(loading)
         before_each_step(BeforeStep(config, objective, progress, evaluation))

@@ -20,7 +20,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests fork, and the library's 
 # are started afresh, because CUDA does not survive a fork.
 HAS_GPU = Path("/dev/nvidia0").exists()
 _CONTEXT = multiprocessing.get_context("spawn" if HAS_GPU else "forkserver")
-_CONTEXT.set_forkserver_preload(["cherry_megatron.pretrain", "cherry_megatron.data.prepare", "transformers"])
+_CONTEXT.set_forkserver_preload(
+    ["cherry_megatron.pretrain", "cherry_megatron.data.prepare", "transformers.models.auto.tokenization_auto"]
+)
 
 TEXT = """나는 학교에 갑니다 그리고 오늘 날씨가 매우 좋습니다 하지만 내일은 비가 온다고 합니다 결제 연동을
 진행하려면 먼저 관리자 콘솔에서 채널을 추가해야 합니다 the model is trained on text
@@ -48,8 +50,6 @@ def _rank_main(
         out.flush()
     queue.close()
     queue.join_thread()
-    # Saving a checkpoint starts a manager process; ending without this would leave it behind.
-    multiprocessing.util._exit_function()
     os._exit(0)
 
 

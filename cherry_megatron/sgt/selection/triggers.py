@@ -68,7 +68,7 @@ def read_triggers(path: Path | None) -> Triggers:
         CherryError: if the file cannot be read or names nothing.
     """
     if path is None:
-        folder = files("cherry_megatron.sgt") / "triggers"
+        folder = files("cherry_megatron.sgt.selection") / "triggers"
         return Triggers(line for name in SHIPPED for line in (folder / name).read_text("utf-8").splitlines())
     try:
         triggers = Triggers(path.read_text(encoding="utf-8").splitlines())
