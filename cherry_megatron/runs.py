@@ -4,6 +4,7 @@ config.yaml       the resolved configuration of the last start
 starts.jsonl      one line a start: time, command, commit, versions, configuration hash
 steps.jsonl       one line a step: loss, gradient norm, learning rate, seconds
 evaluations.jsonl one line an evaluation: held-out loss by number of loops
+generations.jsonl one line an evaluation: continued prompts, their repetition, variety and length
 checkpoints/      Megatron's torch_dist checkpoints
 tensorboard/      events
 logs/             Megatron's own output, one file a rank
