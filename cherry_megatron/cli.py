@@ -14,7 +14,7 @@ from cherry_megatron.verbs.data import add_data, add_tokenizer
 from cherry_megatron.verbs.experiment import add_experiment
 from cherry_megatron.verbs.sgt import add_select
 from cherry_megatron.verbs.surgery import add_calibrate, add_compress_depth, add_lineage
-from cherry_megatron.verbs.training import add_doctor, add_evaluate, add_params, add_pretrain
+from cherry_megatron.verbs.training import add_doctor, add_evaluate, add_generate, add_params, add_pretrain
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     add_select(verbs)
     add_pretrain(verbs)
     add_evaluate(verbs)
+    add_generate(verbs)
     add_params(verbs)
     add_calibrate(verbs)
     add_compress_depth(verbs)

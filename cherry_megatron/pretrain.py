@@ -1,6 +1,7 @@
 """Wires megatron.training.pretrain(): configuration, model, data, loss, monitor."""
 
 import contextlib
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -62,6 +63,17 @@ def pretrain(
         make_run_folder(config)
         console.write_to(config.run / "logs" / f"rank{args.rank}.log", also=terminal if show_all else None)
         return _pretrain(config, args, terminal, evaluation)
+
+
+def load_only(config: Config) -> dict[str, Any]:
+    """Flags to load weights and call `evaluation` without training.
+
+    Megatron evaluates before it does so: on as little as it can.
+    """
+    ranks = config.value("tensor-model-parallel-size") * config.value("pipeline-model-parallel-size")
+    copies = max(int(os.environ["WORLD_SIZE"]) // ranks, 1)
+    little = {"eval-iters": 1, "eval-micro-batch-size": 1, "eval-global-batch-size": copies}
+    return {"skip-train": True, "no-load-optim": True, "no-load-rng": True, **little}
 
 
 def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Callable[..., Any]) -> Any:
