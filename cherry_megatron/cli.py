@@ -3,19 +3,19 @@
 import argparse
 import contextlib
 import io
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 
 from cherry_megatron import __version__
 from cherry_megatron.errors import CherryError
+from cherry_megatron.monitor.console import hide_warnings
 from cherry_megatron.verbs.data import add_data, add_tokenizer
 from cherry_megatron.verbs.experiment import add_experiment
 from cherry_megatron.verbs.report import add_report
+from cherry_megatron.verbs.sgt import add_select
 from cherry_megatron.verbs.surgery import add_calibrate, add_compress_depth, add_lineage
-from cherry_megatron.verbs.training import add_doctor, add_evaluate, add_params, add_pretrain
+from cherry_megatron.verbs.training import add_doctor, add_evaluate, add_generate, add_params, add_pretrain
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,11 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags and not hasattr(arguments, "flags"):
         _parser().error(f"{arguments.verb} takes no Megatron flags after --")
     arguments.flags = flags
-    warnings.filterwarnings("ignore", category=UserWarning)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # It warns of a CUDA toolkit without a GPU, which concerns nobody who does not build extensions.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    hide_warnings()
     try:
         status = arguments.run(arguments) or 0
         sys.stdout.flush()
@@ -92,8 +88,10 @@ def _parser() -> argparse.ArgumentParser:
     add_doctor(verbs)
     add_tokenizer(verbs)
     add_data(verbs)
+    add_select(verbs)
     add_pretrain(verbs)
     add_evaluate(verbs)
+    add_generate(verbs)
     add_params(verbs)
     add_calibrate(verbs)
     add_compress_depth(verbs)

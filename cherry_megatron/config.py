@@ -12,6 +12,7 @@ A value may name environment variables as ${NAME} or ${NAME:-default}. Command-l
 the file: `--set recurrence.loops=4`, and any Megatron flag after `--`.
 """
 
+import argparse
 import dataclasses
 import hashlib
 import os
@@ -20,6 +21,7 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,6 +59,30 @@ class Evaluation:
         if self.loops:
             return sorted({*self.loops, trained})
         return sorted({2**k for k in range(trained.bit_length()) if 2**k <= trained} | {trained})
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What is generated at each evaluation, see monitor/generation.py.
+
+    Attributes:
+        prompts: a UTF-8 file with one prompt a line.
+        tokens: at most so many follow each.
+        temperature: of the distribution that they are drawn from; 0 takes the likeliest.
+    """
+
+    prompts: str
+    tokens: int = 64
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise CherryError(f"generation.tokens {self.tokens} must be at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise CherryError(
+                f"generation.temperature {self.temperature} must be a finite number that is not negative; 0 takes "
+                "the likeliest token"
+            )
 
 
 @dataclass(frozen=True)
@@ -104,7 +130,7 @@ class Config:
     Attributes:
         source: the file it came from.
         run: the run's folder.
-        recurrence, evaluation, distillation, data, sgt: sections of the file.
+        recurrence, evaluation, generation, distillation, data, sgt: sections of the file.
         megatron: flag name without dashes in front -> value, defaults of this project filled in.
         flags: Megatron flags of the file's `flags`, then those given after `--`; they come last and win.
     """
@@ -113,6 +139,7 @@ class Config:
     run: Path
     recurrence: Recurrence
     evaluation: Evaluation = field(default_factory=Evaluation)
+    generation: Generation | None = None
     distillation: Distillation | None = None
     data: Data = field(default_factory=Data)
     sgt: Selective | None = None
@@ -125,6 +152,7 @@ class Config:
             "run": str(self.run),
             "recurrence": _plain(dataclasses.asdict(self.recurrence)),
             "evaluation": _plain(dataclasses.asdict(self.evaluation)),
+            **({"generation": dataclasses.asdict(self.generation)} if self.generation else {}),
             **({"distillation": dataclasses.asdict(self.distillation)} if self.distillation else {}),
             **({"data": dataclasses.asdict(self.data)} if self.data != Data() else {}),
             **({"sgt": dataclasses.asdict(self.sgt)} if self.sgt else {}),
@@ -139,9 +167,13 @@ class Config:
 
     def value(self, flag: str, default: Any = None) -> Any:
         """A Megatron flag's value: from the flags after `--`, else from the file, else `default`."""
-        arguments = parse_flags(megatron_arguments(self.megatron) + list(self.flags))
-        found = getattr(arguments, action_of(flag).dest)
+        found = getattr(self._arguments, action_of(flag).dest)
         return default if found is None else found
+
+    @cached_property
+    def _arguments(self) -> argparse.Namespace:
+        """All flags, as Megatron's parser reads them."""
+        return parse_flags(megatron_arguments(self.megatron) + list(self.flags))
 
     def holds(self, flag: str, wanted: Any) -> bool:
         """Whether a flag has a value; of a switch, whether it is given."""
@@ -182,10 +214,10 @@ class Config:
 
 
 _SECTIONS = {
-    "recurrence": Recurrence, "evaluation": Evaluation, "distillation": Distillation, "data": Data,
-    "sgt": Selective,
+    "recurrence": Recurrence, "evaluation": Evaluation, "generation": Generation, "distillation": Distillation,
+    "data": Data, "sgt": Selective,
 }  # fmt: skip
-_OPTIONAL = ("distillation", "sgt")
+_OPTIONAL = ("generation", "distillation", "sgt")
 _TOP_KEYS = ("extends", "run", *_SECTIONS, "megatron", "flags")
 
 

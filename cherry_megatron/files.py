@@ -80,6 +80,35 @@ def lock_or_refuse(handle: int, busy: str, path: Path) -> None:
         raise CherryError(f"cannot lock {path}: {error.strerror}; use a file system that locks") from None
 
 
+@contextmanager
+def locked_folder(folder: Path, busy: str, gone: str) -> Iterator[int]:
+    """A folder, made if need be, for this process alone.
+
+    Args:
+        folder: its path.
+        busy: what to say if another process has it.
+        gone: what to say if the process that had it until now has renamed or removed it.
+
+    Returns:
+        The open folder.
+
+    Raises:
+        CherryError: `busy`, `gone`, or that it cannot be made or locked.
+    """
+    make_folder(folder)
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    try:
+        lock_or_refuse(handle, busy, folder)
+        if not _is_at(handle, folder):
+            raise CherryError(gone)
+        yield handle
+    finally:
+        os.close(handle)
+
+
 def cannot_write(path: Path, error: OSError) -> CherryError:
     """An OSError while writing, as one sentence."""
     if error.errno == errno.ENOSPC:
@@ -100,16 +129,10 @@ def new_folder(save: Path, needed: int) -> Iterator[Path]:
     """
     refuse_taken(save)
     partial = hidden_folder(save)
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        handle = os.open(partial, os.O_RDONLY)
-    except OSError as error:
-        raise cannot_write(partial, error) from None
-    try:
-        lock_or_refuse(handle, f"another run is writing {save}; wait for its end", partial)
-        # The run that held the lock until now may have renamed the folder, or removed it.
-        if not _is_at(handle, partial) or _is_taken(save):
-            raise CherryError(f"another run has written {save}")
+    busy, gone = f"another run is writing {save}; wait for its end", f"another run has written {save}"
+    with locked_folder(partial, busy, gone) as handle:
+        if _is_taken(save):
+            raise CherryError(gone)
         try:
             for left in partial.iterdir():  # by a run that was killed
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -122,8 +145,6 @@ def new_folder(save: Path, needed: int) -> Iterator[Path]:
         finally:
             if _is_at(handle, partial):  # not published
                 shutil.rmtree(partial, ignore_errors=True)
-    finally:
-        os.close(handle)
 
 
 def hidden_folder(save: Path) -> Path:

@@ -1,6 +1,7 @@
 """Wires megatron.training.pretrain(): configuration, model, data, loss, monitor."""
 
 import contextlib
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from cherry_megatron.monitor.evaluation import LoopEvaluation
 from cherry_megatron.monitor.progress import Progress
 from cherry_megatron.objective import Objective
 from cherry_megatron.platform.machine import Machine
-from cherry_megatron.platform.saving import before_checkpoint_counts
+from cherry_megatron.platform.saving import before_checkpoint_counts, save_in_this_process
 from cherry_megatron.platform.steps import before_each_step
 from cherry_megatron.runs import make_run_folder, only_training, record_start
 from cherry_megatron.sgt.loss import Supervision
@@ -64,6 +65,17 @@ def pretrain(
         return _pretrain(config, args, terminal, evaluation)
 
 
+def load_only(config: Config) -> dict[str, Any]:
+    """Flags to load weights and call `evaluation` without training.
+
+    Megatron evaluates before it does so: on as little as it can.
+    """
+    ranks = config.value("tensor-model-parallel-size") * config.value("pipeline-model-parallel-size")
+    copies = max(int(os.environ["WORLD_SIZE"]) // ranks, 1)
+    little = {"eval-iters": 1, "eval-micro-batch-size": 1, "eval-global-batch-size": copies}
+    return {"skip-train": True, "no-load-optim": True, "no-load-rng": True, **little}
+
+
 def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Callable[..., Any]) -> Any:
     flops = training_flops(config.recurrence, config.shape, args.seq_length)
     progress = Progress(config.run, args, flops, terminal)
@@ -95,6 +107,8 @@ def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Call
             stack.enter_context(only_training(config, args.rank))
             unchanged_start(config, args)
             before_checkpoint_counts(recorder(config, args, progress.say))
+            if not args.async_save:
+                save_in_this_process()
         stack.enter_context(progress)
         stack.enter_context(loading)
         before_each_step(BeforeStep(config, objective, progress, evaluation))

@@ -5,6 +5,7 @@ starts.jsonl      one line a start: time, command, commit, versions, configurati
 steps.jsonl       one line a step: loss, gradient norm, learning rate, seconds
 evaluations.jsonl one line an evaluation: held-out loss by number of loops
 probes.jsonl      one line a probe of selective training: the gradient coupling
+generations.jsonl one line an evaluation: continued prompts, their repetition, variety and length
 checkpoints/      Megatron's torch_dist checkpoints
 tensorboard/      events
 logs/             Megatron's own output, one file a rank

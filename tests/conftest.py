@@ -20,7 +20,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests fork, and the library's 
 # are started afresh, because CUDA does not survive a fork.
 HAS_GPU = Path("/dev/nvidia0").exists()
 _CONTEXT = multiprocessing.get_context("spawn" if HAS_GPU else "forkserver")
-_CONTEXT.set_forkserver_preload(["cherry_megatron.pretrain", "cherry_megatron.data.prepare", "transformers"])
+_CONTEXT.set_forkserver_preload(
+    ["cherry_megatron.pretrain", "cherry_megatron.data.prepare", "transformers.models.auto.tokenization_auto"]
+)
 
 TEXT = """나는 학교에 갑니다 그리고 오늘 날씨가 매우 좋습니다 하지만 내일은 비가 온다고 합니다 결제 연동을
 진행하려면 먼저 관리자 콘솔에서 채널을 추가해야 합니다 the model is trained on text
@@ -48,8 +50,6 @@ def _rank_main(
         out.flush()
     queue.close()
     queue.join_thread()
-    # Saving a checkpoint starts a manager process; ending without this would leave it behind.
-    multiprocessing.util._exit_function()
     os._exit(0)
 
 
@@ -57,7 +57,8 @@ def run_ranks(folder: Path, world: int, function: Callable[..., Any], *args: Any
     """Call a module-level function on `world` ranks; returns what each gave, raises what one raised."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        # A process alone takes a port when it needs one: by then another may have this one.
+        port = probe.getsockname()[1] if world > 1 else 0
     folder.mkdir(parents=True, exist_ok=True)
     queue = _CONTEXT.Queue()
     ranks = [
@@ -141,6 +142,7 @@ def write_config(data: Path) -> Callable[..., Path]:
             **sections.get("megatron", {}),
         }
         content = {
+            **sections,
             "run": str(folder / "run"),
             "recurrence": {"pattern": "*-[*-*-]x3*-", "loop_scales": True, **sections.get("recurrence", {})},
             "evaluation": {"batches": 1, **sections.get("evaluation", {})},
@@ -179,6 +181,34 @@ def train() -> Callable[..., list[dict[str, float]]]:
         return read_steps(Path(folder))
 
     return run
+
+
+PROMPTS = ["나는 학교에", "오늘 날씨가 매우", "결제 연동을 진행하려면 먼저 관리자", "the model", "서울"]
+
+
+@pytest.fixture(scope="session")
+def speaking(
+    tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path], train: Callable[..., Any]
+) -> Path:
+    """The configuration of a trained run that continues PROMPTS at its two evaluations."""
+    folder = tmp_path_factory.mktemp("speaking")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    path = write_config(
+        folder,
+        recurrence={"injection": "add"},
+        generation={"prompts": str(folder / "prompts.txt"), "tokens": 8, "temperature": 0.8},
+        megatron={
+            "seq-length": 96,
+            "max-position-embeddings": 96,
+            "global-batch-size": 4,
+            "train-iters": 8,
+            "lr": 1e-2,
+            "eval-interval": 4,
+            "hidden-dropout": 0.1,
+        },
+    )
+    train(path)
+    return path
 
 
 @pytest.fixture(scope="session", autouse=True)

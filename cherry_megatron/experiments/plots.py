@@ -30,9 +30,9 @@ _STYLE: dict[Any, Any] = {
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _MARKERS = "osD^vP*X"
-_HEIGHT = 3.2
 _LOSS = "held-out loss, nats a token"
 _COUPLINGS = {"cos": "cos of the gradients", "ratio": "<g_S, g_U> / |g_S|²"}
+_WIDTH, _HEIGHT, _ENTRY = 5.0, 3.0, 0.2  # inches, of the axes and of a line of the legend
 
 
 def draw(rows: list[Row], selective: list[SelectiveRow]) -> dict[str, str]:
@@ -48,7 +48,7 @@ def draw(rows: list[Row], selective: list[SelectiveRow]) -> dict[str, str]:
         "loss-parameters.svg": _over_parameters,
         "loss-flops.svg": _over_flops,
     }
-    drawn = {name: figure(plot, rows, _LOSS) for name, plot in losses.items()}
+    drawn = {name: figure(plot, rows) for name, plot in losses.items()}
     for name, label in _COUPLINGS.items():
         drawn[f"coupling-{name}.svg"] = figure(partial(_coupling, name), selective, label)
     drawn["recovered.svg"] = figure(_recovered, selective, "", max(_HEIGHT, 0.25 * len(selective)))
@@ -56,19 +56,21 @@ def draw(rows: list[Row], selective: list[SelectiveRow]) -> dict[str, str]:
 
 
 def figure[R](
-    plot: Callable[[Axes, list[R]], None], rows: list[R], label: str, height: float = _HEIGHT
+    plot: Callable[[Axes, list[R]], None], rows: list[R], label: str = _LOSS, height: float = _HEIGHT
 ) -> Figure | None:
     """One plot, or None if nothing was drawn; `label` is the y axis', `height` in inches."""
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(_STYLE)
-        made = Figure(figsize=(5, height), layout="constrained")
+        made = Figure(figsize=(_WIDTH, height), layout="constrained")
         axes = made.add_subplot()
         plot(axes, rows)
         if not axes.has_data():
             return None
         axes.set_ylabel(label)
-        made.legend(loc="outside right upper")
+        # Below, with room of its own: beside the axes long labels would leave them none.
+        made.set_figheight(height + _ENTRY * len(axes.get_legend_handles_labels()[0]))
+        made.legend(loc="outside lower left")
         return made
 
 
@@ -82,6 +84,11 @@ def _svg(made: Figure) -> str:
 def _over_tokens(axes: Axes, rows: list[Row]) -> None:
     for number, row in enumerate(rows):
         _line(axes, number, row.stage.label, row.curve())
+    # Losses before the first step, some above that of a uniform guess, would press the others flat.
+    later = [loss for row in rows for tokens, losses in row.curve() if tokens for loss in losses]
+    if later:
+        margin = 0.05 * (max(later) - min(later)) or 0.1
+        axes.set_ylim(min(later) - margin, max(later) + margin)
     axes.set_xlabel("training tokens of the stage")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: short(tokens)))
 

@@ -3,9 +3,20 @@
 import contextlib
 import io
 import logging
+import os
+import warnings
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
+
+
+def hide_warnings() -> None:
+    """Keep what libraries warn their developers of from people who train; for every process that imports them."""
+    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # It warns of a CUDA toolkit without a GPU, which concerns nobody who does not build extensions.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 class Console(io.TextIOBase):

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from cherry_megatron.errors import CherryError
+from cherry_megatron.experiments import plots
 from cherry_megatron.experiments.plan import read
 from cherry_megatron.experiments.records import read_records
 from cherry_megatron.experiments.report import report, rows_of, runs_of
@@ -147,6 +148,22 @@ def test_each_selective_row_has_its_points(selective):
         assert points[0].get_xdata() == pytest.approx([0.375]) and points[0].get_ydata() == pytest.approx([place])
         (bar,) = points[2][0].get_segments()
         assert [x for x, _ in bar] == pytest.approx([0.25, 0.5])
+
+
+def test_many_rows_leave_the_axes_their_room(tmp_path):
+    stages = {f"row-{n}": {"label": f"row {n}, " + "long " * 10, "verb": "pretrain"} for n in range(13)}
+    experiment = {"about": "Long?", "config": "base.yaml", "seeds": [1], "stages": stages}
+    (tmp_path / "it.yaml").write_text(yaml.safe_dump(experiment, sort_keys=False))
+    lines = [trained(name, 1, [evaluated(0, 12.0), evaluated(10, 5.0), evaluated(20, 4.0)]) for name in stages]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = rows_of(read(tmp_path / "it.yaml"), read_records(tmp_path / "records.jsonl"))
+    for plot in (plots._over_tokens, plots._over_loops, plots._over_parameters, plots._over_flops):
+        made = plots.figure(plot, rows)
+        made.canvas.draw()
+        size = made.axes[0].get_window_extent().transformed(made.dpi_scale_trans.inverted())
+        assert size.width > 3.5 and size.height > 2, plot.__name__
+    # The loss before the first step does not press the others flat.
+    assert plots.figure(plots._over_tokens, rows).axes[0].get_ylim()[1] < 6
 
 
 def test_the_command_line_needs_neither_torch_nor_the_runs(files, tmp_path):

@@ -130,3 +130,30 @@ OPTIONS = {
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_split(split, option, step):
     check(step, *SPLITS[split], OPTIONS[option])
+
+
+def test_alpha_moves_in_a_line(tmp_path, selective, train):
+    """The weighted loss of each step is that of its alpha, and a resume goes on with it."""
+    path = selective(
+        tmp_path, {"evaluation": {"at_start": True}}, marks="some", alpha=0.8, alpha_start=0.0, alpha_steps=4
+    )
+    train(path, 1, "--train-iters 6 --exit-interval 3 --lr-warmup-iters 0")
+    steps = train(path, 1, "--train-iters 6 --lr-warmup-iters 0")
+    assert len(steps) == 6
+    from cherry_megatron.runs import read_evaluations, read_rho
+
+    rho = read_rho(tmp_path / "run")
+    assert 0.1 < rho < 0.2
+    for step in steps:
+        alpha = 0.8 * min(step["iteration"] - 1, 4) / 4
+        # Of this batch, whose own share of selected tokens is not rho.
+        share = (step["loss"] - step["unselected_loss"]) / (step["selected_loss"] - step["unselected_loss"])
+        number = round(share * 8 * 32)
+        expected = (1 - alpha) * step["loss"] + alpha * number / (8 * 32 * rho) * step["selected_loss"]
+        assert step["weighted_loss"] == pytest.approx(expected, rel=1e-5)
+    first, last = read_evaluations(tmp_path / "run")
+    assert (first["iteration"], last["iteration"]) == (0, 6)
+    assert first["losses"]["3"] > last["losses"]["3"]
+    for evaluation in (first, last):
+        selected, other = (evaluation["parts"]["3"][name] for name in ("selected", "unselected"))
+        assert min(selected, other) < evaluation["losses"]["3"] < max(selected, other)
