@@ -23,11 +23,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import yaml
 
 from cherry_megatron import rules
+from cherry_megatron.data.shuffle import Shuffle
 from cherry_megatron.errors import CherryError
 from cherry_megatron.flags import action_of, megatron_arguments, nearest, parse_flags
 from cherry_megatron.model.options import Recurrence
@@ -116,11 +117,11 @@ class Data:
         shuffle: a control: `tokens` or `words` of every document in a random order, the same at every reading.
     """
 
-    shuffle: Literal["none", "tokens", "words"] = "none"
+    shuffle: Shuffle = "none"
 
     def __post_init__(self) -> None:
-        if self.shuffle not in ("none", "tokens", "words"):
-            raise CherryError(f"data.shuffle {self.shuffle!r} is not none, tokens or words")
+        if self.shuffle not in (choices := get_args(Shuffle)):
+            raise CherryError(f"data.shuffle {self.shuffle!r} is not one of {', '.join(choices)}")
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Call
         if config.distillation is not None and not args.skip_train:
             objective.teacher = Teacher(config.distillation, config, args)
         if config.sgt is not None:
-            objective.supervision = Supervision(config.sgt, train)
+            objective.supervision = Supervision(config.sgt, None if args.skip_train else train)
         if args.rank == 0 and not args.skip_train:
             record_start(config, args.world_size, objective.supervision.share if objective.supervision else None)
         # Megatron would report the test split under the validation's tags.

@@ -73,9 +73,24 @@ CONFIGS = {
         [],
         "the number of tokens varies",
     ),
+    "probe-loops-overlap": (
+        {"sgt": {"top_loss": 0.1, "probe_interval": 1, "probe_loops": True}},
+        ["--", "--overlap-grad-reduce"],
+        "a loop's pass leaves weights without a gradient",
+    ),
+    "probe-instances": (
+        {"sgt": {"top_loss": 0.1, "probe_interval": 1}},
+        ["--", "--num-distributed-optimizer-instances", "2"],
+        "gradients are not summed over 2",
+    ),
+    "skipped-head-teacher": (
+        {"sgt": {"top_loss": 0.1, "alpha": 1.0, "skip_head": True}, "distillation": {"config": "c", "load": "l"}},
+        [],
+        "take distillation out",
+    ),
     "probe": ({"sgt": {"top_loss": 0.1, "probe_interval": -1}}, [], "0 is never"),
     "probe-loops": ({"sgt": {"top_loss": 0.1, "probe_loops": True}}, [], "needs sgt.probe_interval"),
-    "shuffle": ({"data": {"shuffle": "letters"}}, [], "is not none, tokens or words"),
+    "shuffle": ({"data": {"shuffle": "letters"}}, [], "is not one of none, tokens, words"),
     "graph-of-layers": ({"megatron": {"cuda-graph-impl": "local"}}, [], "use full_iteration"),
     "graph-of-random-loops": (
         {"recurrence": {"random_loops": [1, 3]}, "megatron": {"cuda-graph-impl": "full_iteration"}},

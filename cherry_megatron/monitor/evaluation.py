@@ -165,5 +165,6 @@ def mean_losses(
     for name in reports[0]:
         total = torch.stack([report[name] for report in reports]).sum(0)
         torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group(with_context_parallel=True))
-        means[name] = float(total[0] / total[1])
+        if total[1] >= 1:  # else it is a mean over no token
+            means[name] = float(total[0] / total[1])
     return means
