@@ -7,6 +7,7 @@ import pytest
 
 from tests.conftest import run_ranks
 from tests.sgt.conftest import ONE_STEP, distance, evaluate, first_gradient
+from tests.test_bad_input import verb
 
 TOLERANCE = 1e-6
 
@@ -167,10 +168,18 @@ def test_other_marks_or_order_are_other_text(tmp_path, selective, train):
     before = (tmp_path / "run" / "evaluations.jsonl").read_text()
     for other in ("data.shuffle=none", "sgt.marks=few"):
         (said,) = run_ranks(tmp_path / "output", 1, evaluate, path, [other])
-        assert f"{other.partition('=')[0]} differ from training" in said
+        assert f"{other.partition('=')[0]} differs from training" in said
     assert (tmp_path / "run" / "evaluations.jsonl").read_text() == before
     (said,) = run_ranks(tmp_path / "output", 1, evaluate, path, [])
     assert "differ" not in said
+    # Nor may a run go on with another objective.
+    for other, says in (
+        ("sgt.alpha=1.0", "sgt.alpha 0.7, not 1.0"),
+        ("data.shuffle=words", "'tokens', not 'words'"),
+    ):
+        command = ["pretrain", "--config", str(path), "--set", other]
+        ((status, errors),) = run_ranks(tmp_path / "output", 1, verb, tmp_path, command)
+        assert status == 2 and says in errors and "Traceback" not in errors, errors
 
 
 def weighted() -> tuple[float, float]:
