@@ -113,7 +113,6 @@ SPLITS = {
     "pp2": (2, "--pipeline-model-parallel-size 2"),
     "tp2-sp-dp2": (4, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "dp2-overlap": (2, "--overlap-grad-reduce --overlap-param-gather"),
-    "native-fusion": (1, "--cross-entropy-loss-fusion --cross-entropy-fusion-impl native"),
 }
 OPTIONS = {
     "alpha-0": {"marks": "some", "alpha": 0.0},
@@ -125,6 +124,16 @@ OPTIONS = {
     "every": {"marks": "every", "alpha": 1.0},
     "top-loss": {"top_loss": 0.15, "alpha": 0.7},
 }
+
+
+@pytest.mark.full
+def test_fused_cross_entropy(step):
+    """Against the same kernel: Megatron's native fusion rounds the gradient of the logits to BF16."""
+    fused = "--cross-entropy-loss-fusion --cross-entropy-fusion-impl native"
+    plain, selective = step(1, fused), step(1, fused, marks="some", alpha=0.0)
+    assert (selective[0]["loss"], selective[0]["grad_norm"]) == (plain[0]["loss"], plain[0]["grad_norm"])
+    assert all(np.array_equal(selective[1][name], plain[1][name]) for name in plain[1])
+    agree(step(1, fused, marks="every", alpha=0.7), plain)
 
 
 @pytest.mark.full
