@@ -66,31 +66,43 @@ def train(
         RuntimeError: if it fails.
     """
     with tempfile.TemporaryDirectory() as folder:
-        module = ["-m", "cherry_megatron.cli"]
-        program = [sys.executable, *module]
-        if ranks > 1:
-            program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *module]
-        command = [*program, "pretrain", "--config", f"configs/{configuration}.yaml"]
-        for override in [f"run={folder}", *overrides]:
-            command += ["--set", override]
-        length = (
-            f"--train-iters {options.steps} --lr-warmup-iters 2 --global-batch-size {SEQUENCES * ranks} "
-            "--eval-iters 4 --eval-interval 1000 --save-interval 100000 --split 98,1,1 --no-save-optim"
-        )
-        environment = {**os.environ, "CHERRY_TOKENIZER": options.tokenizer, "CHERRY_DATA": options.data}
-        environment["PYTHONFAULTHANDLER"] = "1"
-        with subprocess.Popen(
-            [*command, "--", *length.split(), *flags], env=environment, stderr=subprocess.PIPE, text=True
-        ) as process:
-            try:
-                _, errors = process.communicate(timeout=options.limit)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGABRT)  # faulthandler then says where it was
-                _, errors = process.communicate()
-            if process.returncode:
-                print(errors[-2000:], file=sys.stderr)
-                raise RuntimeError(f"failed with status {process.returncode}")
-        return read_steps(Path(folder))
+        return train_in(Path(folder), configuration, overrides, flags, options, ranks)
+
+
+def train_in(
+    folder: Path,
+    configuration: str,
+    overrides: list[str],
+    flags: list[str],
+    options: argparse.Namespace,
+    ranks: int = 1,
+) -> list[dict[str, float]]:
+    """As `train`, in a folder that stays."""
+    module = ["-m", "cherry_megatron.cli"]
+    program = [sys.executable, *module]
+    if ranks > 1:
+        program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *module]
+    command = [*program, "pretrain", "--config", f"configs/{configuration}.yaml"]
+    for override in [f"run={folder}", *overrides]:
+        command += ["--set", override]
+    length = (
+        f"--train-iters {options.steps} --lr-warmup-iters 2 --global-batch-size {SEQUENCES * ranks} "
+        "--eval-iters 4 --eval-interval 1000 --save-interval 100000 --split 98,1,1 --no-save-optim"
+    )
+    environment = {**os.environ, "CHERRY_TOKENIZER": options.tokenizer, "CHERRY_DATA": options.data}
+    environment["PYTHONFAULTHANDLER"] = "1"
+    with subprocess.Popen(
+        [*command, "--", *length.split(), *flags], env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            _, errors = process.communicate(timeout=options.limit)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)  # faulthandler then says where it was
+            _, errors = process.communicate()
+        if process.returncode:
+            print(errors[-2000:], file=sys.stderr)
+            raise RuntimeError(f"failed with status {process.returncode}")
+    return read_steps(folder)
 
 
 def flops_per_token(configuration: str) -> float:

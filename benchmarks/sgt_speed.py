@@ -1,0 +1,84 @@
+"""What selective supervision costs a step of training, variant by variant, in one run on one GPU.
+
+    python benchmarks/sgt_speed.py --tokenizer DIR --data PREFIX --output RESULT.md [--steps 24]
+
+PREFIX needs marks `random` of 15%. `cherry pretrain` runs once a variant on cherry_227m. A step's seconds
+leave probes out; a probe's are the wall time that steps with one take more. Plain training runs first and
+last: the difference between the two is what this machine cannot tell apart.
+"""
+
+import argparse
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from train_speed import SEQUENCES, median_seconds, train_in
+
+from cherry_megatron.versions import git_state
+
+MARKS = "sgt.marks=random"
+PLAIN = "plain"
+# name: overrides
+VARIANTS = {
+    PLAIN: [],
+    "marks, alpha 0.7": [MARKS, "sgt.alpha=0.7"],
+    "marks, alpha 1": [MARKS, "sgt.alpha=1.0"],
+    "marks, alpha 1, skip_head": [MARKS, "sgt.alpha=1.0", "sgt.skip_head=true"],
+    "top loss online, alpha 0.7": ["sgt.top_loss=0.15", "sgt.alpha=0.7"],
+    "a probe each step": [MARKS, "sgt.alpha=0.7", "sgt.probe_interval=1"],
+    "a probe each step, loop by loop": [MARKS, "sgt.alpha=0.7", "sgt.probe_interval=1", "sgt.probe_loops=true"],
+    "plain again": [],
+}
+
+
+def wall_seconds(folder: Path) -> list[float]:
+    """Between one step's gradient norm and the next one's, from TensorBoard's own clock."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    times = [event.wall_time for event in events.Scalars("grad-norm")]
+    return [after - before for before, after in pairwise(times)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--limit", type=int, default=200, help="seconds a variant may take")
+    options = parser.parse_args()
+    lines = [
+        "# What selective supervision costs",
+        "",
+        f"`python benchmarks/sgt_speed.py --steps {options.steps}` on one {torch.cuda.get_device_name(0)}, torch "
+        f"{torch.__version__}, commit {git_state().get('commit', 'unknown')}. cherry_227m, BF16, {SEQUENCES} "
+        "sequences of 4096 a step in micro-batches of 4, Adam step included; median without the "
+        "first third of the steps. 15% of the tokens are selected.",
+        "",
+        "| variant | s a step | against plain | tokens/s | peak GiB | wall s a step, probe included |",
+        "|---|---|---|---|---|---|",
+    ]
+    plain = None
+    for name, overrides in VARIANTS.items():
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                steps = train_in(Path(folder), "cherry_227m", overrides, [], options)
+                whole = median_seconds([{"seconds": seconds} for seconds in wall_seconds(Path(folder))])
+        except RuntimeError as error:
+            lines.append(f"| {name} | {error} | | | | |")
+        else:
+            seconds = median_seconds(steps)
+            plain = plain or seconds
+            lines.append(
+                f"| {name} | {seconds:.4f} | {seconds / plain - 1:+.2%} | {SEQUENCES * 4096 / seconds:,.0f} | "
+                f"{steps[-1]['peak_gib']:.1f} | {whole:.3f} |"
+            )
+        print(lines[-1], flush=True)
+        options.output.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
