@@ -1,4 +1,4 @@
-"""Before a training step: the first evaluation; alpha, online selection and probe of selective training."""
+"""Before a training step: the first evaluation; a mixture's choice of experts; alpha, selection and probe of SGT."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,9 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import RerunDataIterator
 from megatron.training import get_args
 
+from cherry_megatron.choosing import choose_experts
 from cherry_megatron.config import Config
+from cherry_megatron.model.mixture import mixture_of
 from cherry_megatron.monitor.progress import Progress
 from cherry_megatron.objective import Objective
 from cherry_megatron.platform.undisturbed import undisturbed
@@ -39,21 +41,27 @@ class BeforeStep:
             self._at_start = False
             with undisturbed(model, config):
                 self._evaluate_as_it_is(model)
-        if self._objective.supervision is None:
-            return data_iterator
-        supervision, options = self._objective.supervision, self._objective.supervision.options
-        supervision.alpha.fill_(options.alpha_at(iteration))
-        probing = bool(options.probe_interval) and (iteration + 1) % options.probe_interval == 0
-        if options.top_loss is None and not probing:
+        supervision, probing = self._objective.supervision, False
+        if supervision is not None:
+            options = supervision.options
+            supervision.alpha.fill_(options.alpha_at(iteration))
+            probing = bool(options.probe_interval) and (iteration + 1) % options.probe_interval == 0
+        selecting = supervision is not None and supervision.options.top_loss is not None
+        mixture = mixture_of(model[0])
+        choosing = mixture is not None and mixture.options.routes
+        if not (selecting or probing or choosing):
             return data_iterator
         iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
         count = get_num_microbatches()
         ahead: Ahead = [None if it is None else [next(it) for _ in range(count)] for it in iterators]
-        with undisturbed(model, config):
-            if options.top_loss is not None:
-                select(self._objective, supervision, ahead, model, options.top_loss)
-            if probing:
-                self._probe(lambda: replay(ahead), model, iteration + 1)
+        if mixture is not None and choosing:
+            choose_experts(mixture, ahead[0])
+        if supervision is not None and (selecting or probing):
+            with undisturbed(model, config):
+                if selecting:
+                    select(self._objective, supervision, ahead, model)
+                if probing:
+                    self._probe(lambda: replay(ahead), model, iteration + 1)
         again = [None if rows is None else RerunDataIterator(iter(rows)) for rows in ahead]
         return again if isinstance(data_iterator, list) else again[0]
 

@@ -71,12 +71,20 @@ def _changes(config: Config, folder: Path) -> list[str]:
     trained = replace(config, megatron=before["megatron"], flags=tuple(before["flags"]))
     found += [(name, getattr(trained.shape, key), getattr(config.shape, key)) for key, name in _SHAPE.items()]
     found += [(f"megatron.{flag}", trained.value(flag), config.value(flag)) for flag in _FUNCTION]
+    found += [(f"moee.{key}", old, new) for key, old, new in _mixture_changes(config, before.get("moee"))]
     return [
         f"the run {config.run} was trained with {key} {old!r}, not {new!r}; choose another run, whose "
         "megatron.load may name this one"
         for key, old, new in found
         if old != new or key.startswith("recurrence.")
     ]
+
+
+def _mixture_changes(config: Config, before: dict[str, Any] | None) -> list[tuple[str, Any, Any]]:
+    """What decides which weights a mixture has; a single model has none of it."""
+    ours = {} if config.moee is None else asdict(config.moee)
+    keys = ("experts", "router_hidden")
+    return [(key, (before or {}).get(key), ours.get(key)) for key in keys]
 
 
 def _meaning(recurrence: dict[str, Any], key: str) -> Any:
@@ -102,7 +110,17 @@ def other_text(config: Config) -> list[str]:
     trained = replace(config, megatron=before["megatron"], flags=tuple(before["flags"]))
     found = [flag for flag in _HELD_OUT if trained.value(flag) != config.value(flag)]
     batches = before["evaluation"]["batches"] != config.evaluation.batches
-    return [*found, "evaluation.batches"] if batches else found
+    masked = _masked_prefix(before) != config.prefix
+    return [
+        *found,
+        *(["evaluation.batches"] if batches else []),
+        *(["data.prefix or moee.prefix"] if masked else []),
+    ]
+
+
+def _masked_prefix(before: dict[str, Any]) -> int:
+    """The tokens at a sequence's beginning that carried no loss, by a recorded configuration."""
+    return max(before.get(section, {}).get("prefix", 0) for section in ("data", "moee"))
 
 
 def start_from(config: Config) -> dict[str, Any]:

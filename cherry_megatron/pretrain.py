@@ -1,9 +1,11 @@
 """Wires megatron.training.pretrain(): configuration, model, data, loss, monitor."""
 
 import contextlib
+import copy
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TextIO
 
 import torch
@@ -22,7 +24,7 @@ from cherry_megatron.data.batches import build_datasets, build_held_out
 from cherry_megatron.distillation import Teacher
 from cherry_megatron.errors import CherryError
 from cherry_megatron.flags import megatron_arguments
-from cherry_megatron.model.build import build_model, prepare_config
+from cherry_megatron.model.build import build_mixture, build_model, prepare_config
 from cherry_megatron.monitor.accounting import training_flops
 from cherry_megatron.monitor.console import Console
 from cherry_megatron.monitor.evaluation import LoopEvaluation
@@ -65,7 +67,7 @@ def pretrain(
 
 
 def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Callable[..., Any]) -> Any:
-    flops = training_flops(config.recurrence, config.shape, args.seq_length)
+    flops = training_flops(config.recurrence, config.shape, args.seq_length, config.moee)
     progress = Progress(config.run, args, flops, terminal)
     objective = Objective()
     evaluation = make_evaluation(config, progress, objective.run_micro_batch)
@@ -76,6 +78,7 @@ def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Call
         if args.rank == 0 and not args.skip_train:
             progress.say(where_from(config, args))
         reading: dict[str, Any] = {"selection": config.sgt and config.sgt.marks, "shuffle": config.data.shuffle}
+        reading["prefix"] = config.prefix
         train, valid, _ = build_datasets(samples, **reading)
         held_out = build_held_out(config.evaluation.batches * args.eval_global_batch_size, **reading)
         progress.train_dataset, progress.held_out = train, held_out
@@ -128,6 +131,7 @@ def initialize(config: Config, machine: Machine, extra: dict[str, Any]) -> Any:
         "save": str(run / "checkpoints"),
         "tensorboard-dir": str(run / "tensorboard"),
         **start_from(config),
+        **({"num-experts": config.moee.experts} if config.moee else {}),
         "data-cache-path": config.megatron.get("data-cache-path", str(run / "cache")),
         **extra,
     }
@@ -140,6 +144,8 @@ def initialize(config: Config, machine: Machine, extra: dict[str, Any]) -> Any:
         raise CherryError(f"{config.source}: Megatron refuses these flags: {says}") from None
     # Copies of the core on several stages are one layer: what a checkpoint records must not change.
     args.num_layers = len(config.recurrence.parsed.symbols)
+    # Megatron makes the expert-parallel groups; it need not know more of experts, which it would look for in layers.
+    args.num_experts = args.moe_ffn_hidden_size = None
     return args
 
 
@@ -153,8 +159,13 @@ def model_provider(cherry: Config) -> Callable[..., torch.nn.Module]:
         **_: Any,
     ) -> torch.nn.Module:
         args = get_args()
-        transformer = prepare_config(core_transformer_config_from_args(args), cherry.recurrence)
-        return build_model(
+        build: Callable[..., torch.nn.Module] = build_model
+        one = args
+        if cherry.moee is not None:
+            build, one = partial(build_mixture, cherry.moee), copy.copy(args)
+            one.expert_model_parallel_size = 1  # an expert lies whole on its tensor-parallel ranks
+        transformer = prepare_config(core_transformer_config_from_args(one), cherry.recurrence)
+        return build(
             transformer,
             cherry.recurrence,
             cherry.shape,

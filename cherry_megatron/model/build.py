@@ -9,8 +9,10 @@ from megatron.core.utils import init_method_normal
 from torch import Tensor
 
 from cherry_megatron.model.head import RecurrentModel
-from cherry_megatron.model.options import Recurrence
+from cherry_megatron.model.mixture import MixtureModel
+from cherry_megatron.model.options import Mixture, Recurrence
 from cherry_megatron.model.plan import Plan
+from cherry_megatron.model.router import Router
 from cherry_megatron.model.seeding import seeded
 from cherry_megatron.model.shape import Shape
 from cherry_megatron.model.specs import stack_submodules
@@ -79,6 +81,35 @@ def build_model(
         _draw(model.output_layer.weight, name, shape, config, groups, seed)
     config.finalize_model_grads_func = tie_copies(model.decoder)
     return model
+
+
+def build_mixture(
+    mixture: Mixture,
+    config: TransformerConfig,
+    recurrence: Recurrence,
+    shape: Shape,
+    plan: Plan,
+    groups: ProcessGroupCollection,
+    *,
+    seed: int,
+    **others: Any,
+) -> MixtureModel:
+    """Build this rank's experts, and the router.
+
+    Args:
+        mixture: how many experts, and how they are chosen.
+        config: from `prepare_config`, of one expert, which knows nothing of the others.
+        seed: expert e starts as a model alone with the seed `seed + e`.
+        Others: as in `build_model`, of each expert.
+    """
+    here = mixture.experts // groups.ep.size()
+    numbers = range(groups.ep.rank() * here, (groups.ep.rank() + 1) * here)
+    experts = {
+        number: build_model(config, recurrence, shape, plan, groups, seed=seed + number, **others)
+        for number in numbers
+    }
+    router = Router(config, shape.vocabulary, mixture.router_hidden, mixture.experts, seed)
+    return MixtureModel(config, mixture, experts, router, groups)
 
 
 def _draw(

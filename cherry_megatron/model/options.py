@@ -1,4 +1,4 @@
-"""What a user says about the recurrence (the `recurrence:` section of a configuration)."""
+"""What a user says about the model: the `recurrence:` and `moee:` sections of a configuration."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -88,3 +88,46 @@ class Recurrence:
         """What initial weights of output projections are scaled by: 1 / sqrt(effective sublayers)."""
         visits = unroll(self.parsed, self.parsed.loops, self.order)
         return sum(len(self.parsed.layers[visit.layer]) for visit in visits) ** -0.5
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture of whole recurrent models, see mixture.py.
+
+    Attributes:
+        experts: how many models, all with the recurrence and the sizes of the configuration.
+        top_k: how many of them see a sequence; 0 takes all.
+        prefix: tokens at a sequence's beginning that decide which ones. Targets inside it carry no loss.
+        router_hidden: width of the router.
+        balance: weight of the loss that keeps the choices even; without effect where every expert is chosen.
+        capacity: how many sequences of a global batch an expert takes at most, as a multiple of its even share.
+    """
+
+    experts: int
+    top_k: int = 0
+    prefix: int = 64
+    router_hidden: int = 64
+    balance: float = 0.01
+    capacity: float = 1.25
+
+    def __post_init__(self) -> None:
+        if self.experts < 2:
+            raise CherryError(f"moee.experts is {self.experts}; a mixture has 2 or more, so take the section out")
+        if self.top_k == 0:
+            object.__setattr__(self, "top_k", self.experts)
+        if not 1 <= self.top_k <= self.experts:
+            raise CherryError(f"moee.top_k {self.top_k} is not from 1 to the {self.experts} of moee.experts")
+        for name, value in (("prefix", self.prefix), ("router_hidden", self.router_hidden)):
+            if value < 1:
+                raise CherryError(f"moee.{name} is {value}; use a positive number")
+        if not 0 <= self.balance < float("inf"):
+            raise CherryError(f"moee.balance {self.balance} must be a finite number that is not negative")
+        if not 1 <= self.capacity < float("inf"):
+            raise CherryError(
+                f"moee.capacity {self.capacity} leaves no room for all sequences; use 1 or more, e.g. 1.25"
+            )
+
+    @property
+    def routes(self) -> bool:
+        """Whether sequences go to some of the experts only."""
+        return self.top_k < self.experts

@@ -7,13 +7,13 @@ import torch
 from megatron.core import mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args
 from megatron.training.datasets.data_samplers import build_pretraining_data_loader
 
 from cherry_megatron.config import Config
+from cherry_megatron.model.stack import recurrent_stacks
 from cherry_megatron.monitor.loops import NAMES, LoopTrace
-from cherry_megatron.monitor.progress import Progress
+from cherry_megatron.monitor.progress import OURS, Progress
 
 
 class LoopEvaluation:
@@ -30,6 +30,7 @@ class LoopEvaluation:
         losses: loops -> loss of the last call, on the last pipeline stage.
         parts: loops -> the same by part, where some tokens are selected: `selected`, `unselected`.
         statistics: of each loop, from the last call.
+        further: what else was reported with all loops, of a mixture.
     """
 
     def __init__(
@@ -39,25 +40,29 @@ class LoopEvaluation:
         self.losses: dict[int, float] = {}
         self.parts: dict[int, dict[str, float]] = {}
         self.statistics: dict[str, list[float]] = {}
+        self.further: dict[str, float] = {}
         self._evaluated: int | None = None
 
     def __call__(self, model: list[torch.nn.Module]) -> None:
         if self._evaluated == self._progress.iteration:
             return  # Megatron evaluates once more at the end of training
         self._evaluated = self._progress.iteration
-        stack = get_attr_wrapped_model(model[0], "decoder")
+        stacks = recurrent_stacks(model[0])
         full = self._config.recurrence.loops
-        self.losses, self.parts = {}, {}
+        self.losses, self.parts, self.further = {}, {}, {}
         for loops in self._config.evaluation.loop_counts(full):
             trace = None
             if loops == full:
-                trace = LoopTrace(full, stack.tp_group if stack.config.sequence_parallel else None)
-                stack.observe = trace.add
-            stack.loops = loops
+                # Of a mixture: over all experts.
+                trace = LoopTrace(full, stacks[0].tp_group if stacks[0].config.sequence_parallel else None)
+            for stack in stacks:
+                stack.observe, stack.loops = trace.add if trace else None, loops
             try:
                 means = mean_losses(model, self._progress.held_out, self._config.evaluation.batches, self._run)
             finally:
-                stack.observe, stack.loops = None, full
+                for stack in stacks:
+                    stack.observe, stack.loops = None, full
+            self.further = {name: means.pop(name) for name in list(means) if name.startswith(OURS)}
             self.losses[loops] = means.pop("lm loss", float("nan"))
             self.parts[loops] = {name.removesuffix(" loss"): value for name, value in means.items()}
             if trace is not None:
@@ -76,6 +81,8 @@ class LoopEvaluation:
             self._progress.scalar(f"loss-by-loops/{loops}", loss, iteration)
         for part, loss in self.parts[max(self.parts)].items():
             self._progress.scalar(f"sgt/held-out-loss/{part}", loss, iteration)
+        for name, value in self.further.items():
+            self._progress.scalar(f"{name.removeprefix(OURS)}/held-out", value, iteration)
         for name in NAMES:
             for loop, value in enumerate(self.statistics[name], start=1):
                 if value == value:  # a loop cut by a stage boundary has no relative change
@@ -89,7 +96,7 @@ def mean_losses(
 
     Returns:
         What `run_micro_batch` reports: `lm loss`, over all tokens, and the loss of selected and unselected ones if
-        it knows them; nothing before the last pipeline stage.
+        it knows them, and what a mixture adds; nothing before the last pipeline stage.
     """
     args = get_args()
     loader = build_pretraining_data_loader(dataset, 0)

@@ -17,20 +17,18 @@ Rows = list[dict[str, Tensor]]
 Ahead = list[Rows | None]  # the micro-batches of a step by model chunk; None on ranks that read no data
 
 
-def select(
-    objective: Objective, supervision: Supervision, ahead: Ahead, model: list[torch.nn.Module], share: float
-) -> None:
+def select(objective: Objective, supervision: Supervision, ahead: Ahead, model: list[torch.nn.Module]) -> None:
     """Mark the targets with the highest loss of the global batch, and set rho to their exact share.
 
     All ranks call it. It costs a forward pass.
 
     Args:
-        objective, supervision: of the training.
+        objective, supervision: of the training; `top_loss` of the targets is selected.
         ahead: the micro-batches of the step, which get `selected` on the last stage.
         model: chunks of this rank.
-        share: of the targets.
     """
-    args = get_args()
+    args, share = get_args(), supervision.options.top_loss
+    assert share is not None
     supervision.mode, objective.scores = "plain", []
     try:
         get_forward_backward_func()(

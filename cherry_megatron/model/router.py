@@ -1,0 +1,52 @@
+"""The router of a mixture: how likely each expert is for the next token, from the tokens so far.
+
+A cumulative mean of token embeddings, the last embedding beside it, and one hidden layer. The mean is the simplest
+summary of a text that is causal by construction and costs one cumulative sum; a topic, which is what whole models
+can divide between them, shows in it. It is small enough to be replicated on every rank.
+"""
+
+import torch
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from torch import Tensor
+from torch.nn import functional as F
+
+from cherry_megatron.model.seeding import seeded
+
+FIRST_LOGITS = 0.1  # spread of the initial logits: gates begin nearly, but not exactly, even
+
+
+class Router(MegatronModule):
+    """Gates of every token.
+
+    Args:
+        config: Megatron's configuration of an expert.
+        vocabulary: rows of the embedding.
+        hidden: width r.
+        experts: how many gates.
+        seed: initial weights depend on it alone.
+    """
+
+    def __init__(self, config: TransformerConfig, vocabulary: int, hidden: int, experts: int, seed: int) -> None:
+        super().__init__(config)
+        with seeded(seed, "router"):
+            embedding = torch.randn(vocabulary, hidden)
+            inner = torch.randn(hidden, 2 * hidden) / (2 * hidden) ** 0.5
+            outer = torch.randn(experts, hidden) * FIRST_LOGITS / hidden**0.5
+        self.embedding = torch.nn.Parameter(embedding.to(config.params_dtype))
+        self.inner = torch.nn.Parameter(inner.to(config.params_dtype))
+        self.outer = torch.nn.Parameter(outer.to(config.params_dtype))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logarithms of the gates for the token after each one.
+
+        Args:
+            tokens: [b, s].
+
+        Returns:
+            [b, s, experts] float32; what stands at t depends on tokens up to t alone.
+        """
+        now = F.embedding(tokens, self.embedding).float()  # [b, s, r]
+        count = torch.arange(1, tokens.shape[1] + 1, device=tokens.device).unsqueeze(-1)
+        mean = now.cumsum(1) / count
+        hidden = F.silu(F.linear(torch.cat((now, mean), -1), self.inner.float()))
+        return F.linear(hidden, self.outer.float()).log_softmax(-1)
