@@ -1,4 +1,4 @@
-"""Before a training step: the first evaluation; a mixture's choice of experts; alpha, selection and probe of SGT."""
+"""Before a training step: the first evaluation; choice of experts; alpha, online selection and probe of SGT."""
 
 from collections.abc import Callable
 from typing import Any

@@ -110,12 +110,8 @@ def other_text(config: Config) -> list[str]:
     trained = replace(config, megatron=before["megatron"], flags=tuple(before["flags"]))
     found = [flag for flag in _HELD_OUT if trained.value(flag) != config.value(flag)]
     batches = before["evaluation"]["batches"] != config.evaluation.batches
-    masked = _masked_prefix(before) != config.prefix
-    return [
-        *found,
-        *(["evaluation.batches"] if batches else []),
-        *(["data.prefix or moee.prefix"] if masked else []),
-    ]
+    found += ["evaluation.batches"] * batches
+    return found + ["data.prefix or moee.prefix"] * (_masked_prefix(before) != config.prefix)
 
 
 def _masked_prefix(before: dict[str, Any]) -> int:

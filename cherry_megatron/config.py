@@ -203,9 +203,7 @@ class Config:
             CherryError: if this is one.
         """
         if self.moee is not None:
-            raise CherryError(
-                f"{self.source}: {what} takes one model, and moee.experts makes a mixture; name another"
-            )
+            raise CherryError(f"{self.source}: {what} takes one model, and moee makes a mixture; take moee out")
 
     def plan(self) -> Plan:
         """The unrolled model over the configured pipeline stages."""

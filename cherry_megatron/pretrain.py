@@ -144,8 +144,10 @@ def initialize(config: Config, machine: Machine, extra: dict[str, Any]) -> Any:
         raise CherryError(f"{config.source}: Megatron refuses these flags: {says}") from None
     # Copies of the core on several stages are one layer: what a checkpoint records must not change.
     args.num_layers = len(config.recurrence.parsed.symbols)
-    # Megatron makes the expert-parallel groups; it need not know more of experts, which it would look for in layers.
-    args.num_experts = args.moe_ffn_hidden_size = None
+    if config.moee is not None:
+        # Megatron makes the expert-parallel groups; of experts it knows those inside layers, and of hybrid models
+        # those that are one.
+        args.num_experts = args.moe_ffn_hidden_size = args.hybrid_layer_pattern = None
     return args
 
 
@@ -163,7 +165,8 @@ def model_provider(cherry: Config) -> Callable[..., torch.nn.Module]:
         one = args
         if cherry.moee is not None:
             build, one = partial(build_mixture, cherry.moee), copy.copy(args)
-            one.expert_model_parallel_size = 1  # an expert lies whole on its tensor-parallel ranks
+            # An expert is a hybrid model and lies whole on its tensor-parallel ranks.
+            one.expert_model_parallel_size, one.hybrid_layer_pattern = 1, cherry.plan().megatron_pattern
         transformer = prepare_config(core_transformer_config_from_args(one), cherry.recurrence)
         return build(
             transformer,

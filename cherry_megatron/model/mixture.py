@@ -22,6 +22,8 @@ from cherry_megatron.model.head import RecurrentModel
 from cherry_megatron.model.options import Mixture
 from cherry_megatron.model.router import Router
 
+NONE = 1e-20  # instead of a number of zero: a mean over nothing is reported as 0
+
 
 def mixture_loss(log_gates: Tensor, losses: Tensor) -> Tensor:
     """The loss of the mixture of likelihoods, in nats.
@@ -77,7 +79,7 @@ class Seen:
             found[f"responsibility/{expert}"] = (torch.sum(shares[..., expert] * mask), tokens)
             found[f"loss/{expert}"] = (torch.sum(self.losses[..., expert] * met), met.sum())
         return {
-            name: torch.stack((total, number.clamp(min=1e-20))).float() for name, (total, number) in found.items()
+            name: torch.stack((total, number.clamp(min=NONE))).float() for name, (total, number) in found.items()
         }
 
 

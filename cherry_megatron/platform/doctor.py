@@ -36,6 +36,6 @@ def how_to_start(config: Config) -> list[str]:
     if ranks == 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return []
     return [
-        f"start it with a multiple of {ranks} processes ({' x '.join(parallel)}), e.g. torchrun --nproc-per-node {ranks} tools/pretrain.py --config "
-        f"{config.source}"
+        f"start it with a multiple of {ranks} processes ({' x '.join(parallel)}), e.g. "
+        f"torchrun --nproc-per-node {ranks} tools/pretrain.py --config {config.source}"
     ]

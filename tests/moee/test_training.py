@@ -1,0 +1,172 @@
+"""A training step of a mixture is that of plain PyTorch, under every layout; a resume under another goes on."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import _train, run_ranks
+from tests.sgt.conftest import ONE_STEP, distance, first_gradient
+
+TOLERANCE = 1e-5
+STAY = f"{ONE_STEP} --lr 0 --weight-decay 0"  # the checkpoint holds the weights of before the step
+ALL = {"experts": 2}
+# Two rows of eight at most over an even share: some rows find their experts full.
+SOME = {"experts": 4, "top_k": 2, "capacity": 1.0, "balance": 0.5}
+ONE = {"experts": 3, "top_k": 1, "capacity": 1.3, "balance": 0.1}
+
+
+def record(path, folder, flags):
+    """Train, and keep the rows that are trained on."""
+    import torch
+
+    from cherry_megatron import objective
+
+    batches, read = [], objective.next_batch
+
+    def next_batch(*args, **kwargs):
+        batch = read(*args, **kwargs)
+        batches.append({key: batch[key] for key in ("tokens", "labels", "loss_mask", "experts")})
+        return batch
+
+    objective.next_batch = next_batch
+    _train(path, ["evaluation.batches=1"], flags.split())
+    micro = batches[:4]  # of the global batch of eight; the rest is evaluation
+    whole = {key: torch.cat([b[key] for b in micro]) for key in micro[0] if micro[0][key] is not None}
+    torch.save(whole, folder / "batch.pt")
+
+
+def expected(folder, options):
+    """The reference's step on the recorded rows, and how many rows got their experts in training too."""
+    import torch
+
+    from cherry_megatron.model.pattern import parse, unroll
+    from cherry_megatron.storage.checkpoint import open_checkpoint
+    from tests.moee.reference import step
+
+    checkpoint = open_checkpoint(folder / "run" / "checkpoints")
+    state = {name: torch.from_numpy(np.array(checkpoint.read(name))) for name in checkpoint.model}
+    batch = torch.load(folder / "batch.pt")
+    walk = [(visit.layer, visit.loop) for visit in unroll(parse("*-[*-]x2"), 2, "cycle")]
+    model = {"walk": walk, "heads": 4, "groups": 4, "size": 8}
+    loss, gradient, chosen = step(state, batch, {"top_k": options["experts"], "prefix": 8, **options}, model)
+    if "experts" in batch:
+        assert [set(row.nonzero().flatten().tolist()) for row in batch["experts"]] == chosen
+        assert (batch["experts"].sum(0) > 0).all()
+    return loss, {name: value.numpy() for name, value in gradient.items()}
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory, write_mixture):
+    """What the reference gives on the rows of one process's step, and what that recorded."""
+    done = {}
+
+    def get(options):
+        key = str(options)
+        if key not in done:
+            folder = tmp_path_factory.mktemp("single")
+            path = write_mixture(folder, **options)
+            run_ranks(folder / "output", 1, record, path, folder, STAY)
+            (wanted,) = run_ranks(folder / "reference", 1, expected, folder, options)
+            done[key] = (folder, *wanted)
+        return done[key]
+
+    return get
+
+
+def check(options, ranks, flags, tmp_path, single, write_mixture, train):
+    from cherry_megatron.runs import read_steps
+
+    folder, loss, gradient = single(options)
+    assert distance(first_gradient(folder / "run"), gradient) <= TOLERANCE
+    assert read_steps(folder / "run")[0]["loss"] == pytest.approx(loss, rel=TOLERANCE)
+    (step,) = train(write_mixture(tmp_path, **options), ranks, f"{STAY} {flags}")
+    assert step["loss"] == pytest.approx(loss, rel=TOLERANCE)
+    assert distance(first_gradient(tmp_path / "run"), gradient) <= TOLERANCE
+
+
+EP, TP = "--expert-model-parallel-size 2", "--tensor-model-parallel-size 2 --sequence-parallel"
+SAMPLE = {
+    "all-ep2": (ALL, 2, EP),
+    "some-ep2": (SOME, 2, EP),
+    "some-tp2": (SOME, 2, TP),
+}
+REST = {
+    f"{name}-{layout}": (options, *split)
+    for name, options in {"all": ALL, "some": SOME, "one": ONE}.items()
+    for layout, split in {
+        "ep2": (2, EP),
+        "tp2": (2, TP),
+        "dp2": (2, ""),
+        "micro4": (1, "--micro-batch-size 4"),
+        "micro1-ep2": (2, f"--micro-batch-size 1 {EP}"),
+        "tp2-plain": (2, "--tensor-model-parallel-size 2"),
+        "tp2-ep2": (4, f"{TP} {EP}"),
+        "ep2-dp4": (4, EP),
+        "ep2-overlap": (2, f"{EP} --overlap-grad-reduce --overlap-param-gather"),
+        "ep2-recompute": (
+            2,
+            f"{EP} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        ),
+    }.items()
+    if f"{name}-{layout}" not in SAMPLE and not (name == "one" and "ep2" in layout)
+}
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_step_is_that_of_plain_pytorch(name, tmp_path: Path, single, write_mixture, train):
+    check(*SAMPLE[name], tmp_path, single, write_mixture, train)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", REST)
+def test_step_is_that_of_plain_pytorch_rest(name, tmp_path: Path, single, write_mixture, train):
+    check(*REST[name], tmp_path, single, write_mixture, train)
+
+
+def test_an_expert_is_a_model(tmp_path: Path, single, write_config, train):
+    """Expert 0 has the names and initial weights of a model alone, and its loss on the same tokens."""
+    from cherry_megatron.runs import read_steps
+    from cherry_megatron.storage.checkpoint import open_checkpoint
+
+    folder, _, _ = single(ALL)
+    path = write_config(tmp_path, recurrence={"pattern": "*-[*-]x2"})
+    (step,) = train(path, 1, STAY, ("data.prefix=8",))
+    assert step["loss"] == pytest.approx(read_steps(folder / "run")[0]["moee"]["loss/0"], rel=TOLERANCE)
+    alone, mixture = (open_checkpoint(run / "run" / "checkpoints") for run in (tmp_path, folder))
+    start = "experts.0."
+    assert {n.removeprefix(start) for n in mixture.model if n.startswith(start)} == set(alone.model)
+    for name in alone.model:
+        assert np.array_equal(alone.read(name), mixture.read(start + name)), name
+    weight = "decoder.layers.0.self_attention.linear_qkv.weight"
+    assert not np.array_equal(mixture.read(f"experts.0.{weight}"), mixture.read(f"experts.1.{weight}"))
+
+
+LAYOUTS = {"single": (1, ""), "ep2": (2, EP), "tp2": (2, TP), "tp2-ep2": (4, f"{TP} {EP}"), "dp2": (2, "")}
+
+
+def resume(layouts, tmp_path, write_mixture, train):
+    """Two steps under each layout, one going on from the other's checkpoint, are those of a run without a stop."""
+    steps = 2 * len(layouts)
+    schedule = {"megatron": {"train-iters": steps, "save-interval": 2}}
+    undisturbed = train(write_mixture(tmp_path / "undisturbed", schedule, **SOME))
+    kept, path = "run/checkpoints", write_mixture(tmp_path / "resumed", schedule, **SOME)
+    shutil.copytree(tmp_path / "undisturbed" / kept / "iter_0000002", tmp_path / "resumed" / kept / "iter_0000002")
+    (tmp_path / "resumed" / kept / "latest_checkpointed_iteration.txt").write_text("2")
+    for number, layout in enumerate(layouts[1:], start=2):
+        ranks, flags = LAYOUTS[layout]
+        found = train(path, ranks, f"{flags} --exit-interval {2 * number}")
+    assert [step["iteration"] for step in found] == list(range(3, steps + 1))
+    for ours, theirs in zip(found, undisturbed[2:], strict=True):
+        for value in ("loss", "grad_norm", "balance_loss"):
+            assert ours[value] == pytest.approx(theirs[value], rel=TOLERANCE), (ours, theirs)
+
+
+def test_resume_under_another_layout(tmp_path: Path, write_mixture, train):
+    resume(["single", "ep2", "single"], tmp_path, write_mixture, train)
+
+
+@pytest.mark.full
+def test_resume_under_every_layout(tmp_path: Path, write_mixture, train):
+    resume(["single", "tp2-ep2", "dp2", "ep2", "tp2", "ep2", "single"], tmp_path, write_mixture, train)
