@@ -78,7 +78,7 @@ def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Call
         if args.rank == 0 and not args.skip_train:
             progress.say(where_from(config, args))
         reading: dict[str, Any] = {"selection": config.sgt and config.sgt.marks, "shuffle": config.data.shuffle}
-        reading["prefix"] = config.prefix
+        reading["context"] = config.prefix
         train, valid, _ = build_datasets(samples, **reading)
         held_out = build_held_out(config.evaluation.batches * args.eval_global_batch_size, **reading)
         progress.train_dataset, progress.held_out = train, held_out

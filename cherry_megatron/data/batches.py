@@ -22,7 +22,7 @@ HELD_OUT_SEED = 1234
 
 
 def build_datasets(
-    samples: tuple[int, int, int], selection: str | None = None, shuffle: str = "none", prefix: int = 0
+    samples: tuple[int, int, int], selection: str | None = None, shuffle: str = "none", context: int = 0
 ) -> tuple[Any, Any, Any]:
     """The train, validation and test split, packed to --seq-length. Every rank must call it.
 
@@ -30,15 +30,15 @@ def build_datasets(
         samples: how many sequences of each split are wanted.
         selection: name of the marks to give with each sample.
         shuffle: what to permute within documents, see `dataset.SHUFFLES`.
-        prefix: tokens at a sequence's beginning that carry no loss as targets.
+        context: tokens at a sequence's beginning that carry no loss as targets.
     """
-    config = _config(get_args().seed, selection, shuffle, prefix)
+    config = _config(get_args().seed, selection, shuffle, context)
     return BlendedMegatronDatasetBuilder(MarkedDataset, list(samples), _reads_data, config).build()
 
 
-def build_held_out(samples: int, selection: str | None = None, shuffle: str = "none", prefix: int = 0) -> Any:
+def build_held_out(samples: int, selection: str | None = None, shuffle: str = "none", context: int = 0) -> Any:
     """So many sequences of the validation split, the same ones for every seed, schedule and length of training."""
-    config = _config(HELD_OUT_SEED, selection, shuffle, prefix)
+    config = _config(HELD_OUT_SEED, selection, shuffle, context)
     if config.split_matrix is not None:
         config.split_matrix = [None, config.split_matrix[1], None]
     if config.blend_per_split is not None:
@@ -46,7 +46,7 @@ def build_held_out(samples: int, selection: str | None = None, shuffle: str = "n
     return BlendedMegatronDatasetBuilder(MarkedDataset, [0, samples, 0], _reads_data, config).build()[1]
 
 
-def _config(seed: int, selection: str | None, shuffle: str, prefix: int) -> MarkedDatasetConfig:
+def _config(seed: int, selection: str | None, shuffle: str, context: int) -> MarkedDatasetConfig:
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     return MarkedDatasetConfig(
@@ -66,7 +66,7 @@ def _config(seed: int, selection: str | None, shuffle: str, prefix: int) -> Mark
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         selection=selection,
         shuffle=shuffle,
-        prefix=prefix,
+        context=context,
     )
 
 

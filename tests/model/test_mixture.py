@@ -55,7 +55,7 @@ def run(model, tokens, **more):
 
 
 def bounds():
-    """Worst excess over the gate-weighted mean of the experts' losses, and over the best expert's less its gate's log."""
+    """Worst excess over the gate-weighted mean of the losses, and over the least of loss and its gate's -log."""
     import torch
 
     from cherry_megatron.model.options import Mixture

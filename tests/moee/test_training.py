@@ -143,6 +143,27 @@ def test_an_expert_is_a_model(tmp_path: Path, single, write_config, train):
     assert not np.array_equal(mixture.read(f"experts.0.{weight}"), mixture.read(f"experts.1.{weight}"))
 
 
+def refused(path, overrides):
+    from cherry_megatron.checkpoints import unloadable
+    from cherry_megatron.config import load
+    from cherry_megatron.platform.machine import prepare
+
+    prepare()
+    return unloadable(load(path, overrides))
+
+
+def test_a_run_keeps_its_experts(tmp_path: Path, single):
+    folder, _, _ = single(ALL)
+    for overrides, says in {
+        ("moee.experts=4",): ["moee.experts 2, not 4"],
+        ("moee=null",): ["moee.experts 2, not None", "moee.router_hidden 8, not None"],
+        ("moee.prefix=4", "moee.top_k=1", "moee.capacity=2.0"): [],
+    }.items():
+        ((*found,),) = run_ranks(tmp_path, 1, refused, folder / "config.yaml", overrides)
+        assert len(found) == len(says)
+        assert all(words in line for words, line in zip(says, found, strict=True)), found
+
+
 LAYOUTS = {"single": (1, ""), "ep2": (2, EP), "tp2": (2, TP), "tp2-ep2": (4, f"{TP} {EP}"), "dp2": (2, "")}
 
 

@@ -1,10 +1,11 @@
 """Parameters, FLOPs and memory: the published sizes, hand-computed cases, and the model itself."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cherry_megatron.model.options import Recurrence
+from cherry_megatron.model.options import Mixture, Recurrence
 from cherry_megatron.model.plan import make_plan
 from cherry_megatron.model.shape import Shape
 from cherry_megatron.monitor.accounting import Layout, account, memory, together, training_flops
@@ -72,6 +73,35 @@ def count_parameters(recurrence):
 
     model, _, _ = build(recurrence)
     return sum(p.numel() for p in model.parameters())
+
+
+def test_a_mixture_holds_all_experts_and_walks_its_top_k():
+    recurrence, mixture = Recurrence("*-[(*-)x4]x8*-"), Mixture(experts=8, top_k=2, router_hidden=64)
+    one, all_ = (together(account(recurrence, SHAPE, 4096, options)) for options in (None, mixture))
+    inner = 64 * 128 + 8 * 64
+    router = 44544 * 64 + inner
+    assert all_.stored == 8 * one.stored + router
+    assert all_.active == 2 * one.active + router
+    assert all_.flops == 2 * one.flops + 6 * inner
+    plan, layout = make_plan(recurrence, SHAPE, 4096, 1), Layout(1, 16, 1, 4096, True, True, False, False)
+    (alone,) = memory(plan, SHAPE, layout, recurrence)
+    (rank,) = memory(plan, SHAPE, replace(layout, expert=4), recurrence, mixture)
+    assert rank["weights"] == 2 * alone["weights"]
+    assert rank["optimizer"] == 2 * 4 * alone["optimizer"]
+    assert rank["activations"] == 2 * alone["activations"]
+
+
+def count_mixture():
+    from tests.model.test_mixture import build
+
+    return sum(p.numel() for p in build(Mixture(experts=3, router_hidden=8)).parameters())
+
+
+def test_account_of_a_mixture_is_the_models_own_count(tmp_path: Path):
+    (counted,) = run_ranks(tmp_path, 1, count_mixture)
+    shape = Shape(hidden=16, ffn=24, heads=2, groups=2, head_size=8, vocabulary=32)
+    mixture = Mixture(experts=3, router_hidden=8)
+    assert together(account(Recurrence("*-[*-]x2"), shape, 16, mixture)).stored == counted
 
 
 def test_memory_counts_copies_of_the_core_on_each_stage():
