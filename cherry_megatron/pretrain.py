@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -121,8 +122,15 @@ def initialize(config: Config, machine: Machine, extra: dict[str, Any]) -> Any:
         Megatron's arguments.
 
     Raises:
-        CherryError: what Megatron's validation says of them.
+        CherryError: what Megatron's validation says of them, or that ranks are missing for the experts.
     """
+    expert = config.value("expert-model-parallel-size")
+    ranks, world = config.value("tensor-model-parallel-size") * expert, int(os.environ["WORLD_SIZE"])
+    if expert > 1 and world % ranks:  # Megatron would see it when the run's folder is made
+        raise CherryError(
+            f"{config.source}: {world} processes cannot hold tensor-model-parallel-size x "
+            f"expert-model-parallel-size {expert}; start a multiple of {ranks} processes, or set it to 1"
+        )
     run = config.run.absolute()
     values = {
         **machine.flags,

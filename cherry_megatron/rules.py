@@ -344,12 +344,6 @@ def _check_batch(config: "Config") -> None:
             f"{world} ranks cannot hold models of {ranks} ranks each (tensor-model-parallel-size x "
             "pipeline-model-parallel-size); start a multiple of it"
         )
-    expert = config.value("expert-model-parallel-size")
-    if world // ranks % expert and world > 1:
-        raise CherryError(
-            f"{world // ranks} data-parallel ranks are not a multiple of expert-model-parallel-size {expert}; "
-            f"start a multiple of {ranks * expert} processes"
-        )
     micro, whole = config.value("micro-batch-size"), config.value("global-batch-size")
     share = micro * max(world // ranks, 1) if micro else 0
     if whole is not None and share and whole % share:

@@ -91,6 +91,11 @@ CONFIGS = {
         [],
         "needs experts: set moee.experts, or use 1",
     ),
+    "too-few-ranks-for-the-experts": (
+        {"moee": {"experts": 2, "prefix": 8}, "megatron": {"expert-model-parallel-size": 2}},
+        [],
+        "start a multiple of 2 processes, or set it to 1",
+    ),
     "experts-that-cannot-be-shared-out": (
         {"moee": {"experts": 3, "prefix": 8}, "megatron": {"expert-model-parallel-size": 2}},
         [],

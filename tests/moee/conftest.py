@@ -13,7 +13,10 @@ def write_mixture(write_config: Callable[..., Path]) -> Callable[..., Path]:
     import yaml
 
     def write(folder: Path, sections: dict[str, Any] | None = None, **options: Any) -> Path:
-        path = write_config(folder, recurrence={"pattern": "*-[*-]x2"}, **(sections or {}))
+        given = sections or {}
+        path = write_config(
+            folder, **{**given, "recurrence": {"pattern": "*-[*-]x2", **given.get("recurrence", {})}}
+        )
         content = yaml.safe_load(path.read_text())
         content["moee"] = {"experts": 2, "prefix": 8, "router_hidden": 8, **options}
         path.write_text(yaml.safe_dump(content))

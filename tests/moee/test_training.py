@@ -12,9 +12,9 @@ from tests.sgt.conftest import ONE_STEP, distance, first_gradient
 TOLERANCE = 1e-5
 STAY = f"{ONE_STEP} --lr 0 --weight-decay 0"  # the checkpoint holds the weights of before the step
 ALL = {"experts": 2}
-# Two rows of eight at most over an even share: some rows find their experts full.
+# No room over an even share: rows find their experts full, and micro-batches leave experts without a row.
 SOME = {"experts": 4, "top_k": 2, "capacity": 1.0, "balance": 0.5}
-ONE = {"experts": 3, "top_k": 1, "capacity": 1.3, "balance": 0.1}
+ONE = {"experts": 3, "top_k": 1, "capacity": 1.0, "balance": 0.1}
 
 
 def record(path, folder, flags):
@@ -191,3 +191,14 @@ def test_resume_under_another_layout(tmp_path: Path, write_mixture, train):
 @pytest.mark.full
 def test_resume_under_every_layout(tmp_path: Path, write_mixture, train):
     resume(["single", "tp2-ep2", "dp2", "ep2", "tp2", "ep2", "single"], tmp_path, write_mixture, train)
+
+
+def test_selective_training_of_a_mixture(tmp_path: Path, write_mixture, train):
+    """The highest losses of the mixture are found, and weighted, alike under a split."""
+    found = [
+        train(write_mixture(tmp_path / name, **SOME), ranks, f"{ONE_STEP} {flags}", ("sgt.top_loss=0.2",))[0]
+        for name, (ranks, flags) in (("one", (1, "")), ("split", (2, EP)))
+    ]
+    for value in ("loss", "selected_loss", "weighted_loss", "grad_norm"):
+        assert found[0][value] == pytest.approx(found[1][value], rel=TOLERANCE)
+    assert found[0]["selected_loss"] > found[0]["weighted_loss"] > found[0]["loss"]
