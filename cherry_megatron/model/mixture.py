@@ -44,7 +44,7 @@ class Seen:
 
     Attributes:
         log_gates: [b, s, experts], normalised over the chosen experts, -inf for the others.
-        losses: [b, s, experts], cross-entropy of each expert, 0 where it has not seen the row.
+        losses: [b, s, experts], cross-entropy of each expert; of no meaning where it is not chosen.
         chosen: [b, experts], which experts have seen a row.
         wanted: [b, experts], a row's own top k.
         sent: bytes that this rank sends to others for it, the backward pass included.
@@ -207,14 +207,13 @@ class MixtureModel(MegatronModule):
 def _expert_losses(
     expert: torch.nn.Module, tokens: Tensor, position_ids: Tensor, labels: Tensor, rows: Tensor | None
 ) -> Tensor:
-    """Cross-entropy of an expert, [B, s], 0 for rows that it does not see; `rows`: those it sees, None for all."""
+    """Cross-entropy of an expert for the rows that it sees, `rows` (None: all), among all of [B, s]."""
     if rows is None:
         return expert(tokens, position_ids, None, labels=labels)
-    # Without a row of its own it walks one whose loss does not count: gradients and collectives stay whole.
+    # Without a row of its own it walks one that its gate leaves out: gradients and collectives stay whole.
     some = rows if len(rows) else rows.new_zeros(1)
     found = expert(tokens[some], position_ids[some], None, labels=labels[some])
-    counted = found.float() * bool(len(rows))
-    return torch.zeros(tokens.shape, device=found.device).index_add(0, some, counted)
+    return torch.zeros(tokens.shape, device=found.device).index_add(0, some, found.float())
 
 
 def mixture_of(model: torch.nn.Module) -> MixtureModel | None:
