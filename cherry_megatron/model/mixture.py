@@ -6,7 +6,6 @@ cross-entropies, never hidden states. The gradient that an expert gets for a tok
 posterior probability of the expert given the target.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -196,12 +195,10 @@ class MixtureModel(MegatronModule):
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         state = self.router.sharded_state_dict(f"{prefix}router.", sharded_offsets, metadata)
         copies = {**metadata, "dp_cp_group": self.pg_collection.expt_dp}
-        for number, expert in self._models():
-            state.update(expert.sharded_state_dict(f"{prefix}experts.{number}.", sharded_offsets, copies))
+        for number, expert in self.experts.items():
+            one: Any = expert
+            state.update(one.sharded_state_dict(f"{prefix}experts.{number}.", sharded_offsets, copies))
         return state
-
-    def _models(self) -> Iterator[tuple[str, RecurrentModel]]:
-        yield from self.experts.items()  # type: ignore[misc]
 
 
 def _expert_losses(
