@@ -13,8 +13,9 @@ from cherry_megatron.config import Config
 from cherry_megatron.model.mixture import mixture_of
 from cherry_megatron.monitor.progress import Progress
 from cherry_megatron.objective import Objective
-from cherry_megatron.platform.undisturbed import undisturbed
-from cherry_megatron.sgt.online import Ahead, replay, select
+from cherry_megatron.platform.undisturbed import clock_stopped, undisturbed
+from cherry_megatron.runs import own_checkpoints
+from cherry_megatron.sgt.online import select
 from cherry_megatron.sgt.probe import Probe
 
 
@@ -25,21 +26,21 @@ class BeforeStep:
         config: of the run.
         objective: what is trained for; its supervision is set when the first step begins.
         progress: where the probe's scalars go.
-        evaluate: called with the model before the first step of all if `evaluation.at_start`.
+        evaluate: called with the model before the run's first step if `evaluation.at_start`.
     """
 
     def __init__(
         self, config: Config, objective: Objective, progress: Progress, evaluate: Callable[..., Any]
     ) -> None:
-        self._at_start = config.evaluation.at_start
+        self._at_start = config.evaluation.at_start and own_checkpoints(config) is None
         self._objective, self._progress, self._evaluate = objective, progress, evaluate
         self._probe = Probe(objective, progress, config.run)
 
     def __call__(self, data_iterator: Any, model: list[torch.nn.Module], config: Any) -> Any:
         iteration = get_args().curr_iteration
-        if self._at_start and iteration == 0:
+        if self._at_start:
             self._at_start = False
-            with undisturbed(model, config):
+            with undisturbed(model, config), clock_stopped():
                 self._evaluate_as_it_is(model)
         supervision, probing = self._objective.supervision, False
         if supervision is not None:
@@ -51,19 +52,16 @@ class BeforeStep:
         choosing = mixture is not None and mixture.options.routes
         if not (selecting or probing or choosing):
             return data_iterator
-        iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
-        count = get_num_microbatches()
-        ahead: Ahead = [None if it is None else [next(it) for _ in range(count)] for it in iterators]
-        if mixture is not None and choosing:
-            choose_experts(mixture, ahead[0])
-        if supervision is not None and (selecting or probing):
-            with undisturbed(model, config):
-                if selecting:
-                    select(self._objective, supervision, ahead, model)
-                if probing:
-                    self._probe(lambda: replay(ahead), model, iteration + 1)
-        again = [None if rows is None else RerunDataIterator(iter(rows)) for rows in ahead]
-        return again if isinstance(data_iterator, list) else again[0]
+        with undisturbed(model, config):
+            rows = data_iterator and [next(data_iterator) for _ in range(get_num_microbatches())]
+            if mixture is not None and choosing:
+                choose_experts(mixture, rows)
+            if supervision is not None and selecting:
+                select(self._objective, supervision, rows, model)
+            if probing:
+                with clock_stopped():
+                    self._probe(rows, model, iteration + 1)
+        return rows and RerunDataIterator(iter(rows))
 
     def _evaluate_as_it_is(self, model: list[torch.nn.Module]) -> None:
         for chunk in model:

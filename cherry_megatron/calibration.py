@@ -26,7 +26,7 @@ from cherry_megatron.model.pattern import ATTENTION
 from cherry_megatron.model.stack import RecurrentStack
 from cherry_megatron.monitor.progress import Progress
 from cherry_megatron.platform.machine import Machine
-from cherry_megatron.pretrain import pretrain
+from cherry_megatron.pretrain import load_only, pretrain
 from cherry_megatron.runs import checkpoint_to_load
 from cherry_megatron.storage.checkpoint import hash_values
 from cherry_megatron.storage.lineage import read_manifest
@@ -68,11 +68,9 @@ def calibrate(config: Config, machine: Machine, output: Path, tokens: int, show_
             f"the run {config.run} has no checkpoint to calibrate; train it first, or set megatron.load"
         )
     refuse_taken(output)
-    # Megatron evaluates before it calls us: on as little as it can.
-    copies = max(int(os.environ["WORLD_SIZE"]) // config.value("pipeline-model-parallel-size"), 1)
-    little = {"eval-iters": 1, "eval-micro-batch-size": 1, "eval-global-batch-size": copies}
-    extra = {"skip-train": True, "no-load-optim": True, "no-load-rng": True, **little}
-    pretrain(config, machine, extra, show_all, partial(Recording, output.absolute(), tokens, checkpoint))
+    pretrain(
+        config, machine, load_only(config), show_all, partial(Recording, output.absolute(), tokens, checkpoint)
+    )
 
 
 class Recording:

@@ -109,8 +109,12 @@ def other_text(config: Config) -> list[str]:
         return []
     trained = replace(config, megatron=before["megatron"], flags=tuple(before["flags"]))
     found = [flag for flag in _HELD_OUT if trained.value(flag) != config.value(flag)]
-    batches = before["evaluation"]["batches"] != config.evaluation.batches
-    found += ["evaluation.batches"] * batches
+    ours, theirs = config.as_dict(), before
+    found += [
+        f"{section}.{key}"
+        for section, key in (("evaluation", "batches"), ("data", "shuffle"), ("sgt", "marks"))
+        if ours.get(section, {}).get(key) != theirs.get(section, {}).get(key)
+    ]
     return found + ["data.prefix or moee.prefix"] * (_masked_prefix(before) != config.prefix)
 
 

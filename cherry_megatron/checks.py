@@ -15,6 +15,7 @@ from cherry_megatron.data.marks import read_marks
 from cherry_megatron.data.paths import DATA_FLAGS, data_prefixes
 from cherry_megatron.data.prepare import token_type
 from cherry_megatron.errors import CherryError
+from cherry_megatron.inference.prompts import configured_prompts
 from cherry_megatron.platform.machine import Machine
 from cherry_megatron.storage.checkpoint import open_checkpoint
 
@@ -25,6 +26,8 @@ def obstacles(machine: Machine, config: Config) -> list[str]:
     try:
         found += unloadable(config) + _tokenizer(config) + _data(config)
         _check_teacher(config)
+        if config.generation is not None:
+            configured_prompts(config)
     except CherryError as error:
         found.append(str(error))
     return found

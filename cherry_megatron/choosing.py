@@ -13,8 +13,7 @@ from torch import Tensor
 from cherry_megatron.data.batches import EXPERTS
 from cherry_megatron.model.choice import assign
 from cherry_megatron.model.mixture import MixtureModel
-
-Rows = list[dict[str, Tensor]] | None
+from cherry_megatron.sgt.online import Rows
 
 
 def choose_experts(mixture: MixtureModel, rows: Rows) -> None:

@@ -12,9 +12,10 @@ from cherry_megatron.errors import CherryError
 from cherry_megatron.monitor.console import hide_warnings
 from cherry_megatron.verbs.data import add_data, add_tokenizer
 from cherry_megatron.verbs.experiment import add_experiment
+from cherry_megatron.verbs.report import add_report
 from cherry_megatron.verbs.sgt import add_select
 from cherry_megatron.verbs.surgery import add_calibrate, add_compress_depth, add_lineage
-from cherry_megatron.verbs.training import add_doctor, add_evaluate, add_params, add_pretrain
+from cherry_megatron.verbs.training import add_doctor, add_evaluate, add_generate, add_params, add_pretrain
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,11 +91,13 @@ def _parser() -> argparse.ArgumentParser:
     add_select(verbs)
     add_pretrain(verbs)
     add_evaluate(verbs)
+    add_generate(verbs)
     add_params(verbs)
     add_calibrate(verbs)
     add_compress_depth(verbs)
     add_lineage(verbs)
     add_experiment(verbs)
+    add_report(verbs)
     return parser
 
 

@@ -23,11 +23,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import yaml
 
 from cherry_megatron import rules
+from cherry_megatron.data.shuffle import Shuffle
 from cherry_megatron.errors import CherryError
 from cherry_megatron.flags import action_of, megatron_arguments, nearest, parse_flags
 from cherry_megatron.model.options import Mixture, Recurrence
@@ -59,6 +60,30 @@ class Evaluation:
         if self.loops:
             return sorted({*self.loops, trained})
         return sorted({2**k for k in range(trained.bit_length()) if 2**k <= trained} | {trained})
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What is generated at each evaluation, see monitor/generation.py.
+
+    Attributes:
+        prompts: a UTF-8 file with one prompt a line.
+        tokens: at most so many follow each.
+        temperature: of the distribution that they are drawn from; 0 takes the likeliest.
+    """
+
+    prompts: str
+    tokens: int = 64
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise CherryError(f"generation.tokens {self.tokens} must be at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise CherryError(
+                f"generation.temperature {self.temperature} must be a finite number that is not negative; 0 takes "
+                "the likeliest token"
+            )
 
 
 @dataclass(frozen=True)
@@ -94,12 +119,12 @@ class Data:
             them: for a model that is compared with such a mixture.
     """
 
-    shuffle: Literal["none", "tokens", "words"] = "none"
+    shuffle: Shuffle = "none"
     prefix: int = 0
 
     def __post_init__(self) -> None:
-        if self.shuffle not in ("none", "tokens", "words"):
-            raise CherryError(f"data.shuffle {self.shuffle!r} is not none, tokens or words")
+        if self.shuffle not in (choices := get_args(Shuffle)):
+            raise CherryError(f"data.shuffle {self.shuffle!r} is not one of {', '.join(choices)}")
         if self.prefix < 0:
             raise CherryError(f"data.prefix {self.prefix} is negative; 0 is none")
 
@@ -111,7 +136,7 @@ class Config:
     Attributes:
         source: the file it came from.
         run: the run's folder.
-        recurrence, evaluation, distillation, data, sgt, moee: sections of the file.
+        recurrence, evaluation, generation, distillation, data, sgt, moee: sections of the file.
         megatron: flag name without dashes in front -> value, defaults of this project filled in.
         flags: Megatron flags of the file's `flags`, then those given after `--`; they come last and win.
     """
@@ -120,6 +145,7 @@ class Config:
     run: Path
     recurrence: Recurrence
     evaluation: Evaluation = field(default_factory=Evaluation)
+    generation: Generation | None = None
     distillation: Distillation | None = None
     data: Data = field(default_factory=Data)
     sgt: Selective | None = None
@@ -133,6 +159,7 @@ class Config:
             "run": str(self.run),
             "recurrence": _plain(dataclasses.asdict(self.recurrence)),
             "evaluation": _plain(dataclasses.asdict(self.evaluation)),
+            **({"generation": dataclasses.asdict(self.generation)} if self.generation else {}),
             **({"distillation": dataclasses.asdict(self.distillation)} if self.distillation else {}),
             **({"data": dataclasses.asdict(self.data)} if self.data != Data() else {}),
             **({"sgt": dataclasses.asdict(self.sgt)} if self.sgt else {}),
@@ -212,10 +239,10 @@ class Config:
 
 
 _SECTIONS = {
-    "recurrence": Recurrence, "evaluation": Evaluation, "distillation": Distillation, "data": Data,
-    "sgt": Selective, "moee": Mixture,
+    "recurrence": Recurrence, "evaluation": Evaluation, "generation": Generation, "distillation": Distillation,
+    "data": Data, "sgt": Selective, "moee": Mixture,
 }  # fmt: skip
-_OPTIONAL = ("distillation", "sgt", "moee")
+_OPTIONAL = ("generation", "distillation", "sgt", "moee")
 _TOP_KEYS = ("extends", "run", *_SECTIONS, "megatron", "flags")
 
 

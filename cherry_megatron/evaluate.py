@@ -40,15 +40,7 @@ def evaluate(
         )
     if loops:
         config = replace(config, evaluation=replace(config.evaluation, loops=tuple(loops)))
-    walked = max(config.evaluation.loop_counts(config.recurrence.loops))
-    recurrence = replace(
-        config.recurrence,
-        loops=walked,
-        random_loops=None,
-        backprop_loops=None,
-        stages=config.recurrence.stages if walked == config.recurrence.loops else None,
-    )
-    config = replace(config, recurrence=recurrence)
+    config = with_loops(config, max(config.evaluation.loop_counts(config.recurrence.loops)))
     extra = {"skip-train": True, "no-load-optim": True, "no-load-rng": True}
     evaluation: LoopEvaluation = pretrain(
         config, machine, extra, show_all, partial(LoopEvaluation, recorded=not differing)
@@ -56,3 +48,15 @@ def evaluate(
     if not evaluation.losses:
         raise CherryError(f"{config.source}: megatron.split leaves no validation text to evaluate on")
     return evaluation
+
+
+def with_loops(config: Config, loops: int) -> Config:
+    """A configuration of the same model, not to be trained, that walks so many loops."""
+    recurrence = replace(
+        config.recurrence,
+        loops=loops,
+        random_loops=None,
+        backprop_loops=None,
+        stages=config.recurrence.stages if loops == config.recurrence.loops else None,
+    )
+    return replace(config, recurrence=recurrence)

@@ -50,7 +50,9 @@ class Objective:
         """One micro-batch with as many loops as the stack is set to; in evaluation mode without a teacher."""
         args = get_args()
         size = args.micro_batch_size if model.training else args.eval_micro_batch_size
-        supervision, teacher = self.supervision, self.teacher if model.training else None
+        supervision = self.supervision
+        learns = model.training and self.scores is None
+        teacher = self.teacher if learns else None
         has_selection = supervision is not None and supervision.has_selection(model.training)
         mixture = mixture_of(model)
         # At evaluation each sequence takes its own choice.
@@ -63,7 +65,7 @@ class Objective:
         selected = batch["selected"]
         arguments: dict[str, Any] = {"selected": selected}
         rows = None
-        if model.training and supervision is not None and selected is not None:
+        if learns and supervision is not None and selected is not None:
             arguments["weights"] = supervision.weights(selected)
             if supervision.skips_head:
                 assert batch["loss_mask"] is not None

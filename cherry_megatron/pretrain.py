@@ -67,6 +67,17 @@ def pretrain(
         return _pretrain(config, args, terminal, evaluation)
 
 
+def load_only(config: Config) -> dict[str, Any]:
+    """Flags to load weights and call `evaluation` without training.
+
+    Megatron evaluates before it does so: on as little as it can.
+    """
+    ranks = config.value("tensor-model-parallel-size") * config.value("pipeline-model-parallel-size")
+    copies = max(int(os.environ["WORLD_SIZE"]) // ranks, 1)
+    little = {"eval-iters": 1, "eval-micro-batch-size": 1, "eval-global-batch-size": copies}
+    return {"skip-train": True, "no-load-optim": True, "no-load-rng": True, **little}
+
+
 def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Callable[..., Any]) -> Any:
     flops = training_flops(config.recurrence, config.shape, args.seq_length, config.moee)
     progress = Progress(config.run, args, flops, terminal)
@@ -87,7 +98,7 @@ def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Call
         if config.distillation is not None and not args.skip_train:
             objective.teacher = Teacher(config.distillation, config, args)
         if config.sgt is not None:
-            objective.supervision = Supervision(config.sgt, train)
+            objective.supervision = Supervision(config.sgt, None if args.skip_train else train)
         if args.rank == 0 and not args.skip_train:
             record_start(config, args.world_size, objective.supervision.share if objective.supervision else None)
         # Megatron would report the test split under the validation's tags.

@@ -283,11 +283,17 @@ def _check_selective(config: "Config") -> None:
             )
         if config.distillation is not None:
             raise CherryError("sgt.skip_head: a teacher compares the outputs of all tokens; take distillation out")
-    stages = config.value("pipeline-model-parallel-size")
-    if config.sgt.probe_loops and stages > 1 and config.value("overlap-grad-reduce"):
+    for flag in ("overlap-grad-reduce", "overlap-param-gather"):
+        if config.sgt.probe_loops and config.value(flag):
+            raise CherryError(
+                f"sgt.probe_loops: a loop's pass leaves weights without a gradient, which megatron.{flag} waits "
+                "for; set it to false, or take probe_loops out"
+            )
+    instances = config.value("num-distributed-optimizer-instances")
+    if config.sgt.probe_interval and instances > 1:
         raise CherryError(
-            "sgt.probe_loops: a pipeline stage has no gradient for the loops of others, which overlap-grad-reduce "
-            "waits for; take one out"
+            f"sgt.probe_interval: outside of a step gradients are not summed over {instances} "
+            "megatron.num-distributed-optimizer-instances; take one out"
         )
 
 
@@ -320,6 +326,7 @@ def _check_mixture(config: "Config") -> None:
         )
     refused = {
         "distillation": (config.distillation is not None, "a teacher compares the outputs of one model"),
+        "generation": (config.generation is not None, "a mixture does not generate text yet"),
         "sgt.skip_head": (config.sgt and config.sgt.skip_head, "the mixture needs every expert's loss"),
         "sgt.probe_interval": (config.sgt and config.sgt.probe_interval, "gradients lie on different ranks"),
         "megatron.cuda-graph-impl": (

@@ -5,6 +5,7 @@ starts.jsonl      one line a start: time, command, commit, versions, configurati
 steps.jsonl       one line a step: loss, gradient norm, learning rate, seconds
 evaluations.jsonl one line an evaluation: held-out loss by number of loops
 probes.jsonl      one line a probe of selective training: the gradient coupling
+generations.jsonl one line an evaluation: continued prompts, their repetition, variety and length
 checkpoints/      Megatron's torch_dist checkpoints
 tensorboard/      events
 logs/             Megatron's own output, one file a rank
@@ -98,7 +99,7 @@ def record_start(config: Config, world_size: int, rho: float | None) -> None:
     Args:
         config: of the run.
         world_size: ranks.
-        rho: the selected share of the training split, of selective training with marks.
+        rho: of selective training: the marked share of the training split, or the share that `top_loss` asks for.
     """
     write_atomically(config.run / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
     start = {
@@ -147,6 +148,6 @@ def read_probes(run: Path) -> list[dict[str, Any]]:
 
 
 def read_rho(run: Path) -> float | None:
-    """The selected share of a run's training split, if it was trained on marks."""
+    """The selected share that a selective run was trained with, see `record_start`."""
     found = [start["rho"] for start in read_lines(run / "starts.jsonl") if "rho" in start]
     return found[-1] if found else None

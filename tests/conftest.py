@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("shared machine", deadline=None)  # a time limit fails on a busy one
+settings.load_profile("shared machine")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests fork, and the library's threads do not survive that
@@ -142,6 +146,7 @@ def write_config(data: Path) -> Callable[..., Path]:
             **sections.get("megatron", {}),
         }
         content = {
+            **sections,
             "run": str(folder / "run"),
             "recurrence": {"pattern": "*-[*-*-]x3*-", "loop_scales": True, **sections.get("recurrence", {})},
             "evaluation": {"batches": 1, **sections.get("evaluation", {})},
@@ -180,6 +185,34 @@ def train() -> Callable[..., list[dict[str, float]]]:
         return read_steps(Path(folder))
 
     return run
+
+
+PROMPTS = ["나는 학교에", "오늘 날씨가 매우", "결제 연동을 진행하려면 먼저 관리자", "the model", "서울"]
+
+
+@pytest.fixture(scope="session")
+def speaking(
+    tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path], train: Callable[..., Any]
+) -> Path:
+    """The configuration of a trained run that continues PROMPTS at its two evaluations."""
+    folder = tmp_path_factory.mktemp("speaking")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    path = write_config(
+        folder,
+        recurrence={"injection": "add"},
+        generation={"prompts": str(folder / "prompts.txt"), "tokens": 8, "temperature": 0.8},
+        megatron={
+            "seq-length": 96,
+            "max-position-embeddings": 96,
+            "global-batch-size": 4,
+            "train-iters": 8,
+            "lr": 1e-2,
+            "eval-interval": 4,
+            "hidden-dropout": 0.1,
+        },
+    )
+    train(path)
+    return path
 
 
 @pytest.fixture(scope="session", autouse=True)

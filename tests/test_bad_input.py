@@ -73,6 +73,21 @@ CONFIGS = {
         [],
         "the number of tokens varies",
     ),
+    "probe-loops-overlap": (
+        {"sgt": {"top_loss": 0.1, "probe_interval": 1, "probe_loops": True}},
+        ["--", "--overlap-grad-reduce"],
+        "a loop's pass leaves weights without a gradient",
+    ),
+    "probe-instances": (
+        {"sgt": {"top_loss": 0.1, "probe_interval": 1}},
+        ["--", "--num-distributed-optimizer-instances", "2"],
+        "gradients are not summed over 2",
+    ),
+    "skipped-head-teacher": (
+        {"sgt": {"top_loss": 0.1, "alpha": 1.0, "skip_head": True}, "distillation": {"config": "c", "load": "l"}},
+        [],
+        "take distillation out",
+    ),
     "probe": ({"sgt": {"top_loss": 0.1, "probe_interval": -1}}, [], "0 is never"),
     "probe-loops": ({"sgt": {"top_loss": 0.1, "probe_loops": True}}, [], "needs sgt.probe_interval"),
     "one-expert": ({"moee": {"experts": 1}}, [], "moee.experts is 1; a mixture has 2 or more"),
@@ -107,7 +122,7 @@ CONFIGS = {
         "sgt.probe_interval does not go with moee.experts",
     ),
     "negative-prefix": ({"data": {"prefix": -1}}, [], "data.prefix -1 is negative"),
-    "shuffle": ({"data": {"shuffle": "letters"}}, [], "is not none, tokens or words"),
+    "shuffle": ({"data": {"shuffle": "letters"}}, [], "is not one of none, tokens, words"),
     "graph-of-layers": ({"megatron": {"cuda-graph-impl": "local"}}, [], "use full_iteration"),
     "graph-of-random-loops": (
         {"recurrence": {"random_loops": [1, 3]}, "megatron": {"cuda-graph-impl": "full_iteration"}},
@@ -223,6 +238,14 @@ CONFIGS = {
     ),
     "missing-data-list": ({"megatron": {"data-args-path": "nowhere.txt"}}, [], "data-args-path nowhere.txt"),
     "rope-that-is-not-built": ({"megatron": {"rotary-percent": 0.5}}, [], "rotary-percent"),
+    "no-tokens-to-generate": ({"generation": {"prompts": "x", "tokens": 0}}, [], "generation.tokens 0 must"),
+    "negative-temperature": (
+        {"generation": {"prompts": "x", "temperature": -0.5}},
+        [],
+        "generation.temperature -0.5 must be a finite number",
+    ),
+    "generation-without-prompts": ({"generation": {"tokens": 3}}, [], "generation.prompts is missing"),
+    "missing-prompts": ({"generation": {"prompts": "nowhere.txt"}}, [], "nowhere.txt: No such file"),
     "missing-tokenizer": ({"megatron": {"tokenizer-model": "nowhere"}}, [], "nowhere"),
     "missing-checkpoint": ({"megatron": {"load": "nowhere"}}, [], "no checkpoint there"),
     "context-parallel": ({"megatron": {"context-parallel-size": 2}}, [], "context-parallel-size 2"),
@@ -300,6 +323,33 @@ def test_sources_that_do_not_go_together(flags, says, tmp_path: Path, data: Path
     path = write_config(tmp_path, megatron={"data-path": None, "split": None})
     flags = flags.replace("DATA", str(data / "text"))
     check(tmp_path, ["pretrain", "--config", str(path), "--", *flags.split()], says)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "says"),
+    [
+        ("\ufeff\n \n".encode(), "prompts.txt holds no prompt"),
+        ("서울".encode("cp949"), "prompts.txt is not a UTF-8 text file"),
+        (("서울\n\n" + "서울 부산 " * 12).encode(), "new ones do not fit into megatron.seq-length 32"),
+    ],
+)
+def test_prompts(prompts, says, tmp_path: Path, write_config):
+    (tmp_path / "prompts.txt").write_bytes(prompts)
+    path = write_config(tmp_path, generation={"prompts": "prompts.txt", "tokens": 8})
+    check(tmp_path, ["pretrain", "--config", str(path)], says)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--prompt", "서울"], "has no checkpoint to generate with"),
+        (["--prompt", "서울", "부산\udcff"], "--prompt: prompt 2 is blank or no UTF-8 text"),
+        (["--prompt", "서울", "--tokens", "32"], "do not fit into megatron.seq-length 32"),
+        (["--prompt", "서울", "--loops", "0"], "--loops 0 must be a positive number"),
+    ],
+)
+def test_generate(arguments, says, tmp_path: Path, write_config):
+    check(tmp_path, ["generate", "--config", str(write_config(tmp_path)), "--tokens", "8", *arguments], says)
 
 
 def test_missing_configuration(tmp_path: Path):

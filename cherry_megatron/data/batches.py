@@ -12,6 +12,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
 from cherry_megatron.data.dataset import MarkedDataset, MarkedDatasetConfig
+from cherry_megatron.data.shuffle import Shuffle
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 SELECTED = "selected"
@@ -22,21 +23,21 @@ HELD_OUT_SEED = 1234
 
 
 def build_datasets(
-    samples: tuple[int, int, int], selection: str | None = None, shuffle: str = "none", context: int = 0
+    samples: tuple[int, int, int], selection: str | None = None, shuffle: Shuffle = "none", context: int = 0
 ) -> tuple[Any, Any, Any]:
     """The train, validation and test split, packed to --seq-length. Every rank must call it.
 
     Args:
         samples: how many sequences of each split are wanted.
         selection: name of the marks to give with each sample.
-        shuffle: what to permute within documents, see `dataset.SHUFFLES`.
+        shuffle: what to permute within documents, see shuffle.py.
         context: tokens at a sequence's beginning that carry no loss as targets.
     """
     config = _config(get_args().seed, selection, shuffle, context)
     return BlendedMegatronDatasetBuilder(MarkedDataset, list(samples), _reads_data, config).build()
 
 
-def build_held_out(samples: int, selection: str | None = None, shuffle: str = "none", context: int = 0) -> Any:
+def build_held_out(samples: int, selection: str | None = None, shuffle: Shuffle = "none", context: int = 0) -> Any:
     """So many sequences of the validation split, the same ones for every seed, schedule and length of training."""
     config = _config(HELD_OUT_SEED, selection, shuffle, context)
     if config.split_matrix is not None:
@@ -46,7 +47,7 @@ def build_held_out(samples: int, selection: str | None = None, shuffle: str = "n
     return BlendedMegatronDatasetBuilder(MarkedDataset, [0, samples, 0], _reads_data, config).build()[1]
 
 
-def _config(seed: int, selection: str | None, shuffle: str, context: int) -> MarkedDatasetConfig:
+def _config(seed: int, selection: str | None, shuffle: Shuffle, context: int) -> MarkedDatasetConfig:
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     return MarkedDatasetConfig(

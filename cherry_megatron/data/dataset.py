@@ -18,11 +18,10 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from cherry_megatron.data import tokenizer as tokenizers
-from cherry_megatron.data.marks import ANSWERS, has_answers, marks_prefix, read_marks
-from cherry_megatron.data.shuffle import DocumentOrder, ShuffledDocuments
+from cherry_megatron.data.marks import ANSWERS, has_answers, marks_prefix, read_marks, verify_marks
+from cherry_megatron.data.shuffle import DocumentOrder, Shuffle, ShuffledDocuments
 from cherry_megatron.errors import CherryError
 
-SHUFFLES = ("none", "tokens", "words")
 COUNTED_TOKENS = 1 << 24  # at a time
 
 
@@ -32,12 +31,12 @@ class MarkedDatasetConfig(GPTDatasetConfig):
 
     Attributes:
         selection: name of the marks that become `selected`; none are read if None.
-        shuffle: one of SHUFFLES, what is permuted within each document.
+        shuffle: what is permuted within each document.
         context: targets among the first so many tokens of a sample have a `loss_mask` of 0.
     """
 
     selection: str | None = None
-    shuffle: str = "none"
+    shuffle: Shuffle = "none"
     context: int = 0
 
 
@@ -114,7 +113,12 @@ class MarkedDataset(GPTDataset):
 
         Returns:
             Selected targets, all targets.
+
+        Raises:
+            CherryError: if marks are damaged.
         """
+        for name in self._marks:
+            verify_marks(Path(self.dataset_path), name)
         selected = eligible = 0
         for first, last in self._document_ranges():
             counts = self._is_target(first, last)
@@ -200,8 +204,6 @@ def _mark_names(prefix: str, config: MarkedDatasetConfig) -> list[str]:
 
 
 def _document_order(tokens: Any, config: MarkedDatasetConfig) -> DocumentOrder:
-    if config.shuffle not in SHUFFLES:
-        raise CherryError(f"shuffle {config.shuffle!r} is none of {', '.join(SHUFFLES)}")
     starts = None
     if config.shuffle == "words":
         starts = tokenizers.word_starts(tokenizers.load(Path(config.tokenizer.path)))

@@ -124,6 +124,22 @@ def read_marks(prefix: Path, name: str) -> Marks:
     return marks
 
 
+def verify_marks(prefix: Path, name: str) -> None:
+    """Read all marks and see that they are what was written.
+
+    Raises:
+        CherryError: if they are not.
+    """
+    path = Path(f"{marks_prefix(prefix, name)}.bin")
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CherryError(f"cannot read {path}: {error.strerror}") from None
+    if found != read_marks(prefix, name).hash:
+        raise CherryError(f"{path} is damaged (its SHA-256 is not the recorded one); copy it again")
+
+
 def write_marks(
     prefix: Path, marks: Marks, lengths: np.ndarray[Any, Any], parts: Iterable[np.ndarray[Any, Any]]
 ) -> Marks:
@@ -161,7 +177,7 @@ def write_marks(
                 f"{target}: {marked} of {tokens} tokens were marked instead of {marks.marked} of {marks.tokens}"
             )
         written = Marks(**{**asdict(marks), "hash": digest.hexdigest()})
-        _write_index(folder / "marks.idx", lengths)
+        write_index(folder / "marks.idx", lengths, np.dtype(np.uint8))
         _write_synced(folder / "marks.json", lambda path: path.write_text(json.dumps(asdict(written), indent=1)))
         for suffix in (".bin", ".json", ".idx"):
             (folder / f"marks{suffix}").replace(f"{target}{suffix}")
@@ -183,9 +199,15 @@ def refuse_existing(target: Path) -> None:
         raise CherryError(f"{target}.idx exists; remove it or give the marks another name")
 
 
-def _write_index(path: Path, lengths: np.ndarray[Any, Any]) -> None:
-    """Megatron's own index of a data set whose tokens are written already."""
-    builder = importlib.import_module(INDEXED_DATASET).IndexedDatasetBuilder(os.devnull, dtype=np.uint8)
+def write_index(path: Path, lengths: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> None:
+    """Write Megatron's index of a data set whose tokens are written already.
+
+    Args:
+        path: of the .idx file.
+        lengths: tokens of each document, int32.
+        dtype: of the tokens.
+    """
+    builder = importlib.import_module(INDEXED_DATASET).IndexedDatasetBuilder(os.devnull, dtype=dtype.type)
     builder.sequence_lengths = lengths
     builder.document_indices = np.arange(len(lengths) + 1)
     _write_synced(path, lambda path: builder.finalize(str(path)))

@@ -5,7 +5,6 @@ marks of the answers, and a journal that says up to where these are whole and wh
 """
 
 import fcntl
-import importlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from cherry_megatron.data.marks import ANSWERS, INDEXED_DATASET, Marks, fingerprint, marks_prefix, write_marks
+from cherry_megatron.data.marks import ANSWERS, Marks, fingerprint, marks_prefix, write_index, write_marks
 from cherry_megatron.data.tokenizer import Counts, Encoded
 from cherry_megatron.errors import CherryError
 
@@ -167,19 +166,10 @@ class Parts:
         temporary.replace(self._folder / "journal")
 
     def write_index(self) -> None:
-        """Write Megatron's index, and what it is needed for: marks tell which tokens they belong to.
-
-        Its builder is given all lengths at once, and no tokens to copy.
-        """
-        builder = importlib.import_module(INDEXED_DATASET).IndexedDatasetBuilder
+        """Write Megatron's index, and what it is needed for: marks tell which tokens they belong to."""
         with _writing(self._folder):
             lengths = np.fromfile(self._folder / "lengths", np.int32)
-            index = builder(os.devnull, dtype=self.dtype.type)
-            index.sequence_lengths = lengths
-            index.document_indices = np.arange(len(lengths) + 1)
-            index.finalize(str(self._folder / "tokens.idx"))
-            with (self._folder / "tokens.idx").open("ab") as file:
-                _to_disk(file)
+            write_index(self._folder / "tokens.idx", lengths, self.dtype)
             if "answers" in self._streams:
                 self._write_answers(lengths)
 

@@ -5,11 +5,13 @@ and Megatron's own order of samples stay what they are.
 """
 
 from collections import OrderedDict
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 CACHED_TOKENS = 1 << 22  # of the documents read last; their marks are read right after their tokens
+
+Shuffle = Literal["none", "tokens", "words"]
 
 
 class DocumentOrder:

@@ -43,6 +43,7 @@ _KEYS = ("about", "config", "seeds", "stages")
 _STAGE_KEYS = ("label", "verb", "seeds", "config", "args", "set")
 _REFERENCE = re.compile(r"\{([^{}]*)\}")
 _SEED = "seed"  # {seed} is the task's
+_AT_START = "evaluation.at_start"  # every training's, so that what it gains is known
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,9 @@ class Task:
 
     def arguments(self, out: Path) -> list[str]:
         """All that follows the verb on the command line."""
-        sets = [text for override in self.overrides(out) for text in ("--set", override)]
+        # Not among the overrides: it changes nothing that is trained, so no definition either.
+        at_start = [f"{_AT_START}=true"] if self.stage.verb == "pretrain" else []
+        sets = [text for override in (*self.overrides(out), *at_start) for text in ("--set", override)]
         return ["--config", str(self.stage.config), *self.flags(out), *sets]
 
     def _filled(self, value: Any, out: Path) -> Any:
@@ -236,7 +239,7 @@ def _check_flags(path: Path, stage: Stage) -> None:
                 f"{path}: stages.{stage.name}.args.{key} is not for an experiment's stage; take it out"
             )
     # `flags` come after all else: a seed among them would be that of every seed.
-    for key in ("run", "megatron.seed", "flags") if output == "run" else ():
+    for key in ("run", "megatron.seed", _AT_START, "flags") if output == "run" else ():
         if key in stage.set:
             raise CherryError(f"{path}: stages.{stage.name}.set.{key} is given by the experiment; take it out")
 

@@ -3,6 +3,7 @@
 import io
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import matplotlib as mpl
@@ -11,6 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from cherry_megatron.experiments.report import Row, short
+from cherry_megatron.sgt.pairs import Pair
+from cherry_megatron.sgt.report import Row as SelectiveRow
 
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "cherry",
@@ -28,34 +31,45 @@ _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#
 _LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _MARKERS = "osD^vP*X"
 _LOSS = "held-out loss, nats a token"
+_COUPLINGS = {"cos": "cos of the gradients", "ratio": "<g_S, g_U> / |g_S|²"}
 _WIDTH, _HEIGHT, _ENTRY = 5.0, 3.0, 0.2  # inches, of the axes and of a line of the legend
 
 
-def draw(rows: list[Row]) -> dict[str, str]:
-    """File name -> SVG. A plot without points is left out."""
-    plots: dict[str, Callable[[Axes, list[Row]], None]] = {
+def draw(rows: list[Row], selective: list[SelectiveRow]) -> dict[str, str]:
+    """File name -> SVG. A plot without points is left out.
+
+    Args:
+        rows: the stages of training.
+        selective: those of selective training, with the full ones that they are compared with.
+    """
+    losses: dict[str, Callable[[Axes, list[Row]], None]] = {
         "loss-tokens.svg": _over_tokens,
         "loss-loops.svg": _over_loops,
         "loss-parameters.svg": _over_parameters,
         "loss-flops.svg": _over_flops,
     }
-    drawn = {name: figure(plot, rows) for name, plot in plots.items()}
+    drawn = {name: figure(plot, rows) for name, plot in losses.items()}
+    for name, label in _COUPLINGS.items():
+        drawn[f"coupling-{name}.svg"] = figure(partial(_coupling, name), selective, label)
+    drawn["recovered.svg"] = figure(_recovered, selective, "", max(_HEIGHT, 0.25 * len(selective)))
     return {name: _svg(made) for name, made in drawn.items() if made is not None}
 
 
-def figure(plot: Callable[[Axes, list[Row]], None], rows: list[Row]) -> Figure | None:
-    """One plot, or None if nothing was drawn."""
+def figure[R](
+    plot: Callable[[Axes, list[R]], None], rows: list[R], label: str = _LOSS, height: float = _HEIGHT
+) -> Figure | None:
+    """One plot, or None if nothing was drawn; `label` is the y axis', `height` in inches."""
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(_STYLE)
-        made = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
+        made = Figure(figsize=(_WIDTH, height), layout="constrained")
         axes = made.add_subplot()
         plot(axes, rows)
         if not axes.has_data():
             return None
-        axes.set_ylabel(_LOSS)
+        axes.set_ylabel(label)
         # Below, with room of its own: beside the axes long labels would leave them none.
-        made.set_figheight(_HEIGHT + _ENTRY * len(axes.get_legend_handles_labels()[0]))
+        made.set_figheight(height + _ENTRY * len(axes.get_legend_handles_labels()[0]))
         made.legend(loc="outside lower left")
         return made
 
@@ -69,7 +83,7 @@ def _svg(made: Figure) -> str:
 
 def _over_tokens(axes: Axes, rows: list[Row]) -> None:
     for number, row in enumerate(rows):
-        _line(axes, number, row, row.curve())
+        _line(axes, number, row.stage.label, row.curve())
     # Losses before the first step, some above that of a uniform guess, would press the others flat.
     later = [loss for row in rows for tokens, losses in row.curve() if tokens for loss in losses]
     if later:
@@ -82,7 +96,7 @@ def _over_tokens(axes: Axes, rows: list[Row]) -> None:
 def _over_loops(axes: Axes, rows: list[Row]) -> None:
     for number, row in enumerate(rows):
         if len(row.by_loops()) > 1:
-            _line(axes, number, row, row.by_loops())
+            _line(axes, number, row.stage.label, row.by_loops())
     axes.set_xlabel("loops")
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({loops for row in rows for loops, _ in row.by_loops()}))
@@ -104,14 +118,42 @@ def _over_flops(axes: Axes, rows: list[Row]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(4))
 
 
-def _line(axes: Axes, number: int, row: Row, points: list[tuple[int, list[float]]]) -> None:
+def _coupling(name: str, axes: Axes, rows: list[SelectiveRow]) -> None:
+    for number, row in enumerate(rows):
+        _line(axes, number, row.label, row.coupling(name))
+    axes.set_xlabel("step")
+
+
+def _recovered(axes: Axes, rows: list[SelectiveRow]) -> None:
+    """Two points a row, one below the other as in the table, with bars from the lowest to the highest seed."""
+    selective = [row for row in rows if not row.is_full]
+    kinds: dict[str, Callable[[Pair], float | None]] = {
+        "each at its lowest loss": lambda pair: pair.recovered,
+        "at equal steps": lambda pair: pair.recovered_at_last_step,
+    }
+    for kind, (label, number) in enumerate(kinds.items()):
+        found = [row.each(number) for row in selective]
+        points = [(place + kind / 4, values) for place, values in enumerate(found) if values]
+        if not points:
+            continue
+        means = [statistics.mean(values) for _, values in points]
+        below = [mean - min(values) for mean, (_, values) in zip(means, points, strict=True)]
+        above = [max(values) - mean for mean, (_, values) in zip(means, points, strict=True)]
+        places = [place for place, _ in points]
+        axes.errorbar(means, places, xerr=[below, above], linestyle="none", capsize=2, label=label, **_look(kind))
+    axes.set_yticks(range(len(selective)), [row.label for row in selective])
+    axes.invert_yaxis()
+    axes.set_xlabel("recovered fraction")
+
+
+def _line(axes: Axes, number: int, label: str, points: list[tuple[int, list[float]]]) -> None:
     """The mean over seeds, and a band from the lowest to the highest."""
     if not points:
         return
     x = [at for at, _ in points]
     means = [statistics.mean(losses) for _, losses in points]
     line = _LINES[number % len(_LINES)]
-    axes.plot(x, means, linestyle=line, label=row.stage.label, **_look(number))
+    axes.plot(x, means, linestyle=line, label=label, **_look(number))
     lowest, highest = [min(losses) for _, losses in points], [max(losses) for _, losses in points]
     axes.fill_between(x, lowest, highest, color=_look(number)["color"], alpha=0.15, linewidth=0)
 

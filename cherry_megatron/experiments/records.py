@@ -9,7 +9,8 @@ from cherry_megatron.config import Config, load
 from cherry_megatron.errors import CherryError
 from cherry_megatron.files import write_atomically
 from cherry_megatron.monitor.accounting import account, together
-from cherry_megatron.runs import own_checkpoints, read_evaluations, read_steps
+from cherry_megatron.runs import own_checkpoints, read_evaluations, read_probes, read_rho, read_steps
+from cherry_megatron.sgt.pairs import base_hash
 from cherry_megatron.storage.checkpoint import newest, saved_folder
 from cherry_megatron.storage.lineage import read_lineage
 
@@ -82,6 +83,7 @@ def results(verb: str, folder: Path) -> Record:
 
 def _training(run: Path) -> Record:
     config = load(run / "config.yaml")
+    settings = config.as_dict()
     batch = config.value("global-batch-size") or config.positive("micro-batch-size")
     done, wanted = _saved_step(config), config.value("train-iters") or config.value("train-samples") // batch
     if done < wanted:
@@ -96,6 +98,8 @@ def _training(run: Path) -> Record:
         "loops": config.recurrence.loops,
         "median_step_seconds": statistics.median(step["seconds"] for step in read_steps(run)),
         "evaluations": read_evaluations(run),
+        "base": base_hash(settings, run.parents[1]),
+        **({"sgt": settings["sgt"], "rho": read_rho(run), "probes": read_probes(run)} if config.sgt else {}),
     }
 
 

@@ -1,6 +1,5 @@
 """`cherry experiment report`: the table and the plots of an experiment, from its records alone."""
 
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,9 @@ from cherry_megatron.errors import CherryError
 from cherry_megatron.experiments.plan import Experiment, Stage, find, read
 from cherry_megatron.experiments.records import Record, read_records
 from cherry_megatron.files import make_folder, write_atomically
+from cherry_megatron.sgt.pairs import Run
+from cherry_megatron.sgt.report import Compared, compare, spread
+from cherry_megatron.sgt.report import table as selective_table
 
 _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
@@ -90,7 +92,8 @@ def report(name: str, records: Path, out: Path) -> list[Path]:
     from cherry_megatron.experiments.plots import draw
 
     make_folder(out)
-    files = {"table.md": table(experiment, found, rows), **draw(rows)}
+    compared = compare(runs_of(rows))
+    files = {"table.md": table(experiment, found, rows, compared), **draw(rows, compared.rows)}
     for file, text in files.items():
         write_atomically(out / file, text)
     return [out / file for file in files]
@@ -112,7 +115,27 @@ def rows_of(experiment: Experiment, records: dict[str, Record]) -> list[Row]:
     return rows
 
 
-def table(experiment: Experiment, records: dict[str, Record], rows: list[Row]) -> str:
+def runs_of(rows: list[Row]) -> list[Run]:
+    """The trainings of which selective supervision can be reported; those of older records cannot."""
+    return [_run(row.stage, record) for row in rows for record in row.records if "base" in record]
+
+
+def _run(stage: Stage, record: Record) -> Run:
+    return Run(
+        name=f"{stage.name}/seed-{record['seed']}",
+        label=stage.label,
+        row=stage.name,
+        seed=record["seed"],
+        settings={"megatron.seed": record["seed"], "configuration": record["base"]},
+        sgt=record.get("sgt"),
+        rho=record.get("rho"),
+        loops=record["loops"],
+        evaluations=record["evaluations"],
+        probes=record.get("probes", []),
+    )
+
+
+def table(experiment: Experiment, records: dict[str, Record], rows: list[Row], compared: Compared) -> str:
     """The report as Markdown."""
     lines = [
         f"# {experiment.about}",
@@ -123,6 +146,8 @@ def table(experiment: Experiment, records: dict[str, Record], rows: list[Row]) -
         "",
         "Held-out loss in nats a token, mean ± standard deviation over seeds (their number). GFLOP a token: of "
         "training. Tokens: of this stage alone.",
+        *(["", "## Selective runs", "", *selective_table(compared.rows)] if compared.rows else []),
+        *(line for problem in compared.problems for line in ("", f"Not compared: {problem}.")),
         *_missing(experiment, records),
         *_made_by([record for row in rows for record in row.records]),
     ]
@@ -135,16 +160,9 @@ def _line(row: Row) -> str:
         short(row.parameters),
         f"{row.flops_per_token / 1e9:.4g}",
         short(row.tokens),
-        *map(_spread, (row.at(0), row.final(), row.final("1"))),
+        *map(spread, (row.at(0), row.final(), row.final("1"))),
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def _spread(losses: list[float]) -> str:
-    if not losses:
-        return "-"
-    deviation = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
-    return f"{statistics.mean(losses):.4f}{deviation} ({len(losses)})"
 
 
 def _missing(experiment: Experiment, records: dict[str, Record]) -> list[str]:

@@ -15,7 +15,6 @@ from typing import Any, BinaryIO
 from cherry_megatron.errors import CherryError
 from cherry_megatron.experiments.plan import Task
 from cherry_megatron.experiments.records import Records, results
-from cherry_megatron.storage.checkpoint import saved_folder
 from cherry_megatron.versions import git_state
 
 PROGRAM = (sys.executable, "-m", "cherry_megatron.cli")
@@ -33,14 +32,13 @@ class Slot:
 
 @dataclass
 class _Running:
-    """A task that has begun, and the commands that follow the one that runs."""
+    """A task that has begun."""
 
     task: Task
     slot: Slot
     log: BinaryIO
     began: float
     process: subprocess.Popen[bytes]
-    commands: list[list[str]]
 
 
 class Schedule:
@@ -131,30 +129,21 @@ class Schedule:
         return started
 
     def _begin(self, task: Task, slot: Slot) -> None:
-        commands = self._commands(task)
         self._put(task, slot, 0.0, finished=False)
-        if not commands:
+        if task.stage.verb in ("compress-depth", "calibrate") and (self._out / task.name).exists():
+            # It is there whole or not at all; what had begun it was killed before it could say so.
             self._end(task, slot, 0.0, "")
             return
         print(f"{_clock()}  {task.name} starts on {slot.device}", flush=True)
         log = _log(self._out, task)
         log.parent.mkdir(parents=True, exist_ok=True)
         file = log.open("ab")
-        process = self._start(commands[0], slot, file)
-        self._running.append(_Running(task, slot, file, time.monotonic(), process, commands[1:]))
+        process = self._start(task, slot, file)
+        self._running.append(_Running(task, slot, file, time.monotonic(), process))
         self._free.remove(slot)
 
-    def _commands(self, task: Task) -> list[list[str]]:
-        """What a task has to do; a training that starts from a checkpoint is evaluated before its first step."""
-        verb, folder = task.stage.verb, self._out / task.name
-        verbs = [verb]
-        if verb == "pretrain" and "megatron.load" in task.stage.set and saved_folder(folder) is None:
-            verbs = ["evaluate", verb]
-        elif verb in ("compress-depth", "calibrate") and folder.exists():
-            verbs = []  # it is there whole or not at all; what had begun it was killed before it could say so
-        return [[*self._program, verb, *task.arguments(self._out)] for verb in verbs]
-
-    def _start(self, command: list[str], slot: Slot, log: BinaryIO) -> subprocess.Popen[bytes]:
+    def _start(self, task: Task, slot: Slot, log: BinaryIO) -> subprocess.Popen[bytes]:
+        command = [*self._program, task.stage.verb, *task.arguments(self._out)]
         log.write(f"$ {shlex.join(command)}\n".encode())
         log.flush()
         # One process a task, whatever this one was started by; see platform/machine.py for the port.
@@ -173,15 +162,10 @@ class Schedule:
         status = running.process.poll()
         if status is None:
             return
-        if status == 0 and running.commands and not self._stopping:
-            running.process = self._start(running.commands.pop(0), running.slot, running.log)
-            return
         running.log.close()
         self._running.remove(running)
         self._free.append(running.slot)
-        problem = "it has not begun to train" if running.commands else ""
-        if status:
-            problem = f"exit status {status}: {_last_line(_log(self._out, running.task))}"
+        problem = f"exit status {status}: {_last_line(_log(self._out, running.task))}" if status else ""
         self._end(running.task, running.slot, time.monotonic() - running.began, problem)
 
     def _end(self, task: Task, slot: Slot, seconds: float, problem: str) -> None:

@@ -34,7 +34,7 @@ def assign(scores: Tensor, top_k: int, capacity: float) -> Tensor:
 
     The pairs of row and expert are gone through from the highest score down; a pair counts if the row has fewer
     than k experts and the expert has room. So who finds an expert full takes its next best one. Every row gets at
-    least one; it gets fewer than k only if all others are full.
+    least one; it gets fewer than k only if all that it lacks are full.
 
     Args:
         scores: [rows, experts] of a global batch, in the order of the data.

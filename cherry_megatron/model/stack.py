@@ -95,7 +95,7 @@ class RecurrentStack(HybridStack):
             [s, b, h], or [2s, b, h] where the next stage needs the prelude's output.
         """
         if inference_context is not None or inference_params is not None:
-            raise CherryError("a recurrent stack does not generate text yet; use it for training and evaluation")
+            raise CherryError("a recurrent stack keeps no keys and values between passes; use `cherry generate`")
         given: Any = hidden_states if self.pre_process else self.input_tensor
         hidden: Tensor = given.unwrap() if isinstance(given, WrappedTensor) else given
         injected = self._received_injection

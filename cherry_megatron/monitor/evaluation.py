@@ -1,4 +1,4 @@
-"""Held-out loss at several numbers of loops, and the statistics of every loop."""
+"""Held-out loss at several numbers of loops, the statistics of every loop, and free generation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +11,15 @@ from megatron.training import get_args
 from megatron.training.datasets.data_samplers import build_pretraining_data_loader
 
 from cherry_megatron.config import Config
+from cherry_megatron.inference.generate import generate
+from cherry_megatron.inference.prompts import configured_prompts
 from cherry_megatron.model.stack import recurrent_stacks
+from cherry_megatron.monitor.generation import health, table
 from cherry_megatron.monitor.loops import NAMES, LoopTrace
 from cherry_megatron.monitor.progress import OURS, Progress
+
+# The same draws at every evaluation of every run, so that differences are the models'.
+GENERATION_SEED = 0
 
 
 class LoopEvaluation:
@@ -24,7 +30,7 @@ class LoopEvaluation:
 
     Args:
         config, progress, run_micro_batch: as `pretrain` gives them.
-        recorded: keep the losses in the run's evaluations.jsonl.
+        recorded: keep the losses in the run's evaluations.jsonl, and what is generated in generations.jsonl.
 
     Attributes:
         losses: loops -> loss of the last call, on the last pipeline stage.
@@ -42,6 +48,7 @@ class LoopEvaluation:
         self.statistics: dict[str, list[float]] = {}
         self.further: dict[str, float] = {}
         self._evaluated: int | None = None
+        self._generation = GenerationHealth(config, progress, recorded) if config.generation else None
 
     def __call__(self, model: list[torch.nn.Module]) -> None:
         if self._evaluated == self._progress.iteration:
@@ -68,6 +75,8 @@ class LoopEvaluation:
             if trace is not None:
                 self.statistics = trace.reduce(ProcessGroupCollection.use_mpu_process_groups())
         self._report()
+        if self._generation is not None:
+            self._generation(model)
 
     def _report(self) -> None:
         if torch.distributed.get_rank() != torch.distributed.get_world_size() - 1:
@@ -87,6 +96,54 @@ class LoopEvaluation:
             for loop, value in enumerate(self.statistics[name], start=1):
                 if value == value:  # a loop cut by a stage boundary has no relative change
                     self._progress.scalar(f"{name.replace('_', '-')}/loop-{loop}", value, iteration)
+
+
+class GenerationHealth:
+    """Continues the configured prompts at each evaluation, and records texts and measures.
+
+    Args:
+        config: with a `generation` section.
+        progress: where scalars and texts go.
+        recorded: keep them in the run's generations.jsonl.
+    """
+
+    def __init__(self, config: Config, progress: Progress, recorded: bool) -> None:
+        assert config.generation is not None
+        self._loops, self._options = config.recurrence.loops, config.generation
+        self._prompts, self._progress, self._recorded = configured_prompts(config), progress, recorded
+
+    def __call__(self, model: list[torch.nn.Module]) -> None:
+        """Every rank calls it."""
+        for chunk in model:
+            for stack in recurrent_stacks(chunk):
+                stack.loops = self._loops
+        options, prompts = self._options, self._prompts
+        found = generate(model, prompts.ids, options.tokens, options.temperature, GENERATION_SEED, prompts.end)
+        if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            self._report(found)
+
+    def _report(self, continuations: list[list[int]]) -> None:
+        progress, prompts = self._progress, self._prompts
+        overall = health(continuations, prompts.end)
+        texts = [prompts.text_of(tokens) for tokens in continuations]
+        if self._recorded:
+            record = {
+                "loops": self._loops,
+                "temperature": self._options.temperature,
+                "tokens": self._options.tokens,
+                "health": overall,
+                "texts": [
+                    {"prompt": prompt, "continuation": text, "health": health([tokens], prompts.end)}
+                    for prompt, text, tokens in zip(prompts.texts, texts, continuations, strict=True)
+                ],
+            }
+            progress.record_generation(record)
+        iteration = progress.iteration
+        measures = "  ".join(f"{name} {value:.3g}" for name, value in overall.items())
+        progress.say(f"step {iteration:>7}  generation  {measures}")
+        for name, value in overall.items():
+            progress.scalar(f"generation/{name}", value, iteration)
+        progress.text("generation/text", table(prompts.texts, texts), iteration)
 
 
 def mean_losses(
@@ -116,5 +173,6 @@ def mean_losses(
     for name in reports[0]:
         total = torch.stack([report[name] for report in reports]).sum(0)
         torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group(with_context_parallel=True))
-        means[name] = float(total[0] / total[1])
+        if total[1] >= 1:  # else it is a mean over no token
+            means[name] = float(total[0] / total[1])
     return means

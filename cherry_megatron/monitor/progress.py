@@ -1,4 +1,4 @@
-"""What a running training shows and records: a line an interval, TensorBoard, steps.jsonl, evaluations.jsonl."""
+"""What a running training shows and records: a line an interval, TensorBoard, and files of lines."""
 
 import json
 import sys
@@ -78,6 +78,11 @@ class Progress:
         if self._writer is not None:
             self._writer.add_scalar(f"{OURS}{tag}", value, iteration)
 
+    def text(self, tag: str, markdown: str, iteration: int) -> None:
+        """Write one of our own texts."""
+        if self._writer is not None:
+            self._writer.add_text(f"cherry/{tag}", markdown, iteration)
+
     def record_evaluation(self, losses: dict[int, float], parts: dict[int, dict[str, float]]) -> None:
         """Add a line to evaluations.jsonl: held-out loss by number of loops, and by part if there are parts.
 
@@ -89,6 +94,12 @@ class Progress:
             record["parts"] = {str(loops): by_part for loops, by_part in parts.items()}
         with append_lines(self._run / "evaluations.jsonl") as file:
             file.write(json.dumps(record) + "\n")
+
+    def record_generation(self, generated: dict[str, Any]) -> None:
+        """Add a line to generations.jsonl; called on the last rank."""
+        record = {"iteration": self.iteration, **generated}
+        with append_lines(self._run / "generations.jsonl") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def _hear(self, tag: str, value: float, iteration: int) -> None:
         self._heard[tag] = value

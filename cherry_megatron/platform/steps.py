@@ -8,20 +8,19 @@ from megatron.training import training
 _train_step = training.train_step
 
 
-def before_each_step(prepare: Callable[..., Any] | None) -> None:
+def before_each_step(prepare: Callable[..., Any]) -> None:
     """Call `prepare(data_iterator, model, config)` before each step from now on; a later call replaces the earlier.
 
     Args:
         prepare: gives the iterator that the step reads, the one it was given or another with the same data. Its
-            arguments are Megatron's own, of `train_step`. None: nothing is called any more.
+            arguments are Megatron's own, of `train_step`.
     """
 
     def step(
         forward_step_func: Any, data_iterator: Any, model: Any, optimizer: Any, scheduler: Any, config: Any,
         *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
-        assert prepare is not None
         data_iterator = prepare(data_iterator, model, config)
         return _train_step(forward_step_func, data_iterator, model, optimizer, scheduler, config, *args, **kwargs)
 
-    training.train_step = _train_step if prepare is None else step
+    training.train_step = step

@@ -1,51 +1,96 @@
 """Passes through the model that training must not notice."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
+from megatron.core import rerun_state_machine
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.training import get_timers
+from torch import Tensor
+
+# What Transformer Engine's delayed recipe remembers in each layer, and what it begins with.
+_SCALES = {"scale": 1.0, "amax_history": 0.0}
 
 
 @contextmanager
 def undisturbed(model: list[torch.nn.Module], config: Any) -> Iterator[None]:
-    """Put back what forward and backward passes change: generators, gradients, scales of FP8, and the clock.
+    """Put back what forward and backward passes change: generators, gradients, scales of FP8.
 
     Args:
         model: chunks of this rank.
         config: Megatron's transformer configuration.
     """
-    tracker, timer = get_cuda_rng_tracker(), get_timers()("interval-time")
-    generators = torch.get_rng_state(), torch.cuda.get_rng_state(), tracker.get_states()
-    scales = [(kept, kept.clone()) for kept in _scales(model)]
+    generators = _generators()
+    scales = {id(kept): kept.clone() for _, kept in _scales(model)}
     timers, config.timers = config.timers, None
-    rerun = get_rerun_state_machine()
+    rerun = rerun_state_machine.get_rerun_state_machine()
     mode = rerun.get_mode()
-    rerun.set_mode(RerunMode.DISABLED)  # it validates the passes of a step alone
+    # It validates the passes of a step alone, and keeps what is read meanwhile for another pass.
+    _set_mode(rerun, rerun_state_machine.RerunMode.DISABLED)
+    try:
+        yield
+    finally:
+        _set_generators(*generators)
+        for name, kept in _scales(model):
+            if id(kept) in scales:
+                kept.copy_(scales[id(kept)])
+            else:  # made by the first pass of all
+                kept.fill_(_SCALES[name])
+        for chunk in model:
+            chunk.zero_grad_buffer()  # type: ignore[operator]
+        config.timers = timers
+        _set_mode(rerun, mode)
+
+
+@contextmanager
+def clock_stopped() -> Iterator[None]:
+    """Do not count what is done among the time of training steps."""
+    timer = get_timers()("interval-time")
     timer.stop()
     try:
         yield
     finally:
-        torch.set_rng_state(generators[0])
-        torch.cuda.set_rng_state(generators[1])
-        tracker.set_states(generators[2])
-        for kept, was in scales:
-            kept.copy_(was)
-        for chunk in model:
-            chunk.zero_grad_buffer()  # type: ignore[operator]
-        config.timers = timers
-        rerun.set_mode(mode)
         timer.start()
 
 
-def _scales(model: list[torch.nn.Module]) -> Iterator[torch.Tensor]:
-    """What Transformer Engine's delayed recipe remembers in each layer."""
+def _set_mode(rerun: Any, mode: Any) -> None:
+    """Without the line that Megatron logs each time."""
+    logger = logging.getLogger(rerun_state_machine.__name__)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    rerun.set_mode(mode)
+    logger.setLevel(before)
+
+
+def _generators() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The state of each; with CUDA graphs the tracker holds generators, not states."""
+    states = {
+        name: state.get_state() if isinstance(state, torch.Generator) else state
+        for name, state in get_cuda_rng_tracker().get_states().items()
+    }
+    return torch.get_rng_state(), torch.cuda.get_rng_state(), states
+
+
+def _set_generators(cpu: Tensor, device: Tensor, states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(cpu)
+    torch.cuda.set_rng_state(device)
+    tracker = get_cuda_rng_tracker()
+    held = tracker.get_states()
+    for name, state in held.items():
+        if isinstance(state, torch.Generator):
+            state.set_state(states[name])
+        else:
+            held[name] = states[name]
+    tracker.set_states(held)
+
+
+def _scales(model: list[torch.nn.Module]) -> Iterator[tuple[str, Tensor]]:
     for chunk in model:
         for module in chunk.modules():
             for state in getattr(module, "fp8_meta", {}).values():
-                for name in ("scale", "amax_history"):
-                    if isinstance(kept := getattr(state, name, None), torch.Tensor):
-                        yield kept
+                for name in _SCALES:
+                    if isinstance(kept := getattr(state, name, None), Tensor):
+                        yield name, kept

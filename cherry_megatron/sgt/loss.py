@@ -33,7 +33,7 @@ class Supervision:
     Args:
         options: of the configuration.
         train: the training split, on ranks that read data. Every rank must make a Supervision: rank 0, which
-            reads, counts rho for all.
+            reads, counts rho for all. None if nothing is trained.
     """
 
     def __init__(self, options: Selective, train: Any) -> None:
@@ -42,7 +42,7 @@ class Supervision:
         device = torch.cuda.current_device()
         share = torch.tensor(options.top_loss or 0.0, dtype=torch.float64, device=device)
         if options.marks is not None:
-            if torch.distributed.get_rank() == 0:
+            if torch.distributed.get_rank() == 0 and train is not None:
                 share.fill_(rho_of(train))
             torch.distributed.broadcast(share, 0)
         self.share = float(share)

@@ -1,7 +1,5 @@
 """Online selection: the tokens of a global batch with the highest loss, before the step that trains on it."""
 
-from collections.abc import Iterator
-
 import torch
 from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
@@ -13,39 +11,38 @@ from cherry_megatron.data.batches import SELECTED
 from cherry_megatron.objective import Objective
 from cherry_megatron.sgt.loss import Supervision
 
-Rows = list[dict[str, Tensor]]
-Ahead = list[Rows | None]  # the micro-batches of a step by model chunk; None on ranks that read no data
+Rows = list[dict[str, Tensor]] | None  # the micro-batches of a step; None on ranks that read no data
 
 
-def select(objective: Objective, supervision: Supervision, ahead: Ahead, model: list[torch.nn.Module]) -> None:
+def select(objective: Objective, supervision: Supervision, rows: Rows, model: list[torch.nn.Module]) -> None:
     """Mark the targets with the highest loss of the global batch, and set rho to their exact share.
 
     All ranks call it. It costs a forward pass.
 
     Args:
         objective, supervision: of the training; `top_loss` of the targets is selected.
-        ahead: the micro-batches of the step, which get `selected` on the last stage.
+        rows: the micro-batches of the step, which get `selected` on the last stage.
         model: chunks of this rank.
     """
     args, share = get_args(), supervision.options.top_loss
     assert share is not None
     supervision.mode, objective.scores = "plain", []
     try:
-        get_forward_backward_func()(
-            forward_step_func=objective.forward_step,
-            data_iterator=replay(ahead),
-            model=model,
-            num_microbatches=get_num_microbatches(),
-            seq_length=args.seq_length,
-            micro_batch_size=args.micro_batch_size,
-            forward_only=True,
-        )
+        with torch.no_grad():
+            get_forward_backward_func()(
+                forward_step_func=objective.forward_step,
+                data_iterator=rows and iter(rows),
+                model=model,
+                num_microbatches=get_num_microbatches(),
+                seq_length=args.seq_length,
+                micro_batch_size=args.micro_batch_size,
+                forward_only=True,
+            )
         scores = objective.scores
     finally:
         supervision.mode, objective.scores = "weighted", None
     if not mpu.is_pipeline_last_stage():
         return
-    rows = ahead[-1]
     selected, rho = highest(torch.stack(scores).float(), _masks(rows), share, mpu.get_data_parallel_group())
     supervision.rho.fill_(rho)
     if rows is not None:
@@ -53,7 +50,7 @@ def select(objective: Objective, supervision: Supervision, ahead: Ahead, model: 
             row[SELECTED] = chosen
 
 
-def _masks(rows: Rows | None) -> Tensor:
+def _masks(rows: Rows) -> Tensor:
     """The loss masks of the micro-batches on every rank of the last stage, [m, b, s]."""
     args = get_args()
     shape = (get_num_microbatches(), args.micro_batch_size, args.seq_length)
@@ -63,11 +60,6 @@ def _masks(rows: Rows | None) -> Tensor:
     source, group = mpu.get_tensor_model_parallel_src_rank(), mpu.get_tensor_model_parallel_group()
     torch.distributed.broadcast(masks, source, group=group)
     return masks
-
-
-def replay(ahead: Ahead) -> list[Iterator[dict[str, Tensor]] | None]:
-    """Iterators over micro-batches that were read already."""
-    return [None if rows is None else iter(rows) for rows in ahead]
 
 
 def highest(

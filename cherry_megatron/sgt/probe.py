@@ -1,6 +1,7 @@
 """Gradient coupling: does a step on the selected tokens improve the others?
 
-With g_S and g_U the gradients of the mean loss over the selected and the unselected tokens of a global batch,
+With g_S and g_U the gradients of the mean loss (a teacher's part of it included) over the selected and the
+unselected tokens of a global batch,
 
     cos   = <g_S, g_U> / (|g_S| |g_U|)
     ratio = <g_S, g_U> / |g_S|^2
@@ -11,9 +12,8 @@ is not public, so both are given, over all parameters and by part.
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core import mpu
@@ -31,6 +31,7 @@ from cherry_megatron.model.stack import RecurrentStack
 from cherry_megatron.monitor.progress import Progress
 from cherry_megatron.objective import Objective
 from cherry_megatron.sgt.loss import Mode, Supervision
+from cherry_megatron.sgt.online import Rows
 
 PARTS = ("embedding", "attention", "ffn", "head")
 ALL = "all"
@@ -53,23 +54,23 @@ class Probe:
         assert self._objective.supervision is not None
         return self._objective.supervision
 
-    def __call__(self, batch: Callable[[], Any], model: list[torch.nn.Module], step: int) -> None:
+    def __call__(self, rows: Rows, model: list[torch.nn.Module], step: int) -> None:
         """Two forward and backward passes, and two more for each loop with `sgt.probe_loops`; all ranks call it.
 
         Args:
-            batch: gives iterators over the same micro-batches each time.
+            rows: the micro-batches of the step.
             model: chunks of this rank, whose gradients are overwritten.
             step: counted from 1.
         """
         stacks: list[RecurrentStack] = [get_attr_wrapped_model(chunk, "decoder") for chunk in model]
-        found = self._couplings(batch, model, PARTS)
+        found = self._couplings(rows, model, PARTS)
         if self._supervision.options.probe_loops:
             loops = stacks[0].loops
             for loop in range(loops):
                 for stack in stacks:
                     stack.learning_loop = loop
                 try:
-                    found[f"loop-{loop + 1}"] = self._couplings(batch, model, (), core=True)[ALL]
+                    found[f"loop-{loop + 1}"] = self._couplings(rows, model, (), core=True)[ALL]
                 finally:
                     for stack in stacks:
                         stack.learning_loop = None
@@ -77,12 +78,12 @@ class Probe:
             self._record(found, step)
 
     def _couplings(
-        self, batch: Callable[[], Any], model: list[torch.nn.Module], parts: tuple[str, ...], core: bool = False
+        self, rows: Rows, model: list[torch.nn.Module], parts: tuple[str, ...], core: bool = False
     ) -> dict[str, dict[str, float]]:
         """cos and ratio over all parameters, or the core's alone, and by part."""
-        chosen, number = self._gradients("selected", batch, model, core)
+        chosen, number = self._gradients("selected", rows, model, core)
         chosen = [(part, gradient.clone()) for part, gradient in chosen]
-        others, other_number = self._gradients("unselected", batch, model, core)
+        others, other_number = self._gradients("unselected", rows, model, core)
         sums = torch.zeros(len(parts) + 1, 3, dtype=torch.float64, device="cuda")
         for (part, ours), (_, theirs) in zip(chosen, others, strict=True):
             pairs = ((ours, theirs), (ours, ours), (theirs, theirs))
@@ -100,7 +101,7 @@ class Probe:
         }
 
     def _gradients(
-        self, mode: Mode, batch: Callable[[], Any], model: list[torch.nn.Module], core: bool
+        self, mode: Mode, rows: Rows, model: list[torch.nn.Module], core: bool
     ) -> tuple[list[tuple[str, Tensor]], Tensor]:
         """The gradient of the loss over one kind of tokens, summed over data-parallel ranks.
 
@@ -115,7 +116,7 @@ class Probe:
         try:
             reports = get_forward_backward_func()(
                 forward_step_func=self._objective.forward_step,
-                data_iterator=batch(),
+                data_iterator=rows and iter(rows),
                 model=model,
                 num_microbatches=get_num_microbatches(),
                 seq_length=args.seq_length,

@@ -1,4 +1,4 @@
-"""doctor, params, pretrain, evaluate."""
+"""doctor, params, pretrain, evaluate, generate."""
 
 import argparse
 
@@ -68,5 +68,31 @@ def add_evaluate(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--loops", type=int, nargs="+", help="numbers of loops (default 1, 2, 4, ... and the model's)"
     )
+    parser.add_argument("--verbose", action="store_true", help="show Megatron's own output too")
+    add_config(parser)
+
+
+def add_generate(verbs: argparse._SubParsersAction) -> None:
+    def run(arguments: argparse.Namespace) -> None:
+        from cherry_megatron.platform.machine import prepare
+
+        machine = prepare()
+        config = load_config(arguments)
+        from cherry_megatron.inference.continuation import continue_prompts
+
+        given = {"tokens": arguments.tokens, "temperature": arguments.temperature}
+        options = {name: value for name, value in given.items() if value is not None}
+        continue_prompts(
+            config, machine, arguments.prompt, options, arguments.seed, arguments.loops, show_all=arguments.verbose
+        )
+
+    parser = add_verb(verbs, "generate", "continue prompts with a run's checkpoint", run)
+    parser.add_argument("--prompt", nargs="+", required=True, metavar="TEXT", help="texts to go on from")
+    parser.add_argument("--tokens", type=int, help="new tokens at most (default generation.tokens, or 64)")
+    parser.add_argument(
+        "--temperature", type=float, help="0 takes the likeliest token (default generation.temperature, or 1)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+    parser.add_argument("--loops", type=int, help="number of loops (default the model's)")
     parser.add_argument("--verbose", action="store_true", help="show Megatron's own output too")
     add_config(parser)

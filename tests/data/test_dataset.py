@@ -363,7 +363,6 @@ def _refusals(folder: Path) -> list[str]:
 
     text = Text(folder / "text", [5, 9, 6], 1, ("picked",))
     refused(text, selection="other")
-    refused(text, shuffle="letters")
     bare = Text(folder / "bare", [5, 9, 6], 1, ())
     write(bare.prefix, "picked", np.zeros(20, np.uint8), bare.lengths)
     refused(bare)
@@ -382,9 +381,8 @@ def _refusals(folder: Path) -> list[str]:
 
 
 def test_marks_that_cannot_be_used(tmp_path):
-    missing, shuffle, empty, size, answers, other, unreadable = run_ranks(tmp_path, 1, _refusals, tmp_path)[0]
+    missing, empty, size, answers, other, unreadable = run_ranks(tmp_path, 1, _refusals, tmp_path)[0]
     assert missing == "there are no marks text.other.bin, .idx and .json; make them with cherry select"
-    assert shuffle == "shuffle 'letters' is none of none, tokens, words"
     assert empty.startswith("the marks bare.picked select no target of the train split; ")
     assert size == "text.picked.bin has 21 bytes, not 20: copy it again or make the marks again"
     assert answers == "there are no marks cut.answers.bin, .idx and .json; make them with cherry data --sft"

@@ -8,7 +8,7 @@ import yaml
 from cherry_megatron.cli import check_arguments
 from cherry_megatron.config import outline
 from cherry_megatron.errors import CherryError
-from cherry_megatron.experiments.plan import Experiment, find, read
+from cherry_megatron.experiments.plan import Experiment, Stage, find, read
 
 BASE = {"run": "runs/x", "recurrence": {"pattern": "*-"}, "megatron": {"lr": 1e-3}}
 STAGES = {
@@ -62,12 +62,14 @@ def test_every_verb_is_given_its_output(experiment, tmp_path):
     assert first.arguments(Path("o")) == [
         *base, "--set", "megatron.min-lr=1.0e-05", "--set", "megatron.seed=1",
         "--set", "recurrence.pattern='*-[(*-)x4]x8*-'", "--set", "run=o/parent/seed-1",
+        "--set", "evaluation.at_start=true",
     ]  # fmt: skip
     assert averaged.arguments(Path("o")) == [
         *base, "--groups=0-3,4-7", "--load=o/parent/seed-1", "--save=o/averaged/seed-1",
     ]  # fmt: skip
     assert "megatron.load=o/averaged/seed-2" in recovered.arguments(Path("o"))
     assert measured.arguments(Path("o"))[2:5] == ["--loops", "1", "2"]
+    assert "evaluation.at_start=true" not in measured.arguments(Path("o"))
     for task in experiment.tasks():
         check_arguments(task.stage.verb, task.arguments(Path("o")))
 
@@ -137,6 +139,7 @@ def test_a_bad_file_is_one_sentence(tmp_path, keys, says):
         ("parent", {"set": {"megatron.load": "{parent}"}}, "the stages parent <- parent need each other"),
         ("parent", {"set": {"run": "x"}}, "stages.parent.set.run is given by the experiment"),
         ("parent", {"set": {"megatron.seed": 2}}, "stages.parent.set.megatron.seed is given by the experiment"),
+        ("parent", {"set": {"evaluation.at_start": False}}, "set.evaluation.at_start is given by the experiment"),
         ("parent", {"set": [1]}, "stages.parent.set must hold keys and values"),
         ("averaged", {"args": {"dry-run": True}}, "stages.averaged.args.dry-run is not for an experiment"),
         ("parent", {"set": {"flags": ["--seed", "7"]}}, "stages.parent.set.flags is given by the experiment"),
@@ -158,3 +161,17 @@ def test_an_unknown_stage_or_experiment_is_named(tmp_path, experiment, monkeypat
     assert find("depth") == Path("configs/experiments/depth.yaml") and find("x/y.yaml") == Path("x/y.yaml")
     with pytest.raises(CherryError, match=r"no experiment configs/experiments/dept\.yaml; did you mean 'depth'"):
         find("dept")
+
+
+def test_every_selective_stage_of_ours_has_its_full_one():
+    experiment = read(Path(__file__).parents[2] / "configs/experiments/sgt.yaml")
+
+    def shared(stage: Stage) -> str:
+        kept = {key: value for key, value in stage.set.items() if not key.startswith("sgt.")}
+        return f"{stage.config} {sorted(kept.items())}"
+
+    stages = experiment.stages.values()
+    full = {(shared(stage), seed) for stage in stages for seed in stage.seeds if "sgt.alpha" not in stage.set}
+    selective = {(shared(stage), seed) for stage in stages for seed in stage.seeds if stage.set.get("sgt.alpha")}
+    assert selective and selective <= full
+    assert full - selective == {(shared(experiment.stages["reference"]), 1)}

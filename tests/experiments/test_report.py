@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from cherry_megatron.errors import CherryError
 from cherry_megatron.experiments import plots
 from cherry_megatron.experiments.plan import read
 from cherry_megatron.experiments.records import read_records
-from cherry_megatron.experiments.report import report, rows_of
+from cherry_megatron.experiments.report import report, rows_of, runs_of
 
 STAGES = {
     "averaged": {"verb": "compress-depth", "args": {"load": "x"}},
@@ -83,6 +84,70 @@ def test_the_same_records_give_the_same_bytes(files, tmp_path):
     assert ">plain | average<" in first[1].read_text() and "<dc:date>" not in first[1].read_text()
     # `new` has no losses by loops to draw.
     assert ">new<" not in (tmp_path / "one/loss-loops.svg").read_text()
+
+
+@pytest.fixture
+def selective(tmp_path: Path) -> tuple[Path, Path]:
+    """An experiment of selective training and its records; those of `new` are older ones, without a base."""
+    stages = {name: {"verb": "pretrain", "label": f"{name} one"} for name in ("full", "semantic", "alone", "new")}
+    experiment = {"about": "Does it matter?", "config": "base.yaml", "seeds": [1, 2], "stages": stages}
+    (tmp_path / "it.yaml").write_text(yaml.safe_dump(experiment, sort_keys=False))
+    lines = [trained("new", 1, [evaluated(0, 9.0), evaluated(20, 6.0)])]
+    sgt = {"marks": "semantic", "top_loss": None, "alpha": 1.0, "alpha_start": None, "alpha_steps": 0}
+    for seed in (1, 2):
+        full = trained("full", seed, [evaluated(0, 9.0), evaluated(20, 5.0)])
+        half = [
+            evaluated(0, 9.0),
+            {**evaluated(20, 6.0 + seed), "parts": {"2": {"selected": 3.0, "unselected": 7.0}}},
+        ]
+        probes = [{"iteration": step, "coupling": {"all": {"cos": 0.1 * seed, "ratio": 2.0}}} for step in (5, 10)]
+        of_sgt = {"sgt": sgt, "rho": 0.25, "probes": probes}
+        lines += [
+            {**full, "base": f"a{seed}"},
+            {**trained("semantic", seed, half), "base": f"a{seed}", **of_sgt},
+            {**trained("alone", seed, half), "base": f"b{seed}", **of_sgt},
+        ]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path / "it.yaml", tmp_path / "records.jsonl"
+
+
+def test_selective_stages_are_compared_with_the_full_one_of_their_base(selective, tmp_path):
+    report(str(selective[0]), selective[1], tmp_path / "report")
+    text = (tmp_path / "report/table.md").read_text()
+    lines = text[text.index("## Selective runs") :].splitlines()
+    assert [line.split(" | ")[0] for line in lines if line.startswith("| ")][1:3] == [
+        "| full one",
+        "| semantic one",
+    ]
+    # Gains of 2 and 1 where the full run gains 4.
+    assert "| 0.375 ± 0.177 (2) | 1.50 ± 0.71 (2) | 0.375 ± 0.177 (2) | 1.50 ± 0.71 (2) | 20 |" in lines[5]
+    assert "| semantic one | 1 | 3.0000 ± 0.0000 (2) | 7.0000 ± 0.0000 (2) | 0.150 ± 0.071 (2) |" in text
+    for seed in (1, 2):
+        assert f"Not compared: alone/seed-{seed} pairs with no run of full supervision: " in text
+
+
+def test_coupling_and_recovered_are_drawn_where_there_are_some(selective, tmp_path):
+    drawn = {path.name: path.read_text() for path in report(str(selective[0]), selective[1], tmp_path / "report")}
+    assert {"coupling-cos.svg", "coupling-ratio.svg", "recovered.svg"} <= drawn.keys()
+    assert ">semantic one<" in drawn["coupling-cos.svg"] and ">full one<" not in drawn["coupling-cos.svg"]
+    assert ">semantic one<" in drawn["recovered.svg"] and ">recovered fraction<" in drawn["recovered.svg"]
+
+
+def test_each_selective_row_has_its_points(selective):
+    from cherry_megatron.experiments.plots import _coupling, _recovered, figure
+    from cherry_megatron.sgt.report import compare
+
+    rows = compare(runs_of(rows_of(read(selective[0]), read_records(selective[1])))).rows
+    coupling = figure(partial(_coupling, "cos"), rows, "")
+    (line,) = coupling.axes[0].lines
+    assert line.get_xdata().tolist() == [5, 10] and line.get_ydata() == pytest.approx([0.15, 0.15])
+    lowest, highest = coupling.axes[0].collections[0].get_paths()[0].get_extents().intervaly
+    assert (lowest, highest) == pytest.approx((0.1, 0.2))
+    axes = figure(_recovered, rows, "").axes[0]
+    for points, place in zip(axes.containers, (0, 0.25), strict=True):
+        assert points[0].get_xdata() == pytest.approx([0.375]) and points[0].get_ydata() == pytest.approx([place])
+        (bar,) = points[2][0].get_segments()
+        assert [x for x, _ in bar] == pytest.approx([0.25, 0.5])
 
 
 def test_many_rows_leave_the_axes_their_room(tmp_path):

@@ -3,7 +3,7 @@
 compress-depth --groups fail     ends with status 2
 compress-depth --groups sleep    takes its time
 evaluate, of 9 batches           leaves nothing
-pretrain                         a step every 0.02 s; SIGTERM saves and ends
+pretrain                         a step every 0.02 s, evaluated before the first if asked; SIGTERM saves and ends
 """
 
 import json
@@ -53,6 +53,8 @@ def pretrain(run: Path, config: dict) -> int:
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     tracker = run / "checkpoints/latest_checkpointed_iteration.txt"
     step = int(tracker.read_text()) if tracker.exists() else 0
+    if config["evaluation"]["at_start"] and step == 0:
+        evaluated(run, 0)
     while step < config["megatron"]["train-iters"] and not asked:
         step += 1
         time.sleep(0.02)

@@ -168,15 +168,17 @@ def test_a_run_keeps_its_experts(tmp_path: Path, single):
         assert all(words in line for words, line in zip(says, found, strict=True)), found
 
 
+TWO = {"experts": 2, "top_k": 1, "balance": 0.5}
+SMALL = {"global-batch-size": 4}
 LAYOUTS = {"single": (1, ""), "ep2": (2, EP), "tp2": (2, TP), "tp2-ep2": (4, f"{TP} {EP}"), "dp2": (2, "")}
 
 
 def resume(layouts, tmp_path, write_mixture, train):
     """Two steps under each layout, one going on from the other's checkpoint, are those of a run without a stop."""
     steps = 2 * len(layouts)
-    schedule = {"megatron": {"train-iters": steps, "save-interval": 2}}
-    undisturbed = train(write_mixture(tmp_path / "undisturbed", schedule, **SOME))
-    kept, path = "run/checkpoints", write_mixture(tmp_path / "resumed", schedule, **SOME)
+    schedule = {"megatron": {"train-iters": steps, "save-interval": 2, **SMALL}}
+    undisturbed = train(write_mixture(tmp_path / "undisturbed", schedule, **TWO))
+    kept, path = "run/checkpoints", write_mixture(tmp_path / "resumed", schedule, **TWO)
     shutil.copytree(tmp_path / "undisturbed" / kept / "iter_0000002", tmp_path / "resumed" / kept / "iter_0000002")
     (tmp_path / "resumed" / kept / "latest_checkpointed_iteration.txt").write_text("2")
     for number, layout in enumerate(layouts[1:], start=2):
@@ -200,7 +202,12 @@ def test_resume_under_every_layout(tmp_path: Path, write_mixture, train):
 def test_selective_training_of_a_mixture(tmp_path: Path, write_mixture, train):
     """The highest losses of the mixture are found, and weighted, alike under a split."""
     found = [
-        train(write_mixture(tmp_path / name, **SOME), ranks, f"{ONE_STEP} {flags}", ("sgt.top_loss=0.2",))[0]
+        train(
+            write_mixture(tmp_path / name, {"megatron": SMALL}, **TWO),
+            ranks,
+            f"{ONE_STEP} {flags}",
+            ("sgt.top_loss=0.2",),
+        )[0]
         for name, (ranks, flags) in (("one", (1, "")), ("split", (2, EP)))
     ]
     for value in ("loss", "selected_loss", "weighted_loss", "grad_norm"):

@@ -77,3 +77,18 @@ def distance(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> floa
     """The largest relative error of a tensor."""
     assert ours.keys() == theirs.keys()
     return max(float(np.linalg.norm(ours[k] - theirs[k]) / np.linalg.norm(theirs[k])) for k in theirs)
+
+
+def evaluate(path: Path, overrides: list[str]) -> str:
+    """What `cherry evaluate` says on stderr."""
+    import contextlib
+    import io
+
+    from cherry_megatron.cli import main
+
+    arguments = ["evaluate", "--config", str(path)]
+    for override in overrides:
+        arguments += ["--set", override]
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        assert main(arguments) == 0
+    return said.getvalue()

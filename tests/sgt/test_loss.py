@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.sgt.conftest import ONE_STEP, distance, first_gradient
+from tests.conftest import run_ranks
+from tests.sgt.conftest import ONE_STEP, distance, evaluate, first_gradient
 
 TOLERANCE = 1e-6
 
@@ -157,3 +158,43 @@ def test_alpha_moves_in_a_line(tmp_path, selective, train):
     for evaluation in (first, last):
         selected, other = (evaluation["parts"]["3"][name] for name in ("selected", "unselected"))
         assert min(selected, other) < evaluation["losses"]["3"] < max(selected, other)
+
+
+def test_other_marks_or_order_are_other_text(tmp_path, selective, train):
+    """Losses of another order of the text must not stand among the run's own."""
+    path = selective(tmp_path, {"data": {"shuffle": "tokens"}}, marks="some")
+    train(path, 1, "--train-iters 2 --lr-warmup-iters 0")
+    before = (tmp_path / "run" / "evaluations.jsonl").read_text()
+    for other in ("data.shuffle=none", "sgt.marks=few"):
+        (said,) = run_ranks(tmp_path / "output", 1, evaluate, path, [other])
+        assert f"{other.partition('=')[0]} differ from training" in said
+    assert (tmp_path / "run" / "evaluations.jsonl").read_text() == before
+    (said,) = run_ranks(tmp_path / "output", 1, evaluate, path, [])
+    assert "differ" not in said
+
+
+def weighted() -> tuple[float, float]:
+    """The sum of a loss with a teacher, and the same by hand."""
+    import torch
+
+    from cherry_megatron.sgt.loss import loss_function
+
+    draw = torch.Generator().manual_seed(3)
+    losses, divergence = (torch.rand(2, 5, generator=draw) for _ in range(2))
+    mask, selected = ((torch.rand(2, 5, generator=draw) < 0.6).float() for _ in range(2))
+    weights = 0.3 + 0.7 * selected / 0.2
+    total, tokens, report = loss_function(mask, losses, selected, weights, divergence=divergence, share=0.25)
+    by_hand = sum(
+        float(m * w * (0.75 * loss + 0.25 * apart))
+        for m, w, loss, apart in zip(
+            *(values.flatten() for values in (mask, weights, losses, divergence)), strict=True
+        )
+    )
+    assert int(tokens) == int(mask.sum())
+    assert float(report["selected loss"][1] + report["unselected loss"][1]) == float(mask.sum())
+    return float(total), by_hand
+
+
+def test_a_teachers_divergence_is_weighted_like_the_loss(tmp_path):
+    ((total, by_hand),) = run_ranks(tmp_path, 1, weighted)
+    assert total == pytest.approx(by_hand, rel=1e-6)

@@ -7,7 +7,7 @@ window, be they of other documents. So a document's first token is predicted fro
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,8 @@ class Source:
 
     def load(self) -> Config:
         """The configuration."""
-        return load(self.path, self.overrides, self.flags)
+        # The model alone is asked; the marks that its training is to have may not be there yet.
+        return replace(load(self.path, self.overrides, self.flags), sgt=None, generation=None)
 
 
 class ModelScores:
@@ -136,11 +137,9 @@ def _worker(
         hide_warnings()
         machine = prepare()
         config = source.load()
-        from cherry_megatron.pretrain import pretrain
+        from cherry_megatron.pretrain import load_only, pretrain
 
-        # Megatron evaluates before it calls us: on as little as it can. A worker process can have none of its own.
-        little = {"eval-iters": 1, "eval-micro-batch-size": 1, "eval-global-batch-size": 1, "num-workers": 0}
-        extra = {"skip-train": True, "no-load-optim": True, "no-load-rng": True, **little}
+        extra = {**load_only(config), "num-workers": 0}  # a worker process can have none of its own
         scoring = partial(Scoring, tokens, scratch, pieces, kind, measure, minus)
         pretrain(config, machine, extra, evaluation=scoring)
 

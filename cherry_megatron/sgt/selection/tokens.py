@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from cherry_megatron.data import tokenizer as tokenizers
-from cherry_megatron.data.marks import ANSWERS, INDEXED_DATASET, fingerprint, marks_prefix, read_marks
+from cherry_megatron.data.marks import ANSWERS, INDEXED_DATASET, fingerprint, has_answers, marks_prefix, read_marks
 from cherry_megatron.errors import CherryError
 
 PIECE_TOKENS = 1 << 20  # about 4.5 MB of text
@@ -101,7 +101,7 @@ def open_tokens(prefix: Path) -> tuple[Tokens, np.ndarray[Any, Any]]:
         raise CherryError(f"{prefix}.bin has another size than {prefix}.idx says; copy it again")
     if not total:
         raise CherryError(f"--data {prefix} holds no tokens")
-    answers = Path(f"{marks_prefix(prefix, ANSWERS)}.idx").exists()
+    answers = has_answers(prefix)
     if answers:
         read_marks(prefix, ANSWERS)
     return Tokens(prefix, dtype.str, total, fingerprint(prefix), answers), lengths

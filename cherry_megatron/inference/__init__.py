@@ -1,0 +1,1 @@
+"""Text from a model: prompts as tokens, and their continuations."""
