@@ -19,7 +19,7 @@ from cherry_megatron.errors import CherryError
 from cherry_megatron.model.pattern import parse
 from cherry_megatron.runs import checkpoint_to_load, own_checkpoints
 from cherry_megatron.storage.ancestry import parents_of, record_saved
-from cherry_megatron.storage.checkpoint import OPTIMIZER, TRACKER, Checkpoint, newest
+from cherry_megatron.storage.checkpoint import OPTIMIZER, TRACKER, Checkpoint, newest, open_checkpoint
 from cherry_megatron.storage.lineage import read_lineage
 
 # What a run may not change once it has a checkpoint.
@@ -190,7 +190,11 @@ def recorder(config: Config, args: Any, say: Callable[[str], None]) -> Callable[
         say: prints a line.
     """
     loaded = newest(Path(args.load)) if args.load and args.rank == 0 else None
-    parents = parents_of(loaded, own_checkpoints(config) is not None)
+    own = own_checkpoints(config) is not None
+    parents = parents_of(loaded, own)
+    if config.distillation is not None and args.rank == 0 and not own:
+        teacher = open_checkpoint(Path(config.distillation.load)).folder
+        parents += [{**found, "role": "teacher"} for found in parents_of(teacher, False)]
     data = [{"path": prefix, "report": _hash(Path(f"{prefix}.json"))} for _, prefix in data_prefixes(config)]
 
     def record(folder: Path) -> None:

@@ -15,8 +15,6 @@ the file: `--set recurrence.loops=4`, and any Megatron flag after `--`.
 import argparse
 import dataclasses
 import hashlib
-import os
-import re
 import types
 import typing
 from collections.abc import Sequence
@@ -35,6 +33,7 @@ from cherry_megatron.model.options import Mixture, Recurrence
 from cherry_megatron.model.plan import Plan, make_plan
 from cherry_megatron.model.shape import Shape
 from cherry_megatron.sgt.options import Selective
+from cherry_megatron.yaml_files import read_file
 
 
 @dataclass(frozen=True)
@@ -296,55 +295,6 @@ def _read_with(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         if key not in _TOP_KEYS:
             raise CherryError(f"{path}: unknown key {key!r}{nearest(key, _TOP_KEYS)}")
     return data
-
-
-def read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The values of a YAML file and of what it extends, as they stand.
-
-    Raises:
-        CherryError: if it cannot be read.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CherryError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise CherryError(f"{path} is not a UTF-8 text file") from None
-    try:
-        data = yaml.safe_load(_environment(path, text)) or {}
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f", line {where.line + 1}" if where else ""
-        raise CherryError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
-    if not isinstance(data, dict):
-        raise CherryError(f"{path}: expected keys and values, found {type(data).__name__}")
-    parent = data.pop("extends", None)
-    if parent is None:
-        return data
-    base = path.parent / str(parent)
-    if base.resolve() in seen:
-        raise CherryError(f"{path}: extends {parent}, which extends it again")
-    return _merge(read_file(base, (*seen, path.resolve())), data)
-
-
-def _environment(path: Path, text: str) -> str:
-    def value(match: re.Match[str]) -> str:
-        name, default = match[1], match[2]
-        if name in os.environ:
-            return os.environ[name]
-        if default is None:
-            raise CherryError(f"{path}: the environment variable {name} is not set")
-        return default
-
-    return re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", value, text)
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
 
 
 def _override(data: dict[str, Any], override: str) -> None:

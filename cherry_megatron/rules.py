@@ -223,6 +223,11 @@ def _check_loops(config: "Config") -> None:
             f"evaluation.loops {max(config.evaluation.loops)} is more than the model's {recurrence.loops}; "
             "`cherry evaluate --loops` walks more loops than were trained"
         )
+    if recurrence.loop_rank > config.shape.hidden:
+        raise CherryError(
+            f"recurrence.loop_rank {recurrence.loop_rank} is more than megatron.hidden-size {config.shape.hidden}, "
+            "the rank of whole weights; use less"
+        )
     recomputes = config.value("recompute-granularity") == "full"
     if recomputes and (config.value("recompute-method"), config.value("recompute-num-layers")) != ("uniform", 1):
         raise CherryError(

@@ -123,6 +123,11 @@ CONFIGS = {
     ),
     "negative-prefix": ({"data": {"prefix": -1}}, [], "data.prefix -1 is negative"),
     "shuffle": ({"data": {"shuffle": "letters"}}, [], "is not one of none, tokens, words"),
+    "rank-of-more-than-the-weights": (
+        {"recurrence": {"loop_rank": 33}},
+        [],
+        "is more than megatron.hidden-size 32",
+    ),
     "graph-of-layers": ({"megatron": {"cuda-graph-impl": "local"}}, [], "use full_iteration"),
     "graph-of-random-loops": (
         {"recurrence": {"random_loops": [1, 3]}, "megatron": {"cuda-graph-impl": "full_iteration"}},
@@ -359,6 +364,11 @@ def test_missing_configuration(tmp_path: Path):
 def test_configuration_that_is_not_yaml(tmp_path: Path):
     (tmp_path / "bad.yaml").write_text("run: [1\nmegatron: {")
     check(tmp_path, ["params", "bad.yaml"], "bad.yaml, line 2: not valid YAML")
+
+
+def test_key_that_stands_twice(tmp_path: Path):
+    (tmp_path / "twice.yaml").write_text("run: a\nmegatron:\n  lr: 1.0\n  seed: 1\n  lr: 2.0\n")
+    check(tmp_path, ["params", "twice.yaml"], "twice.yaml, line 5: not valid YAML (the key 'lr' stands twice")
 
 
 def test_run_folder_that_is_a_file(tmp_path: Path, write_config):

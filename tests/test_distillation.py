@@ -7,6 +7,7 @@ import torch
 import yaml
 from torch.nn import functional as F
 
+from cherry_megatron.storage.ancestry import describe
 from tests.conftest import run_ranks
 from tests.test_bad_input import verb
 
@@ -103,6 +104,9 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path, write_conf
     content["megatron"] |= {"load": str(tmp_path / "original/run"), "finetune": True}
     path.write_text(yaml.safe_dump(content))
     assert train(path, flags="--train-iters 1 --lr-decay-iters 9 --lr-warmup-iters 0")[0]["grad_norm"] < 1e-5
+    # Its checkpoint names both what its weights and what its losses come from.
+    student_line, parent, teacher = describe(tmp_path / "copy/run", verify=False)
+    assert "teacher pretrain step 5" in teacher and "teacher" not in student_line + parent
 
 
 @pytest.mark.parametrize(

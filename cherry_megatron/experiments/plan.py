@@ -32,9 +32,9 @@ from typing import Any
 import yaml
 
 from cherry_megatron.cli import options_of
-from cherry_megatron.config import read_file
 from cherry_megatron.errors import CherryError
 from cherry_megatron.flags import nearest
+from cherry_megatron.yaml_files import read_file
 
 FOLDER = Path("configs/experiments")
 # verb: what names its output, a flag or the key `run`.
@@ -173,7 +173,8 @@ def find(name: str) -> Path:
         return Path(name)
     path = FOLDER / f"{name}.yaml"
     if not path.is_file():
-        known = [found.stem for found in FOLDER.glob("*.yaml")]
+        # What experiments take their configuration from lies there too.
+        known = [found.stem for found in FOLDER.glob("*.yaml") if "\nstages:" in found.read_text()]
         raise CherryError(f"there is no experiment {path}{nearest(name, known) if known else ''}")
     return path
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cherry_megatron.config import read_file
 from cherry_megatron.errors import CherryError
 from cherry_megatron.runs import read_evaluations, read_probes, read_rho
+from cherry_megatron.yaml_files import read_file
 
 UNPAIRED = ("run", "sgt", "generation")  # sections in which a selective run and its full one may differ
 TOLERANCE = 1e-3  # nats; the loss before the first step varies by less with the device that computes it

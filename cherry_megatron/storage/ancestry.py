@@ -101,7 +101,7 @@ def describe(path: Path, verify: bool) -> list[str]:
     for depth, entry in chain(lineage):
         known = str(checkpoint.folder) if depth == 0 else entry["path"]
         state = ("verified" if verify else "not verified") if depth == 0 else _ancestor(Path(known), entry)
-        made = f"{entry['operation']}{_at(entry)}"
+        made = f"{entry.get('role', '')} {entry['operation']}{_at(entry)}".lstrip()
         lines.append(f"{'  ' * depth}{entry['identity'][:12]}  {made:<26}  {_code(entry)}  {known}  ({state})")
     return lines
 

@@ -1,0 +1,75 @@
+"""YAML files that may extend one another and name environment variables."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cherry_megatron.errors import CherryError
+
+
+class _Once(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, of which YAML would keep the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.composer.ComposerError(
+                        None, None, f"the key {key.value!r} stands twice; keep one", key.start_mark
+                    )
+                seen.add(key.value)
+        return node
+
+
+def read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a YAML file and of what it extends, as they stand.
+
+    Raises:
+        CherryError: if it cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CherryError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise CherryError(f"{path} is not a UTF-8 text file") from None
+    try:
+        data = yaml.load(_environment(path, text), _Once) or {}
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        raise CherryError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    if not isinstance(data, dict):
+        raise CherryError(f"{path}: expected keys and values, found {type(data).__name__}")
+    parent = data.pop("extends", None)
+    if parent is None:
+        return data
+    base = path.parent / str(parent)
+    if base.resolve() in seen:
+        raise CherryError(f"{path}: extends {parent}, which extends it again")
+    return _merge(read_file(base, (*seen, path.resolve())), data)
+
+
+def _environment(path: Path, text: str) -> str:
+    def value(match: re.Match[str]) -> str:
+        name, default = match[1], match[2]
+        if name in os.environ:
+            return os.environ[name]
+        if default is None:
+            raise CherryError(f"{path}: the environment variable {name} is not set")
+        return default
+
+    return re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", value, text)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
