@@ -29,6 +29,8 @@ _SHAPE = {
     "vocabulary": "megatron.padded-vocab-size", "tied": "tied embedding and output",
 }  # fmt: skip
 _FUNCTION = ("rotary-base", "norm-epsilon", "squared-relu")
+# What a run is trained for.
+_OBJECTIVE = {"data": ("shuffle",), "sgt": ("marks", "top_loss", "alpha", "alpha_start", "alpha_steps")}
 # What decides which text is held out.
 _HELD_OUT = (
     "global-batch-size", "eval-global-batch-size", "seq-length", "split", "data-path", "train-data-path",
@@ -174,11 +176,28 @@ def unchanged_start(config: Config, args: Any) -> None:
     """See that the run, whose lock is held now, is still what this start was planned for.
 
     Raises:
-        CherryError: if another training has saved a checkpoint there meanwhile.
+        CherryError: if another training has saved a checkpoint there meanwhile, or the run was trained for
+            something else.
     """
     now = checkpoint_to_load(config)
     if (None if now is None else str(now.parent)) != args.load:
         raise CherryError(f"the run {config.run} got a checkpoint while this training started; start it again")
+    before = _record(now) if now is not None and own_checkpoints(config) else None
+    if before is not None:
+        _same_objective(config, before)
+
+
+def _same_objective(config: Config, before: dict[str, Any]) -> None:
+    """What a run is compared for must be one thing from its first step to its last."""
+    ours = config.as_dict()
+    for section, keys in _OBJECTIVE.items():
+        for key in keys:
+            old, new = (settings.get(section, {}).get(key) for settings in (before, ours))
+            if old != new:
+                raise CherryError(
+                    f"the run {config.run} was trained with {section}.{key} {old!r}, not {new!r}; choose another "
+                    "run, whose megatron.load can start from this one"
+                )
 
 
 def recorder(config: Config, args: Any, say: Callable[[str], None]) -> Callable[[Path], None]:

@@ -86,7 +86,10 @@ def _data(config: Config) -> list[str]:
     found = [why for flag, prefix in data_prefixes(config) for why in _data_set(config, flag, prefix)]
     if config.sgt is not None and config.sgt.marks is not None and not found:
         for _, prefix in data_prefixes(config):
-            read_marks(Path(prefix), config.sgt.marks)
+            try:
+                read_marks(Path(prefix), config.sgt.marks)
+            except CherryError as error:
+                raise CherryError(f"{error} (or go without the selection: --set sgt=null)") from None
     split = config.value("split")
     given = [flag for flag in (*DATA_FLAGS, "data-args-path") if config.value(flag)]
     whole = [flag for flag in given if flag in ("data-path", "data-args-path")]

@@ -33,8 +33,9 @@ def evaluate(
         )
     differing = other_text(config)
     if differing:
+        verb = "differs" if len(differing) == 1 else "differ"
         print(
-            f"note: {', '.join(differing)} differ from training: other text is held out, and the losses are not "
+            f"note: {', '.join(differing)} {verb} from training: other text is held out, and the losses are not "
             "recorded in the run",
             file=sys.stderr,
         )

@@ -113,7 +113,9 @@ def cannot_write(path: Path, error: OSError) -> CherryError:
     """An OSError while writing, as one sentence."""
     if error.errno == errno.ENOSPC:
         return CherryError(f"no space left for {path}; make room and run the same command again")
-    return CherryError(f"cannot write {path}: {error.strerror}")
+    if isinstance(error, FileExistsError):
+        return CherryError(f"cannot write {path}: there is a file of that name, or of a folder above it")
+    return CherryError(f"cannot write {path}: {error.strerror or error}")
 
 
 @contextmanager

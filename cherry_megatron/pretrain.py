@@ -24,6 +24,7 @@ from cherry_megatron.config import Config
 from cherry_megatron.data.batches import build_datasets, build_held_out
 from cherry_megatron.distillation import Teacher
 from cherry_megatron.errors import CherryError
+from cherry_megatron.files import cannot_write
 from cherry_megatron.flags import megatron_arguments
 from cherry_megatron.model.build import build_mixture, build_model, prepare_config
 from cherry_megatron.monitor.accounting import training_flops
@@ -157,6 +158,8 @@ def initialize(config: Config, machine: Machine, extra: dict[str, Any]) -> Any:
     sys.argv = ["cherry", *megatron_arguments(values), *config.flags]
     try:
         args = parse_and_validate_args()
+    except OSError as error:  # it makes the folder of TensorBoard
+        raise cannot_write(config.run, error) from None
     except (AssertionError, ValueError) as error:
         # Some of its checks say nothing; the line that failed does.
         says = str(error) or traceback.extract_tb(error.__traceback__)[-1].line

@@ -22,6 +22,12 @@ from cherry_megatron.yaml_files import read_file
 
 UNPAIRED = ("run", "sgt", "generation")  # sections in which a selective run and its full one may differ
 TOLERANCE = 1e-3  # nats; the loss before the first step varies by less with the device that computes it
+# Flags that change no number, and whether they stand without a value.
+_LAYOUT = {
+    "tensor-model-parallel-size": False, "pipeline-model-parallel-size": False, "micro-batch-size": False,
+    "num-distributed-optimizer-instances": False, "sequence-parallel": True, "overlap-grad-reduce": True,
+    "overlap-param-gather": True,
+}  # fmt: skip
 _DEFAULT_SEED = 1234  # Megatron's
 # What is another one for another seed, if a run's parent had the same seed.
 _OF_A_SEED = ("megatron.seed", "megatron.load", "distillation.load", "distillation.config")
@@ -178,10 +184,13 @@ def read_run(folder: Path) -> Run:
 
 def _read(folder: Path) -> Run:
     config = read_file(folder / "config.yaml")
-    seeds = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    seeds.add_argument("--seed", type=int, default=config["megatron"].get("seed", _DEFAULT_SEED))
-    given, flags = seeds.parse_known_args(config["flags"])
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    known.add_argument("--seed", type=int, default=config["megatron"].get("seed", _DEFAULT_SEED))
+    for flag, switch in _LAYOUT.items():
+        known.add_argument(f"--{flag}", action="store_true" if switch else "store")
+    given, flags = known.parse_known_args(config["flags"])
     settings = {**_by_key(config), "megatron.seed": given.seed, "flags": flags}
+    settings = {key: value for key, value in settings.items() if key.removeprefix("megatron.") not in _LAYOUT}
     sgt, shuffle = config.get("sgt"), config.get("data", {}).get("shuffle")
     selection = "full" if sgt is None else sgt["marks"] or f"top loss online, {sgt['top_loss']:g}"
     row = {key: value for key, value in settings.items() if key not in _OF_A_SEED}

@@ -7,6 +7,7 @@ import pytest
 
 from tests.conftest import run_ranks
 from tests.sgt.conftest import ONE_STEP, distance, evaluate, first_gradient
+from tests.test_bad_input import verb
 
 TOLERANCE = 1e-6
 
@@ -112,7 +113,6 @@ SPLITS = {
     "pp2": (2, "--pipeline-model-parallel-size 2"),
     "tp2-sp-dp2": (4, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "dp2-overlap": (2, "--overlap-grad-reduce --overlap-param-gather"),
-    "native-fusion": (1, "--cross-entropy-loss-fusion --cross-entropy-fusion-impl native"),
 }
 OPTIONS = {
     "alpha-0": {"marks": "some", "alpha": 0.0},
@@ -124,6 +124,16 @@ OPTIONS = {
     "every": {"marks": "every", "alpha": 1.0},
     "top-loss": {"top_loss": 0.15, "alpha": 0.7},
 }
+
+
+@pytest.mark.full
+def test_fused_cross_entropy(step):
+    """Against the same kernel: Megatron's native fusion rounds the gradient of the logits to BF16."""
+    fused = "--cross-entropy-loss-fusion --cross-entropy-fusion-impl native"
+    plain, selective = step(1, fused), step(1, fused, marks="some", alpha=0.0)
+    assert (selective[0]["loss"], selective[0]["grad_norm"]) == (plain[0]["loss"], plain[0]["grad_norm"])
+    assert all(np.array_equal(selective[1][name], plain[1][name]) for name in plain[1])
+    agree(step(1, fused, marks="every", alpha=0.7), plain)
 
 
 @pytest.mark.full
@@ -167,10 +177,18 @@ def test_other_marks_or_order_are_other_text(tmp_path, selective, train):
     before = (tmp_path / "run" / "evaluations.jsonl").read_text()
     for other in ("data.shuffle=none", "sgt.marks=few"):
         (said,) = run_ranks(tmp_path / "output", 1, evaluate, path, [other])
-        assert f"{other.partition('=')[0]} differ from training" in said
+        assert f"{other.partition('=')[0]} differs from training" in said
     assert (tmp_path / "run" / "evaluations.jsonl").read_text() == before
     (said,) = run_ranks(tmp_path / "output", 1, evaluate, path, [])
     assert "differ" not in said
+    # Nor may a run go on with another objective.
+    for other, says in (
+        ("sgt.alpha=1.0", "sgt.alpha 0.7, not 1.0"),
+        ("data.shuffle=words", "'tokens', not 'words'"),
+    ):
+        command = ["pretrain", "--config", str(path), "--set", other]
+        ((status, errors),) = run_ranks(tmp_path / "output", 1, verb, tmp_path, command)
+        assert status == 2 and says in errors and "Traceback" not in errors, errors
 
 
 def weighted() -> tuple[float, float]:

@@ -115,6 +115,19 @@ def test_the_report_is_the_golden_one(runs, tmp_path):
     assert sorted(report([*reversed(runs), runs[0]]).splitlines()) == sorted(report(runs).splitlines())
 
 
+def test_a_run_of_another_layout_pairs(runs, tmp_path):
+    losses = {0: 8.0, 20: 5.0}
+    made = make_run(tmp_path / "wide", 1, losses, {"alpha": 0.5}, 0.1, **{"tensor-model-parallel-size": 2})
+    config = yaml.safe_load((made / "config.yaml").read_text())
+    config["flags"] = ["--sequence-parallel", "--micro-batch-size", "1"]
+    (made / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "| semantic | 0.5 | 0.1 |" in report([*runs, made])
+    config["flags"] = ["--clip-grad", "1"]
+    (made / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(CherryError, match="differs in flags"):
+        report([*runs, made])
+
+
 def test_the_anchor_is_told_of_where_there_is_one(runs):
     assert "the anchor supervises every token" in report(runs)
     assert "the anchor supervises every token" not in report(runs[:4])

@@ -76,6 +76,10 @@ def check(prefix: Path, name: str, rho: float) -> None:
     if name == ANSWERS or not NAME.fullmatch(name):
         why = "names the tokens that may be targets" if name == ANSWERS else "must be letters, digits, - and _"
         raise CherryError(f"--name {name} {why}; give the marks another name")
+    if name in ("bin", "idx", "json", "parts"):
+        raise CherryError(f"--name {name} is what files of the tokens end in; give the marks another name")
+    if prefix.suffix in (".bin", ".idx"):
+        raise CherryError(f"--data {prefix}: give what its files have in common, {prefix.with_suffix('')}")
     if not Path(f"{marks_prefix(prefix, name)}.parts").exists():
         refuse_existing(marks_prefix(prefix, name))
 

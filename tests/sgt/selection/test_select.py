@@ -218,6 +218,8 @@ def test_damaged_data(own, tmp_path):
         (["--selector", "random", "--rho", "0"], "--rho 0 is no share of the tokens; give a number above 0"),
         (["--selector", "random", "--rho", "1.5"], "--rho 1.5 is no share"),
         (["--selector", "random", "--name", "answers"], "--name answers names the tokens that may be targets"),
+        (["--selector", "random", "--name", "idx"], "--name idx is what files of the tokens end in"),
+        (["--selector", "random", "--data", "text.bin"], "give what its files have in common, text"),
         (["--selector", "random", "--name", "a/b"], "--name a/b must be letters, digits, - and _"),
         (["--selector", "random", "--workers", "-1"], "--workers -1 is negative"),
         (["--selector", "random", "--seed", "-1"], "--seed -1 is negative"),
