@@ -38,10 +38,7 @@ class BeforeStep:
 
     def __call__(self, data_iterator: Any, model: list[torch.nn.Module], config: Any) -> Any:
         iteration = get_args().curr_iteration
-        if self._at_start:
-            self._at_start = False
-            with undisturbed(model, config), clock_stopped():
-                self._evaluate_as_it_is(model)
+        at_start, self._at_start = self._at_start, False
         supervision, probing = self._objective.supervision, False
         if supervision is not None:
             options = supervision.options
@@ -50,18 +47,24 @@ class BeforeStep:
         selecting = supervision is not None and supervision.options.top_loss is not None
         mixture = mixture_of(model[0])
         choosing = mixture is not None and mixture.options.routes
-        if not (selecting or probing or choosing):
+        reading = selecting or probing or choosing
+        if not (reading or at_start):
             return data_iterator
         with undisturbed(model, config):
-            rows = data_iterator and [next(data_iterator) for _ in range(get_num_microbatches())]
+            rows = None
+            if reading and data_iterator is not None:
+                rows = [next(data_iterator) for _ in range(get_num_microbatches())]
             if mixture is not None and choosing:
                 choose_experts(mixture, rows)
+            if at_start:  # with a router that has been centred
+                with clock_stopped():
+                    self._evaluate_as_it_is(model)
             if supervision is not None and selecting:
                 select(self._objective, supervision, rows, model)
             if probing:
                 with clock_stopped():
                     self._probe(rows, model, iteration + 1)
-        return rows and RerunDataIterator(iter(rows))
+        return RerunDataIterator(iter(rows)) if rows is not None else data_iterator
 
     def _evaluate_as_it_is(self, model: list[torch.nn.Module]) -> None:
         for chunk in model:

@@ -93,8 +93,8 @@ class MixtureModel(MegatronModule):
         groups: process groups; `ep` holds ranks with different experts, `expt_dp` those with the same.
 
     Attributes:
-        load: [experts], share of the choices of the global batch that each expert has; of a mixture that routes,
-            to be set before each training step.
+        load: [experts], share of the global batch's own choices, before capacity, that each expert has; of a
+            mixture that routes, to be set before each training step.
         balance: [b] of the last forward pass, a sequence's part in the loss that keeps the choices even.
         seen: what the last forward pass found.
         exchanged_bytes: bytes that this rank has sent to other expert-parallel ranks so far.
@@ -145,11 +145,11 @@ class MixtureModel(MegatronModule):
         log_gates = self.router(tokens)
         scores = self.scores(log_gates)
         wanted = top(scores, self.options.top_k)
-        chosen = wanted if chosen is None else chosen.bool()
+        chosen = self._agreed(wanted) if chosen is None else chosen.bool()
         log_gates = log_gates.masked_fill(~chosen.unsqueeze(1), float("-inf")).log_softmax(-1)
         losses = self._all_losses(tokens, position_ids, labels, chosen)
         sent = self.exchanged_bytes - before
-        # Switch transformer (Fedus et al. 2022), equation 4, with the load of the whole global batch.
+        # Switch transformer (Fedus et al. 2022), equations 4 to 6, with the load of the whole global batch.
         self.balance = self.options.balance * self.options.experts * (scores * self.load).sum(-1)
         self.seen = Seen(log_gates.detach(), losses.detach(), chosen, wanted, sent)
         return mixture_loss(log_gates, losses)
@@ -157,6 +157,12 @@ class MixtureModel(MegatronModule):
     def scores(self, log_gates: Tensor) -> Tensor:
         """What sequences are routed by: the mean gates over the prefix; [b, s, experts] to [b, experts]."""
         return log_gates[:, : self.options.prefix].exp().mean(1)
+
+    def _agreed(self, chosen: Tensor) -> Tensor:
+        """What the first tensor-parallel rank has chosen: where routers differ in the last bit, so may choices."""
+        found = chosen.to(torch.uint8)
+        torch.distributed.broadcast(found, group=self.pg_collection.tp, group_src=0)
+        return found.bool()
 
     def _all_losses(self, tokens: Tensor, position_ids: Tensor, labels: Tensor, chosen: Tensor) -> Tensor:
         """Cross-entropy of every expert for this rank's rows, [b, s, experts]."""

@@ -24,7 +24,13 @@ class Router(MegatronModule):
         hidden: width r.
         experts: how many gates.
         seed: initial weights depend on it alone.
+
+    Attributes:
+        centre: [experts], taken off the logits; no weight. Frequent words are in every sequence, and what a fresh
+            router says of them would make the same experts the favourites of nearly all sequences.
     """
+
+    centre: Tensor
 
     def __init__(self, config: TransformerConfig, vocabulary: int, hidden: int, experts: int, seed: int) -> None:
         super().__init__(config)
@@ -35,6 +41,7 @@ class Router(MegatronModule):
         self.embedding = torch.nn.Parameter(embedding.to(config.params_dtype))
         self.inner = torch.nn.Parameter(inner.to(config.params_dtype))
         self.outer = torch.nn.Parameter(outer.to(config.params_dtype))
+        self.register_buffer("centre", torch.zeros(experts))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logarithms of the gates for the token after each one.
@@ -49,4 +56,14 @@ class Router(MegatronModule):
         count = torch.arange(1, tokens.shape[1] + 1, device=tokens.device).unsqueeze(-1)
         mean = now.cumsum(1) / count
         hidden = F.silu(F.linear(torch.cat((now, mean), -1), self.inner.float()))
-        return F.linear(hidden, self.outer.float()).log_softmax(-1)
+        return (F.linear(hidden, self.outer.float()) - self.centre.float()).log_softmax(-1)
+
+    def centre_on(self, log_gates: Tensor) -> None:
+        """Take off what all sequences have in common.
+
+        Args:
+            log_gates: [rows, experts], the mean of each sequence.
+        """
+        common = log_gates.mean(0)
+        # Gates do not depend on the mean over experts, and it would cost digits in BF16.
+        self.centre.add_(common - common.mean())

@@ -14,7 +14,7 @@ def router(weights, tokens):
     for t in range(len(tokens)):
         seen = weights["embedding"][tokens[: t + 1]]
         inner = weights["inner"] @ torch.cat((seen[-1], seen.sum(0) / (t + 1)))
-        gates.append((weights["outer"] @ (inner * inner.sigmoid())).softmax(0))
+        gates.append((weights["outer"] @ (inner * inner.sigmoid()) - weights["centre"]).softmax(0))
     return torch.stack(gates)
 
 
@@ -50,7 +50,8 @@ def step(state, batch, options, model):
     Returns:
         Mean loss without the balance, the gradient by name of the whole, the experts of each row.
     """
-    state = {name: value.double().requires_grad_() for name, value in state.items()}
+    state = {name: value.double() for name, value in state.items()}
+    trained = {name: value.requires_grad_() for name, value in state.items() if name != "router.centre"}
     of_router = {name.removeprefix("router."): value for name, value in state.items() if "router." in name}
     experts = options["experts"]
     models = [
@@ -66,8 +67,9 @@ def step(state, batch, options, model):
     chosen = [set(range(experts))] * len(gates)
     if options["top_k"] < experts:
         chosen = share_out(scores.tolist(), options["top_k"], options["capacity"])
-    load = torch.tensor([sum(e in row for row in chosen) for e in range(experts)], dtype=torch.float64)
-    load /= load.sum()
+    wanted = [set(sorted(range(experts), key=lambda e: -row[e])[: options["top_k"]]) for row in scores.tolist()]
+    load = torch.tensor([sum(e in row for row in wanted) for e in range(experts)], dtype=torch.float64)
+    load /= load.sum()  # of what the router wants, whether there is room or not
     total = added = 0.0
     for row, mask in enumerate(batch["loss_mask"].double()):
         likelihood = weight = 0.0
@@ -81,4 +83,4 @@ def step(state, batch, options, model):
             added = added + options["balance"] * experts * (load * scores[row]).sum() * mask.sum()
     tokens = batch["loss_mask"].sum()
     ((total + added) / tokens).backward()
-    return float(total / tokens), {name: value.grad for name, value in state.items()}, chosen
+    return float(total / tokens), {name: value.grad for name, value in trained.items()}, chosen
