@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from cherry_megatron.model.choice import room
 from cherry_megatron.model.options import Mixture, Recurrence
 from cherry_megatron.model.pattern import Visit, unroll
 from cherry_megatron.model.plan import Plan
@@ -142,7 +143,8 @@ def memory(
 ) -> list[dict[str, float]]:
     """Bytes that a rank of each pipeline stage needs: weights, gradients, optimizer, activations.
 
-    Of a mixture they are those of the experts on a rank, with as many sequences as they have on average.
+    Of a mixture they are those of the experts on a rank, with as many sequences as they have on average; for what
+    they may have, see `most_rows`.
 
     Activations are an estimate without Transformer Engine's workspaces: per token and layer, what
     the backward pass keeps with a fused attention (Korthikanti et al. 2022, equation 1, SwiGLU).
@@ -180,6 +182,22 @@ def memory(
             }
         )
     return stages
+
+
+def most_rows(mixture: Mixture, layout: Layout, global_batch: int | None) -> int:
+    """How many sequences the experts of a rank walk in one micro-batch at most.
+
+    Every rank of the expert-parallel group may send all of its own, as far as there is room in the global batch.
+
+    Args:
+        mixture, layout: as for `memory`.
+        global_batch: its sequences, if there is a capacity.
+    """
+    here = mixture.experts // layout.expert
+    most = layout.expert * layout.micro_batch * min(here, mixture.top_k)
+    if global_batch is None or not mixture.routes:
+        return most
+    return min(most, here * room(global_batch, mixture.experts, mixture.top_k, mixture.capacity))
 
 
 def _activations(plan: Plan, shape: Shape, layout: Layout, visits: list[Visit]) -> float:

@@ -3,7 +3,7 @@
 import os
 
 from cherry_megatron.config import Config
-from cherry_megatron.monitor.accounting import Layout, Part, account, memory, together
+from cherry_megatron.monitor.accounting import Layout, Part, account, memory, most_rows, together
 
 _MODEL_PARALLEL = ("tensor-model-parallel-size", "pipeline-model-parallel-size", "context-parallel-size")
 
@@ -39,8 +39,8 @@ def _mixture_lines(config: Config, whole: Part) -> list[str]:
         return []
     return [
         f"mixture of {config.moee.experts} such models, top {config.moee.top_k}; the table is of all of them",
-        f"total parameters:  {_millions(whole.stored)}",
-        f"active parameters: {_millions(whole.active)}",
+        f"total parameters:  {_millions(whole.stored)}, without multi-token prediction",
+        f"active parameters: {_millions(whole.active)}, without multi-token prediction",
     ]
 
 
@@ -73,6 +73,15 @@ def _memory_lines(config: Config) -> list[str]:
             f"{number:<7}{cells[0]:>10.2f}{cells[1]:>11.2f}{cells[2]:>11.2f}{cells[3]:>13.2f}{sum(cells):>10.2f}"
         )
     lines.append("Activations are an estimate, without the workspaces of libraries.")
+    if config.moee is not None:
+        (stage,) = stages
+        most = most_rows(config.moee, layout, config.value("global-batch-size"))
+        usual = layout.micro_batch * config.moee.top_k
+        worst = sum(stage.values()) + stage["activations"] * (most / usual - 1)
+        lines.append(
+            f"They are of {usual} sequences that a rank's experts walk in a micro-batch on average; at worst it is "
+            f"{most}, with {worst / 2**30:.2f} GiB together."
+        )
     return lines
 
 
