@@ -14,14 +14,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from cherry_megatron.model.choice import top
 from cherry_megatron.model.head import RecurrentModel
 from cherry_megatron.model.options import Mixture
 from cherry_megatron.model.router import Router
-
-NONE = 1e-20  # instead of a number of zero: a mean over nothing is reported as 0
 
 
 def mixture_loss(log_gates: Tensor, losses: Tensor) -> Tensor:
@@ -42,6 +41,7 @@ class Seen:
     """What a forward pass found, without gradients.
 
     Attributes:
+        gates: [b, s, experts], logarithms of the router's gates, normalised over all experts.
         log_gates: [b, s, experts], normalised over the chosen experts, -inf for the others.
         losses: [b, s, experts], cross-entropy of each expert; of no meaning where it is not chosen.
         chosen: [b, experts], which experts have seen a row.
@@ -49,6 +49,7 @@ class Seen:
         sent: bytes that this rank sends to others for it, the backward pass included.
     """
 
+    gates: Tensor
     log_gates: Tensor
     losses: Tensor
     chosen: Tensor
@@ -58,28 +59,33 @@ class Seen:
     def report(self, mask: Tensor) -> dict[str, Tensor]:
         """What is recorded of a micro-batch, as (sum, number), so that ranks and micro-batches add up.
 
+        The number may stay zero: a mean over nothing is NaN.
+
         Args:
             mask: [b, s], 0 or 1: tokens with a loss.
         """
-        mask, tokens = mask.float(), mask.float().sum()
+        tokens, mask = mask.float().sum(), mask.float().unsqueeze(-1)
+        chosen, wanted = self.chosen.float(), self.wanted.float()
         gates, shares = self.log_gates.exp(), (self.log_gates - self.losses).softmax(-1)
-        entropy = -(gates * self.log_gates.masked_fill(gates == 0, 0.0)).sum(-1)
-        rows, choices = len(self.chosen), self.wanted.sum()
-        displaced = (self.wanted & ~self.chosen).sum()
+        met = mask * chosen.unsqueeze(1)  # [b, s, experts]
+        rows, choices = wanted.new_tensor(len(wanted)), wanted.sum()
         found = {
-            "gate-entropy": (torch.sum(entropy * mask), tokens),
-            "displaced": (displaced, choices),
-            "unplaced": (choices - self.chosen.sum(), choices),
+            "gate-entropy": (-(gates * self.log_gates.masked_fill(gates == 0, 0.0) * mask).sum(), tokens),
+            "displaced": (((1 - chosen) * wanted).sum(), choices),
+            "unplaced": (choices - chosen.sum(), choices),
             "bytes-per-token": (mask.new_tensor(self.sent), mask.new_tensor(mask.numel())),
         }
-        for expert in range(self.chosen.shape[1]):
-            met = mask * self.chosen[:, expert, None]
-            found[f"load/{expert}"] = (self.chosen[:, expert].sum(), mask.new_tensor(rows))
-            found[f"responsibility/{expert}"] = (torch.sum(shares[..., expert] * mask), tokens)
-            found[f"loss/{expert}"] = (torch.sum(self.losses[..., expert] * met), met.sum())
-        return {
-            name: torch.stack((total, number.clamp(min=NONE))).float() for name, (total, number) in found.items()
+        of_experts = {
+            "load": (chosen.sum(0), rows),
+            "wanted": (wanted.sum(0), rows),
+            "responsibility": ((shares * mask).sum((0, 1)), tokens),
+            "loss": ((self.losses * met).sum((0, 1)), met.sum((0, 1))),
         }
+        report = {name: torch.stack(pair) for name, pair in found.items()}
+        for name, (totals, numbers) in of_experts.items():
+            pairs = torch.stack((totals, numbers.expand_as(totals)), -1).unbind()
+            report.update({f"{name}/{expert}": pair for expert, pair in enumerate(pairs)})
+        return report
 
 
 class MixtureModel(MegatronModule):
@@ -142,16 +148,16 @@ class MixtureModel(MegatronModule):
             [b, s], in nats.
         """
         before = self.exchanged_bytes
-        log_gates = self.router(tokens)
-        scores = self.scores(log_gates)
+        gates = self.router(tokens)
+        scores = self.scores(gates)
         wanted = top(scores, self.options.top_k)
         chosen = self._agreed(wanted) if chosen is None else chosen.bool()
-        log_gates = log_gates.masked_fill(~chosen.unsqueeze(1), float("-inf")).log_softmax(-1)
+        log_gates = gates.masked_fill(~chosen.unsqueeze(1), float("-inf")).log_softmax(-1)
         losses = self._all_losses(tokens, position_ids, labels, chosen)
         sent = self.exchanged_bytes - before
         # Switch transformer (Fedus et al. 2022), equations 4 to 6, with the load of the whole global batch.
         self.balance = self.options.balance * self.options.experts * (scores * self.load).sum(-1)
-        self.seen = Seen(log_gates.detach(), losses.detach(), chosen, wanted, sent)
+        self.seen = Seen(gates.detach(), log_gates.detach(), losses.detach(), chosen, wanted, sent)
         return mixture_loss(log_gates, losses)
 
     def scores(self, log_gates: Tensor) -> Tensor:
@@ -221,4 +227,5 @@ def _expert_losses(
 
 def mixture_of(model: torch.nn.Module) -> MixtureModel | None:
     """The mixture inside Megatron's wrappers, or None if the model is none."""
-    return next((module for module in model.modules() if isinstance(module, MixtureModel)), None)
+    inner = unwrap_model(model)
+    return inner if isinstance(inner, MixtureModel) else None

@@ -13,9 +13,11 @@ from megatron.training.datasets.data_samplers import build_pretraining_data_load
 from cherry_megatron.config import Config
 from cherry_megatron.inference.generate import generate
 from cherry_megatron.inference.prompts import configured_prompts
+from cherry_megatron.model.mixture import mixture_of
 from cherry_megatron.model.stack import recurrent_stacks
 from cherry_megatron.monitor.generation import health, table
 from cherry_megatron.monitor.loops import NAMES, LoopTrace
+from cherry_megatron.monitor.mixture import TAGS, RouterDrift
 from cherry_megatron.monitor.progress import OURS, Progress
 
 # The same draws at every evaluation of every run, so that differences are the models'.
@@ -47,6 +49,7 @@ class LoopEvaluation:
         self.parts: dict[int, dict[str, float]] = {}
         self.statistics: dict[str, list[float]] = {}
         self.further: dict[str, float] = {}
+        self._drift = RouterDrift()
         self._evaluated: int | None = None
         self._generation = GenerationHealth(config, progress, recorded) if config.generation else None
 
@@ -55,7 +58,7 @@ class LoopEvaluation:
             return  # Megatron evaluates once more at the end of training
         self._evaluated = self._progress.iteration
         stacks = recurrent_stacks(model[0])
-        full = self._config.recurrence.loops
+        full, mixture = self._config.recurrence.loops, mixture_of(model[0])
         self.losses, self.parts, self.further = {}, {}, {}
         for loops in self._config.evaluation.loop_counts(full):
             trace = None
@@ -70,6 +73,8 @@ class LoopEvaluation:
                 for stack in stacks:
                     stack.observe, stack.loops = None, full
             self.further = {name: means.pop(name) for name in list(means) if name.startswith(OURS)}
+            if mixture is not None and loops == full:
+                self.further |= self._drift.since_last(mixture)
             self.losses[loops] = means.pop("lm loss", float("nan"))
             self.parts[loops] = {name.removesuffix(" loss"): value for name, value in means.items()}
             if trace is not None:
@@ -83,9 +88,14 @@ class LoopEvaluation:
             return
         iteration = self._progress.iteration
         if self._recorded:
-            self._progress.record_evaluation(self.losses, self.parts)
+            self._progress.record_evaluation(self.losses, self.parts, self.further)
         losses = "  ".join(f"{loops}: {loss:.4f}" for loops, loss in self.losses.items())
         self._progress.say(f"step {iteration:>7}  loss by loops  {losses}")
+        start = f"{TAGS}loss/"
+        experts = {name.removeprefix(start): v for name, v in self.further.items() if name.startswith(start)}
+        if experts:
+            losses = "  ".join(f"{expert}: {loss:.4f}" for expert, loss in experts.items())
+            self._progress.say(f"step {iteration:>7}  loss by expert, of the sequences that it sees  {losses}")
         for loops, loss in self.losses.items():
             self._progress.scalar(f"loss-by-loops/{loops}", loss, iteration)
         for part, loss in self.parts[max(self.parts)].items():

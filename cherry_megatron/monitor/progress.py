@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from cherry_megatron.files import append_lines
 from cherry_megatron.monitor.accounting import PEAK_BF16
-from cherry_megatron.monitor.mixture import MixtureWatch
+from cherry_megatron.monitor.mixture import TAGS, MixtureWatch
 from cherry_megatron.platform.listen import listen
 
 OURS = "cherry/"  # how our own tags in TensorBoard begin
@@ -83,15 +83,22 @@ class Progress:
         if self._writer is not None:
             self._writer.add_text(f"cherry/{tag}", markdown, iteration)
 
-    def record_evaluation(self, losses: dict[int, float], parts: dict[int, dict[str, float]]) -> None:
-        """Add a line to evaluations.jsonl: held-out loss by number of loops, and by part if there are parts.
+    def record_evaluation(
+        self, losses: dict[int, float], parts: dict[int, dict[str, float]], further: dict[str, float]
+    ) -> None:
+        """Add a line to evaluations.jsonl; called on the last rank.
 
-        Called on the last rank.
+        Args:
+            losses: held-out loss by number of loops.
+            parts: the same by part, if there are parts.
+            further: what a mixture reports, by tag, with the most loops.
         """
         record: dict[str, Any] = {"iteration": self.iteration}
         record["losses"] = {str(loops): loss for loops, loss in losses.items()}
         if any(parts.values()):
             record["parts"] = {str(loops): by_part for loops, by_part in parts.items()}
+        if further:
+            record["moee"] = {str(max(losses)): {tag.removeprefix(TAGS): value for tag, value in further.items()}}
         with append_lines(self._run / "evaluations.jsonl") as file:
             file.write(json.dumps(record) + "\n")
 

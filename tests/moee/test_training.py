@@ -18,7 +18,7 @@ ONE = {"experts": 3, "top_k": 1, "capacity": 1.0, "balance": 0.1}
 
 
 def record(path, folder, flags):
-    """Train, and keep the rows that are trained on."""
+    """Train, and keep the rows that are trained on, and those of the evaluation after it."""
     import torch
 
     from cherry_megatron import objective
@@ -31,14 +31,15 @@ def record(path, folder, flags):
         return batch
 
     objective.next_batch = next_batch
-    _train(path, ["evaluation.batches=1"], flags.split())
-    micro = batches[:4]  # of the global batch of eight; the rest is evaluation
-    whole = {key: torch.cat([b[key] for b in micro]) for key in micro[0] if micro[0][key] is not None}
-    torch.save(whole, folder / "batch.pt")
+    _train(path, [], flags.split())
+    # Micro-batches of the global batch of eight; of the evaluations the last is that with all loops.
+    for name, micro in (("batch", batches[:4]), ("held_out", batches[-4:])):
+        whole = {key: torch.cat([b[key] for b in micro]) for key in micro[0] if micro[0][key] is not None}
+        torch.save(whole, folder / f"{name}.pt")
 
 
 def expected(folder, options):
-    """The reference's step on the recorded rows, and how many rows got their experts in training too."""
+    """The reference's step on the recorded rows, and its loss on the held-out ones; loss and report of both."""
     import torch
 
     from cherry_megatron.model.pattern import parse, unroll
@@ -47,19 +48,26 @@ def expected(folder, options):
 
     checkpoint = open_checkpoint(folder / "run" / "checkpoints")
     state = {name: torch.from_numpy(np.array(checkpoint.read(name))) for name in checkpoint.model}
-    batch = torch.load(folder / "batch.pt")
+    batch, held_out = torch.load(folder / "batch.pt"), torch.load(folder / "held_out.pt")
+    for rows in (batch, held_out):
+        assert not rows["loss_mask"][:, :7].any(), "the prefix of 8 has 7 targets"
+        assert rows["loss_mask"][:, 7:].all()
     walk = [(visit.layer, visit.loop) for visit in unroll(parse("*-[*-]x2"), 2, "cycle")]
     model = {"walk": walk, "heads": 4, "groups": 4, "size": 8}
-    loss, gradient, chosen = step(state, batch, {"top_k": options["experts"], "prefix": 8, **options}, model)
+    options = {"top_k": options["experts"], "prefix": 8, **options}
+    loss, gradient, report, chosen = step(state, batch, options, model)
     if "experts" in batch:
         assert [set(row.nonzero().flatten().tolist()) for row in batch["experts"]] == chosen
         assert (batch["experts"].sum(0) > 0).all()
-    return loss, {name: value.numpy() for name, value in gradient.items()}
+    # Evaluation has room for all.
+    later, _, held_out_report, _ = step(state, held_out, {**options, "capacity": float(options["experts"])}, model)
+    gradient = {name: value.numpy() for name, value in gradient.items()}
+    return gradient, (loss, report), (later, held_out_report)
 
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory, write_mixture):
-    """What the reference gives on the rows of one process's step, and what that recorded."""
+    """One process's step, and what the reference gives on its rows."""
     done = {}
 
     def get(options):
@@ -70,24 +78,36 @@ def single(tmp_path_factory, write_mixture):
             run_ranks(folder / "output", 1, record, path, folder, STAY)
             (wanted,) = run_ranks(folder / "reference", 1, expected, folder, options)
             done[key] = (folder, *wanted)
+            compare(folder / "run", *wanted)
         return done[key]
 
     return get
 
 
-def check(options, ranks, flags, tmp_path, single, write_mixture, train):
-    from cherry_megatron.runs import read_steps
+def compare(run, gradient, trained, evaluated):
+    """The step and the evaluation that a run has recorded are the reference's."""
+    from cherry_megatron.runs import read_evaluations, read_steps
 
-    folder, loss, gradient = single(options)
-    assert distance(first_gradient(folder / "run"), gradient) <= TOLERANCE
-    (alone,) = read_steps(folder / "run")
-    assert alone["loss"] == pytest.approx(loss, rel=TOLERANCE)
+    (step,), (evaluation,) = read_steps(run), read_evaluations(run)
+    assert distance(first_gradient(run), gradient) <= TOLERANCE
+    for (loss, report), found, ours in (
+        (trained, step["loss"], step["moee"]),
+        (evaluated, evaluation["losses"]["2"], evaluation["moee"]["2"]),
+    ):
+        assert found == pytest.approx(loss, rel=TOLERANCE)
+        del ours["bytes-per-token"]
+        assert ours == pytest.approx(report, rel=TOLERANCE, abs=1e-6)
+
+
+def check(options, ranks, flags, tmp_path, single, write_mixture, train):
+    _, gradient, trained, evaluated = single(options)
     if options != ALL:
-        assert alone["moee"]["displaced"] > 0, "every row found room, which tests little"
-        assert len({alone["moee"][f"load/{expert}"] for expert in range(options["experts"])}) > 1
-    (step,) = train(write_mixture(tmp_path, **options), ranks, f"{STAY} {flags}")
-    assert step["loss"] == pytest.approx(loss, rel=TOLERANCE)
-    assert distance(first_gradient(tmp_path / "run"), gradient) <= TOLERANCE
+        _, report = trained
+        assert report["displaced"] > 0, "every row found room, which tests little"
+        assert len({report[f"load/{expert}"] for expert in range(options["experts"])}) > 1
+        assert len({report[f"wanted/{expert}"] for expert in range(options["experts"])}) > 1
+    train(write_mixture(tmp_path, **options), ranks, f"{STAY} {flags}")
+    compare(tmp_path / "run", gradient, trained, evaluated)
 
 
 EP, TP = "--expert-model-parallel-size 2", "--tensor-model-parallel-size 2 --sequence-parallel"
@@ -134,7 +154,7 @@ def test_an_expert_is_a_model(tmp_path: Path, single, write_config, train):
     from cherry_megatron.runs import read_steps
     from cherry_megatron.storage.checkpoint import open_checkpoint
 
-    folder, _, _ = single(ALL)
+    folder, *_ = single(ALL)
     path = write_config(tmp_path, recurrence={"pattern": "*-[*-]x2"})
     (step,) = train(path, 1, STAY, ("data.prefix=8",))
     assert step["loss"] == pytest.approx(read_steps(folder / "run")[0]["moee"]["loss/0"], rel=TOLERANCE)
@@ -157,7 +177,7 @@ def refused(path, overrides):
 
 
 def test_a_run_keeps_its_experts(tmp_path: Path, single):
-    folder, _, _ = single(ALL)
+    folder, *_ = single(ALL)
     for overrides, says in {
         ("moee.experts=4",): ["moee.experts 2, not 4"],
         ("moee=null",): ["moee.experts 2, not None", "moee.router_hidden 8, not None"],
@@ -213,3 +233,21 @@ def test_selective_training_of_a_mixture(tmp_path: Path, write_mixture, train):
     for value in ("loss", "selected_loss", "weighted_loss", "grad_norm"):
         assert found[0][value] == pytest.approx(found[1][value], rel=TOLERANCE)
     assert found[0]["selected_loss"] > found[0]["weighted_loss"] > found[0]["loss"]
+
+
+def test_two_evaluations_tell_how_far_the_router_has_moved(tmp_path: Path, write_mixture, train):
+    """Not at all without a learning rate: the router is centred before the first evaluation too."""
+    from cherry_megatron.runs import read_evaluations
+
+    drift = {}
+    for name, flags in {"still": STAY, "moving": f"{ONE_STEP} --lr 0.02"}.items():
+        path = write_mixture(tmp_path / name, **SOME)
+        train(path, 1, flags, ("evaluation.at_start=true",))
+        start, end = read_evaluations(path.parent / "run")
+        assert "router-drift" not in start["moee"]["2"]
+        if name == "still":
+            assert start["losses"] == pytest.approx(end["losses"])
+        drift[name] = [end["moee"]["2"][value] for value in ("router-drift", "changed-choices")]
+    assert drift["still"] == [0, 0]
+    assert drift["moving"][0] > 0
+    assert drift["moving"][1] in [n / 8 for n in range(1, 9)]
