@@ -342,6 +342,14 @@ def _check_mixture(config: "Config") -> None:
             config.value("num-distributed-optimizer-instances") > 1,
             "it has not been tried with experts",
         ),
+        "megatron.deterministic-mode": (
+            config.value("deterministic-mode"),
+            "the router's cumulative sum has no deterministic form on a GPU",
+        ),
+        "megatron.fp8-recipe delayed": (
+            config.value("fp8-format") and config.value("fp8-recipe") == "delayed",
+            "its scales are shared by data-parallel ranks, which hold different experts; use tensorwise, so",
+        ),
     }
     for key, (given, why) in refused.items():
         if given:

@@ -121,6 +121,16 @@ CONFIGS = {
         [],
         "sgt.probe_interval does not go with moee.experts",
     ),
+    "deterministic-mixture": (
+        {"moee": {"experts": 2, "prefix": 8}, "megatron": {"deterministic-mode": True}},
+        [],
+        "megatron.deterministic-mode does not go with moee.experts",
+    ),
+    "delayed-scales-of-a-mixture": (
+        {"moee": {"experts": 2, "prefix": 8}, "megatron": {"fp8-format": "hybrid", "bf16": True}},
+        [],
+        "megatron.fp8-recipe delayed does not go with moee.experts",
+    ),
     "negative-prefix": ({"data": {"prefix": -1}}, [], "data.prefix -1 is negative"),
     "shuffle": ({"data": {"shuffle": "letters"}}, [], "is not one of none, tokens, words"),
     "rank-of-more-than-the-weights": (

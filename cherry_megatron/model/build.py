@@ -13,7 +13,7 @@ from cherry_megatron.model.mixture import MixtureModel
 from cherry_megatron.model.options import Mixture, Recurrence
 from cherry_megatron.model.plan import Plan
 from cherry_megatron.model.router import Router
-from cherry_megatron.model.seeding import seeded
+from cherry_megatron.model.seeding import seed_of, seeded
 from cherry_megatron.model.shape import Shape
 from cherry_megatron.model.specs import stack_submodules
 from cherry_megatron.model.stack import RecurrentStack
@@ -99,17 +99,22 @@ def build_mixture(
     Args:
         mixture: how many experts, and how they are chosen.
         config: from `prepare_config`, of one expert, which knows nothing of the others.
-        seed: expert e starts as a model alone with the seed `seed + e`.
+        seed: expert 0 starts as a model alone with it, the others from what `seed_of` makes of it and their number.
         Others: as in `build_model`, of each expert.
     """
     here = mixture.experts // groups.ep.size()
     numbers = range(groups.ep.rank() * here, (groups.ep.rank() + 1) * here)
     experts = {
-        number: build_model(config, recurrence, shape, plan, groups, seed=seed + number, **others)
+        number: build_model(config, recurrence, shape, plan, groups, seed=_expert_seed(seed, number), **others)
         for number in numbers
     }
     router = Router(config, shape.vocabulary, mixture.router_hidden, mixture.experts, seed)
     return MixtureModel(config, mixture, experts, router, groups)
+
+
+def _expert_seed(seed: int, number: int) -> int:
+    """Not `seed + number`, by which mixtures of neighbouring seeds would share experts."""
+    return seed_of(seed, f"expert {number}") if number else seed
 
 
 def _draw(

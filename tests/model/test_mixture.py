@@ -10,15 +10,24 @@ from hypothesis import strategies as st
 from tests.conftest import run_ranks
 
 
-def build(options, expert_parallel=1):
+def build(options, expert_parallel=1, tensor_parallel=1):
     """A tiny mixture on this rank, its groups made."""
     from cherry_megatron.platform.machine import prepare
 
     prepare()
     import torch
     from megatron.core import mpu
-    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    mpu.initialize_model_parallel(tensor_parallel, expert_model_parallel_size=expert_parallel)
+    model_parallel_cuda_manual_seed(1)
+    return make(options, tensor_parallel)
+
+
+def make(options, tensor_parallel=1, seed=3):
+    import torch
+    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer import TransformerConfig
 
     from cherry_megatron.model.build import build_mixture, prepare_config
@@ -26,9 +35,6 @@ def build(options, expert_parallel=1):
     from cherry_megatron.model.plan import make_plan
     from cherry_megatron.model.shape import Shape
 
-    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    mpu.initialize_model_parallel(expert_model_parallel_size=expert_parallel)
-    model_parallel_cuda_manual_seed(1)
     recurrence = Recurrence("*-[*-]x2")
     shape = Shape(hidden=16, ffn=24, heads=2, groups=2, head_size=8, vocabulary=32)
     config = TransformerConfig(
@@ -36,11 +42,11 @@ def build(options, expert_parallel=1):
         activation_func=torch.nn.functional.silu, normalization="RMSNorm", add_bias_linear=False,
         hidden_dropout=0.0, attention_dropout=0.0, use_cpu_initialization=True, masked_softmax_fusion=False,
         gradient_accumulation_fusion=False, transformer_impl="local", bias_dropout_fusion=False,
-        is_hybrid_model=True, init_method_std=0.3,
+        is_hybrid_model=True, init_method_std=0.3, tensor_model_parallel_size=tensor_parallel,
     )  # fmt: skip
     model = build_mixture(
         options, prepare_config(config, recurrence), recurrence, shape, make_plan(recurrence, shape, 16, 1),
-        ProcessGroupCollection.use_mpu_process_groups(), sequence_length=16, rotary_base=10000, seed=3,
+        ProcessGroupCollection.use_mpu_process_groups(), sequence_length=16, rotary_base=10000, seed=seed,
         pre_process=True, post_process=True,
     )  # fmt: skip
     model.router.outer.data *= 30  # gates that differ
@@ -188,3 +194,38 @@ def test_ranks_exchange_ids_and_a_number_a_token(top_k, tmp_path: Path):
     for counted, sent in run_ranks(tmp_path, 2, traffic, options):
         assert sent == expected
         assert counted == sum(size for _, size in sent)
+
+
+def seeds():
+    """How many different initial embeddings there are among the experts of two mixtures, and all of them."""
+    from cherry_megatron.model.options import Mixture
+
+    models = [build(Mixture(experts=3)), make(Mixture(experts=3), seed=4)]
+    found = [model.experts[str(e)].embedding.word_embeddings.weight for model in models for e in range(3)]
+    return len({str(weight.tolist()) for weight in found}), len(found)
+
+
+def test_mixtures_of_neighbouring_seeds_share_no_expert(tmp_path: Path):
+    ((different, all_),) = run_ranks(tmp_path, 1, seeds)
+    assert different == all_ == 6
+
+
+def disagreeing():
+    """Who sees a row in evaluation where the tensor-parallel ranks' routers want different experts."""
+    import torch
+
+    from cherry_megatron.model.options import Mixture
+
+    model = build(Mixture(experts=4, top_k=1, prefix=4), tensor_parallel=2).eval()
+    model.router.centre[torch.distributed.get_rank()] -= 9
+    tokens = torch.randint(0, 32, (3, 16), generator=torch.Generator().manual_seed(1)).cuda()
+    with torch.no_grad():
+        loss = run(model, tokens)
+    return model.seen.chosen.tolist(), model.seen.wanted.tolist(), bool(loss.isfinite().all())
+
+
+def test_tensor_parallel_ranks_walk_the_same_rows(tmp_path: Path):
+    """In evaluation too: shapes that differ would make a collective hang."""
+    (first, first_wanted, _), (second, second_wanted, _) = run_ranks(tmp_path, 2, disagreeing)
+    assert first_wanted != second_wanted
+    assert first == second == first_wanted

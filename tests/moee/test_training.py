@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import _train, run_ranks
-from tests.sgt.conftest import ONE_STEP, distance, first_gradient
+from tests.sgt.conftest import ONE_STEP, distance, evaluate, first_gradient
+from tests.test_bad_input import verb
 
 TOLERANCE = 1e-5
 STAY = f"{ONE_STEP} --lr 0 --weight-decay 0"  # the checkpoint holds the weights of before the step
@@ -111,6 +112,7 @@ def check(options, ranks, flags, tmp_path, single, write_mixture, train):
 
 
 EP, TP = "--expert-model-parallel-size 2", "--tensor-model-parallel-size 2 --sequence-parallel"
+OVERLAP = f"{EP} --overlap-grad-reduce --overlap-param-gather"  # of parameters from the second step on
 SAMPLE = {
     "all-ep2": (ALL, 2, EP),
     "some-ep2": (SOME, 2, EP),
@@ -128,7 +130,7 @@ REST = {
         "tp2-plain": (2, "--tensor-model-parallel-size 2"),
         "tp2-ep2": (4, f"{TP} {EP}"),
         "ep2-dp4": (4, EP),
-        "ep2-overlap": (2, f"{EP} --overlap-grad-reduce --overlap-param-gather"),
+        "ep2-overlap": (2, OVERLAP),
         "ep2-recompute": (
             2,
             f"{EP} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
@@ -181,42 +183,78 @@ def test_a_run_keeps_its_experts(tmp_path: Path, single):
     for overrides, says in {
         ("moee.experts=4",): ["moee.experts 2, not 4"],
         ("moee=null",): ["moee.experts 2, not None", "moee.router_hidden 8, not None"],
-        ("moee.prefix=4", "moee.top_k=1", "moee.capacity=2.0"): [],
+        ("moee.top_k=1", "moee.capacity=2.0"): [],
     }.items():
         ((*found,),) = run_ranks(tmp_path, 1, refused, folder / "config.yaml", overrides)
         assert len(found) == len(says)
         assert all(words in line for words, line in zip(says, found, strict=True)), found
 
 
+def test_another_prefix_is_other_text(tmp_path: Path, single):
+    """Losses of other tokens must not stand among the run's own."""
+    folder, *_ = single(ALL)
+    path, evaluations = folder / "config.yaml", folder / "run" / "evaluations.jsonl"
+    before = evaluations.read_text()
+    for other in ("moee.prefix=4", "data.prefix=9"):
+        (said,) = run_ranks(tmp_path, 1, evaluate, path, [other])
+        assert "data.prefix or moee.prefix differs from training" in said
+        ((status, errors),) = run_ranks(
+            tmp_path, 1, verb, tmp_path, ["pretrain", "--config", str(path), "--set", other]
+        )
+        assert status == 2
+        assert "without a loss of the first 8 tokens" in errors
+    assert evaluations.read_text() == before
+
+
+@pytest.mark.full
+def test_bf16(tmp_path: Path, single, write_mixture, train):
+    """The loss is that of float32 but for rounding, and the router is centred."""
+    from cherry_megatron.storage.checkpoint import open_checkpoint
+
+    _, _, (loss, _), _ = single(SOME)
+    (step,) = train(write_mixture(tmp_path, **SOME), 1, f"{STAY} --bf16")
+    assert step["loss"] == pytest.approx(loss, rel=1e-3)
+    assert np.any(open_checkpoint(tmp_path / "run" / "checkpoints").read("router.centre") != 0)
+
+
 TWO = {"experts": 2, "top_k": 1, "balance": 0.5}
 SMALL = {"global-batch-size": 4}
-LAYOUTS = {"single": (1, ""), "ep2": (2, EP), "tp2": (2, TP), "tp2-ep2": (4, f"{TP} {EP}"), "dp2": (2, "")}
+LAYOUTS = {
+    "single": (1, ""),
+    "ep2": (2, EP),
+    "overlap": (2, OVERLAP),
+    "tp2": (2, TP),
+    "tp2-ep2": (4, f"{TP} {EP}"),
+    "dp2": (2, ""),
+}
+EACH = 4  # steps under a layout
 
 
 def resume(layouts, tmp_path, write_mixture, train):
-    """Two steps under each layout, one going on from the other's checkpoint, are those of a run without a stop."""
-    steps = 2 * len(layouts)
-    schedule = {"megatron": {"train-iters": steps, "save-interval": 2, **SMALL}}
+    """Some steps under each layout, going on from the one before, are those of a run without a stop."""
+    steps = EACH * len(layouts)
+    schedule = {"megatron": {"train-iters": steps, "save-interval": EACH, **SMALL}}
     undisturbed = train(write_mixture(tmp_path / "undisturbed", schedule, **TWO))
+    saved = f"iter_{EACH:07}"
     kept, path = "run/checkpoints", write_mixture(tmp_path / "resumed", schedule, **TWO)
-    shutil.copytree(tmp_path / "undisturbed" / kept / "iter_0000002", tmp_path / "resumed" / kept / "iter_0000002")
-    (tmp_path / "resumed" / kept / "latest_checkpointed_iteration.txt").write_text("2")
+    shutil.copytree(tmp_path / "undisturbed" / kept / saved, tmp_path / "resumed" / kept / saved)
+    (tmp_path / "resumed" / kept / "latest_checkpointed_iteration.txt").write_text(str(EACH))
     for number, layout in enumerate(layouts[1:], start=2):
         ranks, flags = LAYOUTS[layout]
-        found = train(path, ranks, f"{flags} --exit-interval {2 * number}")
-    assert [step["iteration"] for step in found] == list(range(3, steps + 1))
-    for ours, theirs in zip(found, undisturbed[2:], strict=True):
+        found = train(path, ranks, f"{flags} --exit-interval {EACH * number}")
+    assert [step["iteration"] for step in found] == list(range(EACH + 1, steps + 1))
+    for ours, theirs in zip(found, undisturbed[EACH:], strict=True):
         for value in ("loss", "grad_norm", "balance_loss"):
             assert ours[value] == pytest.approx(theirs[value], rel=TOLERANCE), (ours, theirs)
 
 
 def test_resume_under_another_layout(tmp_path: Path, write_mixture, train):
-    resume(["single", "ep2", "single"], tmp_path, write_mixture, train)
+    resume(["single", "overlap", "single"], tmp_path, write_mixture, train)
 
 
 @pytest.mark.full
 def test_resume_under_every_layout(tmp_path: Path, write_mixture, train):
-    resume(["single", "tp2-ep2", "dp2", "ep2", "tp2", "ep2", "single"], tmp_path, write_mixture, train)
+    resume(["single", "tp2-ep2", "dp2", "ep2", "tp2", "overlap", "single"], tmp_path, write_mixture, train)
 
 
 def test_selective_training_of_a_mixture(tmp_path: Path, write_mixture, train):
