@@ -287,6 +287,19 @@ def outline(path: Path, overrides: Sequence[str] = ()) -> tuple[Recurrence, dict
     return _section(path, "recurrence", Recurrence, data.get("recurrence", {})), flags
 
 
+def outline_mixture(path: Path, overrides: Sequence[str] = ()) -> Mixture:
+    """A configuration's mixture, likewise.
+
+    Raises:
+        CherryError: if it has none.
+    """
+    section = _read_with(path, overrides).get("moee")
+    if section is None:
+        raise CherryError(f"{path} has no section moee; name the configuration of the mixture")
+    mixture: Mixture = _section(path, "moee", Mixture, section)
+    return mixture
+
+
 def _read_with(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     data = read_file(path)
     for override in overrides:

@@ -108,7 +108,7 @@ def build_mixture(
         number: build_model(config, recurrence, shape, plan, groups, seed=_expert_seed(seed, number), **others)
         for number in numbers
     }
-    router = Router(config, shape.vocabulary, mixture.router_hidden, mixture.experts, seed)
+    router = Router(config, mixture, shape.vocabulary, seed)
     return MixtureModel(config, mixture, experts, router, groups)
 
 

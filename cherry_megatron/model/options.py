@@ -90,6 +90,9 @@ class Recurrence:
         return sum(len(self.parsed.layers[visit.layer]) for visit in visits) ** -0.5
 
 
+FIRST_LOGITS = 0.1  # spread of a mixture's initial logits: gates begin nearly, but not exactly, even
+
+
 @dataclass(frozen=True)
 class Mixture:
     """A mixture of whole recurrent models, see mixture.py.
@@ -131,3 +134,12 @@ class Mixture:
     def routes(self) -> bool:
         """Whether sequences go to some of the experts only."""
         return self.top_k < self.experts
+
+    def router(self, vocabulary: int) -> dict[str, tuple[tuple[int, int], float]]:
+        """The router's weights by name: shape, and standard deviation at the start."""
+        r = self.router_hidden
+        return {
+            "embedding": ((vocabulary, r), 1.0),
+            "inner": ((r, 2 * r), (2 * r) ** -0.5),
+            "outer": ((self.experts, r), FIRST_LOGITS * r**-0.5),
+        }

@@ -10,9 +10,8 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
+from cherry_megatron.model.options import Mixture
 from cherry_megatron.model.seeding import seeded
-
-FIRST_LOGITS = 0.1  # spread of the initial logits: gates begin nearly, but not exactly, even
 
 
 class Router(MegatronModule):
@@ -20,9 +19,8 @@ class Router(MegatronModule):
 
     Args:
         config: Megatron's configuration of an expert.
+        mixture: how many gates, and the width r.
         vocabulary: rows of the embedding.
-        hidden: width r.
-        experts: how many gates.
         seed: initial weights depend on it alone.
 
     Attributes:
@@ -32,16 +30,14 @@ class Router(MegatronModule):
 
     centre: Tensor
 
-    def __init__(self, config: TransformerConfig, vocabulary: int, hidden: int, experts: int, seed: int) -> None:
+    def __init__(self, config: TransformerConfig, mixture: Mixture, vocabulary: int, seed: int) -> None:
         super().__init__(config)
         with seeded(seed, "router"):
-            embedding = torch.randn(vocabulary, hidden)
-            inner = torch.randn(hidden, 2 * hidden) / (2 * hidden) ** 0.5
-            outer = torch.randn(experts, hidden) * FIRST_LOGITS / hidden**0.5
-        self.embedding = torch.nn.Parameter(embedding.to(config.params_dtype))
-        self.inner = torch.nn.Parameter(inner.to(config.params_dtype))
-        self.outer = torch.nn.Parameter(outer.to(config.params_dtype))
-        self.register_buffer("centre", torch.zeros(experts))
+            drawn = {name: torch.randn(shape) * std for name, (shape, std) in mixture.router(vocabulary).items()}
+        self.embedding = torch.nn.Parameter(drawn["embedding"].to(config.params_dtype))
+        self.inner = torch.nn.Parameter(drawn["inner"].to(config.params_dtype))
+        self.outer = torch.nn.Parameter(drawn["outer"].to(config.params_dtype))
+        self.register_buffer("centre", torch.zeros(mixture.experts))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logarithms of the gates for the token after each one.

@@ -1,6 +1,7 @@
 """Exact parameter, FLOP and memory accounting of unrolled models."""
 
 from dataclasses import dataclass
+from math import prod
 
 from cherry_megatron.model.choice import room
 from cherry_megatron.model.options import Mixture, Recurrence
@@ -91,9 +92,8 @@ def _times(part: Part, mixture: Mixture) -> Part:
 
 
 def _router(mixture: Mixture, shape: Shape) -> Part:
-    inner = mixture.router_hidden * (2 * mixture.router_hidden + mixture.experts)
-    weights = shape.vocabulary * mixture.router_hidden + inner
-    return Part("router", *3 * (weights,), 6.0 * inner)
+    sizes = {name: prod(size) for name, (size, _) in mixture.router(shape.vocabulary).items()}
+    return Part("router", *3 * (sum(sizes.values()),), 6.0 * (sizes["inner"] + sizes["outer"]))
 
 
 def together(rows: list[Part]) -> Part:

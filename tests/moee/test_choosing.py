@@ -44,7 +44,7 @@ def start():
 
     found = []
     for seed in (1, 2, 1234):
-        model.router = Router(model.config, 2000, 64, EXPERTS, seed).cuda()
+        model.router = Router(model.config, options, 2000, seed).cuda()
         before = load(first)
         choose(model, first)
         centre = model.router.centre.clone()
