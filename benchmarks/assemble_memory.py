@@ -1,9 +1,9 @@
 """Assembling CHERRY-1.8B from eight runs of 227M in float32: time, and memory of the process tree.
 
-    python -m benchmarks.assemble_memory --folder DIR
+    python benchmarks/assemble_memory.py --folder DIR
 
-Makes one run with random weights in DIR and names it eight times; 8.3 GB are needed there. Memory and page cache are
-as in compress_speed.py.
+Makes one run with random weights in DIR and names it eight times; 8.3 GB are needed there. Memory and page cache
+are as in compress_speed.py.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from benchmarks.compress_speed import make_source, timed
+from compress_speed import make_source, timed
 
 CONFIG = Path(__file__).parent.parent / "configs/cherry_1p8b.yaml"
 EXPERTS = 8
@@ -30,7 +30,8 @@ def main() -> None:
     ]  # fmt: skip
     seconds, memory = timed(command, target)
     written = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    print(f"{EXPERTS} x {parameters:,} parameters, {written / 1e9:.2f} GB: {seconds:.1f} s, peak {memory / 1e9:.3f} GB")
+    print(f"{EXPERTS} x {parameters:,} parameters, {written / 1e9:.2f} GB")
+    print(f"{seconds:.1f} s, peak {memory / 1e9:.3f} GB")
 
 
 if __name__ == "__main__":

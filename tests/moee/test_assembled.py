@@ -35,3 +35,19 @@ def test_experts_compute_what_their_runs_do(tmp_path: Path, write_config, write_
         else:
             assert found["losses"]["2"] == pytest.approx(loss["first"], rel=TOLERANCE)
             assert 0 < report["load/0"] < 1, "all sequences went one way, which tests little"
+    # And back: the second run's model, out of the mixture that was trained (with a learning rate of 0).
+    mixed, taken = tmp_path / "both", tmp_path / "taken"
+    extract = [
+        "assemble-moee",
+        "--load",
+        str(mixed / "run"),
+        "--config",
+        str(mixed / "config.yaml"),
+        "--extract",
+        "1",
+    ]
+    assert main([*extract, "--save", str(taken / "expert")]) == 0
+    start = {"load": str(taken / "expert"), "finetune": True, "train-iters": 1}
+    path = write_config(taken, recurrence={"pattern": "*-[*-]x2"}, data={"prefix": 8}, megatron=start)
+    train(path, 1, "--lr 0 --lr-warmup-iters 0")
+    assert read_evaluations(taken / "run")[-1]["losses"]["2"] == pytest.approx(loss["second"], rel=TOLERANCE)
