@@ -9,6 +9,7 @@ from torch import Tensor
 from cherry_megatron.model.mixture import MixtureModel
 
 TAGS = "cherry/moee/"
+_OF_EVALUATION = ("validation", "/held-out", " vs ")  # in tags that are not of the step: Megatron's and ours
 LEFT_OUT = 0.1  # of an even share
 # What an expert that is of use has: tokens that it explains, sequences that the router itself would give it.
 _SHARES = {"responsibility": "responsible for {:.1%} of the tokens", "wanted": "wanted by {:.1%} of the sequences"}
@@ -29,7 +30,7 @@ class MixtureWatch:
         found = {
             tag.removeprefix(TAGS): value
             for tag, value in heard.items()
-            if tag.startswith(TAGS) and "validation" not in tag and " vs " not in tag and value == value
+            if tag.startswith(TAGS) and not any(words in tag for words in _OF_EVALUATION) and value == value
         }
         if not found:
             return {}

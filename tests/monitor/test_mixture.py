@@ -12,7 +12,8 @@ from cherry_megatron.monitor.mixture import MixtureWatch
 def heard(responsibility, wanted):
     tags = {f"cherry/moee/responsibility/{e}": value for e, value in enumerate(responsibility)}
     tags |= {f"cherry/moee/wanted/{e}": value for e, value in enumerate(wanted)}
-    return {"lm loss": 3.0, **tags, "cherry/moee/loss/0": math.nan, "cherry/moee/gate-entropy validation": 0.6}
+    tags |= {"cherry/moee/loss/0": math.nan, "cherry/moee/gate-entropy validation": 0.6}
+    return {"lm loss": 3.0, **tags, "cherry/moee/wanted/0/held-out": 0.0, "cherry/moee/wanted/1/held-out": 1.0}
 
 
 def test_a_step_keeps_the_mixtures_own_values_and_no_mean_over_nothing():
