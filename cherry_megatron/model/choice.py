@@ -4,10 +4,10 @@ Training chooses for a whole global batch before its step, in the order of the d
 and micro-batches changes a choice. Evaluation knows no capacity: there a sequence's experts depend on it alone.
 """
 
-import math
-
 import torch
 from torch import Tensor
+
+from cherry_megatron.model.options import room
 
 
 def top(scores: Tensor, top_k: int) -> Tensor:
@@ -22,11 +22,6 @@ def top(scores: Tensor, top_k: int) -> Tensor:
     """
     best = scores.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
-
-
-def room(rows: int, experts: int, top_k: int, capacity: float) -> int:
-    """How many of a global batch's rows an expert takes at most."""
-    return min(rows, math.ceil(capacity * top_k * rows / experts))
 
 
 def assign(scores: Tensor, top_k: int, capacity: float) -> Tensor:

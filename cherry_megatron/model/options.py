@@ -1,5 +1,6 @@
 """What a user says about the model: the `recurrence:` and `moee:` sections of a configuration."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -143,3 +144,8 @@ class Mixture:
             "inner": ((r, 2 * r), (2 * r) ** -0.5),
             "outer": ((self.experts, r), FIRST_LOGITS * r**-0.5),
         }
+
+
+def room(rows: int, experts: int, top_k: int, capacity: float) -> int:
+    """How many of a global batch's rows an expert takes at most."""
+    return min(rows, math.ceil(capacity * top_k * rows / experts))

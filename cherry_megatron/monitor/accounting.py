@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from math import prod
 
-from cherry_megatron.model.choice import room
-from cherry_megatron.model.options import Mixture, Recurrence
+from cherry_megatron.model.options import Mixture, Recurrence, room
 from cherry_megatron.model.pattern import Visit, unroll
 from cherry_megatron.model.plan import Plan
 from cherry_megatron.model.shape import Shape

@@ -139,7 +139,8 @@ def test_rows_find_room(data):
     """Against the definition, pair by pair."""
     import torch
 
-    from cherry_megatron.model.choice import assign, room, top
+    from cherry_megatron.model.choice import assign, top
+    from cherry_megatron.model.options import room
     from tests.moee.reference import share_out
 
     experts = data.draw(st.integers(2, 5))
