@@ -97,6 +97,7 @@ class ModelScores:
 def _asked(source: Source, prefix: Path) -> dict[str, Any]:
     """The checkpoint of a configuration, for the marks' description."""
     config = source.load()
+    config.require_one_model("a selector")
     checkpoint = checkpoint_to_load(config)
     if checkpoint is None:
         raise CherryError(f"the run {config.run} has no checkpoint to ask; train it first, or set megatron.load")
