@@ -24,7 +24,11 @@ def program(argv: Sequence[str] | None = None) -> NoReturn:
     """`main` as a process of its own: ends it, with status 1 after an unforeseen error."""
     try:
         status = main(argv)
-    except Exception:
+    except SystemExit as stop:  # argparse's and Megatron's
+        if not isinstance(stop.code, int | None):
+            print(stop.code, file=sys.stderr)
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:  # a failed checkpoint is no Exception
         sys.excepthook(*sys.exc_info())  # torch's names the rank
         status = 1
     leave(status)

@@ -5,15 +5,24 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import _CONTEXT
 
+ERRORS = {
+    "error": (RuntimeError("out of memory"), 1, "RuntimeError: out of memory"),
+    "no Exception": (BaseException("no checkpoint"), 1, "BaseException: no checkpoint"),
+    "exit": (SystemExit(17), 17, ""),
+    "said": (SystemExit("enough"), 1, "enough"),
+}
 
-def _fail(path: Path, said: Path) -> None:
+
+def _fail(path: Path, said: Path, error: BaseException) -> None:
     from cherry_megatron import cli
     from cherry_megatron.objective import Objective
 
     def forward_step(*_):
-        raise RuntimeError("out of memory")
+        raise error
 
     Objective.forward_step = forward_step
     threading.Thread(target=threading.Event().wait).start()  # the interpreter would wait for it
@@ -24,12 +33,14 @@ def _fail(path: Path, said: Path) -> None:
     cli.program(["pretrain", "--config", str(path)])
 
 
-def test_a_failed_training_does_not_stay(tmp_path, write_config):
+@pytest.mark.parametrize("name", ERRORS)
+def test_a_failed_training_does_not_stay(name, tmp_path, write_config):
+    error, status, text = ERRORS[name]
     path = write_config(tmp_path)
-    process = _CONTEXT.Process(target=_fail, args=(path, tmp_path / "said"))
+    process = _CONTEXT.Process(target=_fail, args=(path, tmp_path / "said", error))
     process.start()
     process.join(120)
     ended = process.exitcode
     process.kill()
-    assert ended == 1
-    assert "RuntimeError: out of memory" in (tmp_path / "said").read_text()
+    assert ended == status
+    assert text in (tmp_path / "said").read_text()
