@@ -29,7 +29,7 @@ class Row:
 
     def __init__(self, number: int, prompt: Sequence[int], most: int, end: int) -> None:
         self.number, self.tokens, self.given = number, list(prompt), len(prompt)
-        self._most, self._end = most, end
+        self._most, self._end, self._name = most, end, str(self.tokens)
 
     @property
     def new(self) -> list[int]:
@@ -48,8 +48,7 @@ class Row:
 
     def generator(self, seed: int, position: int) -> torch.Generator:
         """Of the token at a position: from the seed, the prompt and the position alone."""
-        name = f"{self.tokens[: self.given]}/{position}"
-        return torch.Generator().manual_seed(seed_of(seed, name))
+        return torch.Generator().manual_seed(seed_of(seed, f"{self._name}/{position}"))
 
     def take(self, tokens: Sequence[int]) -> list[int]:
         """Go on with tokens up to the text's end; returns those taken."""
