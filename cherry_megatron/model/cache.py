@@ -80,10 +80,12 @@ class Cache:
             shape = (len(self.held), self.max_sequence_length, *key.shape[2:])
             self._slots[visit] = key.new_zeros(shape), value.new_zeros(shape)
         keys, values = self._slots[visit]
-        keys[self._rows, self._positions] = rotate(key, self._angles, config.rotary_interleaved).transpose(0, 1)
+        together = rotate(torch.cat((query, key), 2), self._angles, config.rotary_interleaved)
+        query, key = together.split((query.shape[2], key.shape[2]), 2)
+        keys[self._rows, self._positions] = key.transpose(0, 1)
         values[self._rows, self._positions] = value.transpose(0, 1)
         mixed = F.scaled_dot_product_attention(
-            rotate(query, self._angles, config.rotary_interleaved).permute(1, 2, 0, 3),
+            query.permute(1, 2, 0, 3),
             keys[:, : self._longest].transpose(1, 2),
             values[:, : self._longest].transpose(1, 2),
             attn_mask=self._mask,
