@@ -26,7 +26,7 @@ class Drafting:
     """
 
     loops: int
-    tokens: int = 4
+    tokens: int = 2
 
     def check(self, loops: int) -> None:
         """See that it goes with a model of so many loops.

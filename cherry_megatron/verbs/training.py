@@ -114,6 +114,6 @@ def add_generate(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--draft-loops", type=int, help="draft with so few loops, which changes the speed and not the text"
     )
-    parser.add_argument("--draft-tokens", type=int, help="tokens of a draft (default 4)")
+    parser.add_argument("--draft-tokens", type=int, help="tokens of a draft (default 2)")
     parser.add_argument("--verbose", action="store_true", help="show Megatron's own output too")
     add_config(parser)

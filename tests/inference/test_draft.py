@@ -55,7 +55,7 @@ def test_right_drafts_save_passes(speaking: Path, tmp_path: Path):
 
 def test_asked_for():
     assert drafting(None, None) is None
-    assert drafting(2, None) == Drafting(2, 4)
+    assert drafting(2, None) == Drafting(2, 2)
     assert drafting(2, 7) == Drafting(2, 7)
     Drafting(2, 1).check(3)
     for loops, tokens, of, says in (
