@@ -1,4 +1,4 @@
-"""Before a training step: the first evaluation; alpha, online selection and probe of selective training."""
+"""Before a training step: the first evaluation; choice of experts; alpha, online selection and probe of SGT."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,9 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import RerunDataIterator
 from megatron.training import get_args
 
+from cherry_megatron.choosing import choose_experts
 from cherry_megatron.config import Config
+from cherry_megatron.model.mixture import mixture_of
 from cherry_megatron.monitor.progress import Progress
 from cherry_megatron.objective import Objective
 from cherry_megatron.platform.undisturbed import clock_stopped, undisturbed
@@ -36,25 +38,33 @@ class BeforeStep:
 
     def __call__(self, data_iterator: Any, model: list[torch.nn.Module], config: Any) -> Any:
         iteration = get_args().curr_iteration
-        if self._at_start:
-            self._at_start = False
-            with undisturbed(model, config), clock_stopped():
-                self._evaluate_as_it_is(model)
-        if self._objective.supervision is None:
-            return data_iterator
-        supervision, options = self._objective.supervision, self._objective.supervision.options
-        supervision.alpha.fill_(options.alpha_at(iteration))
-        probing = bool(options.probe_interval) and (iteration + 1) % options.probe_interval == 0
-        if options.top_loss is None and not probing:
+        at_start, self._at_start = self._at_start, False
+        supervision, probing = self._objective.supervision, False
+        if supervision is not None:
+            options = supervision.options
+            supervision.alpha.fill_(options.alpha_at(iteration))
+            probing = bool(options.probe_interval) and (iteration + 1) % options.probe_interval == 0
+        selecting = supervision is not None and supervision.options.top_loss is not None
+        mixture = mixture_of(model[0])
+        choosing = mixture is not None and mixture.options.routes
+        reading = selecting or probing or choosing
+        if not (reading or at_start):
             return data_iterator
         with undisturbed(model, config):
-            rows = data_iterator and [next(data_iterator) for _ in range(get_num_microbatches())]
-            if options.top_loss is not None:
-                select(self._objective, supervision, rows, model, options.top_loss)
+            rows = None
+            if reading and data_iterator is not None:
+                rows = [next(data_iterator) for _ in range(get_num_microbatches())]
+            if mixture is not None and choosing:
+                choose_experts(mixture, rows)
+            if at_start:  # with a router that has been centred
+                with clock_stopped():
+                    self._evaluate_as_it_is(model)
+            if supervision is not None and selecting:
+                select(self._objective, supervision, rows, model)
             if probing:
                 with clock_stopped():
                     self._probe(rows, model, iteration + 1)
-        return rows and RerunDataIterator(iter(rows))
+        return RerunDataIterator(iter(rows)) if rows is not None else data_iterator
 
     def _evaluate_as_it_is(self, model: list[torch.nn.Module]) -> None:
         for chunk in model:

@@ -13,7 +13,7 @@ from zipfile import BadZipFile
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint import CheckpointException
 
-from cherry_megatron.config import Config
+from cherry_megatron.config import Config, Data
 from cherry_megatron.data.paths import data_prefixes
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.pattern import parse
@@ -73,12 +73,20 @@ def _changes(config: Config, folder: Path) -> list[str]:
     trained = replace(config, megatron=before["megatron"], flags=tuple(before["flags"]))
     found += [(name, getattr(trained.shape, key), getattr(config.shape, key)) for key, name in _SHAPE.items()]
     found += [(f"megatron.{flag}", trained.value(flag), config.value(flag)) for flag in _FUNCTION]
+    found += [(f"moee.{key}", old, new) for key, old, new in _mixture_changes(config, before.get("moee"))]
     return [
         f"the run {config.run} was trained with {key} {old!r}, not {new!r}; choose another run, whose "
         "megatron.load may name this one"
         for key, old, new in found
         if old != new or key.startswith("recurrence.")
     ]
+
+
+def _mixture_changes(config: Config, before: dict[str, Any] | None) -> list[tuple[str, Any, Any]]:
+    """What decides which weights a mixture has; a single model has none of it."""
+    ours = {} if config.moee is None else asdict(config.moee)
+    keys = ("experts", "router_hidden")
+    return [(key, (before or {}).get(key), ours.get(key)) for key in keys]
 
 
 def _meaning(recurrence: dict[str, Any], key: str) -> Any:
@@ -107,9 +115,20 @@ def other_text(config: Config) -> list[str]:
     found += [
         f"{section}.{key}"
         for section, key in (("evaluation", "batches"), ("data", "shuffle"), ("sgt", "marks"))
-        if ours.get(section, {}).get(key) != theirs.get(section, {}).get(key)
+        if _setting(ours, section, key) != _setting(theirs, section, key)
     ]
-    return found
+    return found + ["data.prefix or moee.prefix"] * (_masked_prefix(before) != config.prefix)
+
+
+def _setting(settings: dict[str, Any], section: str, key: str) -> Any:
+    """A value of a recorded configuration, from which a `data` section of defaults is left out."""
+    defaults = asdict(Data()) if section == "data" else {}
+    return {**defaults, **settings.get(section, {})}.get(key)
+
+
+def _masked_prefix(before: dict[str, Any]) -> int:
+    """The tokens at a sequence's beginning that carried no loss, by a recorded configuration."""
+    return max(before.get(section, {}).get("prefix", 0) for section in ("data", "moee"))
 
 
 def start_from(config: Config) -> dict[str, Any]:
@@ -179,12 +198,18 @@ def _same_objective(config: Config, before: dict[str, Any]) -> None:
     ours = config.as_dict()
     for section, keys in _OBJECTIVE.items():
         for key in keys:
-            old, new = (settings.get(section, {}).get(key) for settings in (before, ours))
+            old, new = (_setting(settings, section, key) for settings in (before, ours))
             if old != new:
                 raise CherryError(
                     f"the run {config.run} was trained with {section}.{key} {old!r}, not {new!r}; choose another "
                     "run, whose megatron.load can start from this one"
                 )
+    if _masked_prefix(before) != config.prefix:
+        raise CherryError(
+            f"the run {config.run} was trained without a loss of the first {_masked_prefix(before)} tokens of a "
+            f"sequence (data.prefix or moee.prefix), not of {config.prefix}; choose another run, whose "
+            "megatron.load can start from this one"
+        )
 
 
 def recorder(config: Config, args: Any, say: Callable[[str], None]) -> Callable[[Path], None]:

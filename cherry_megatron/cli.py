@@ -6,16 +6,28 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from cherry_megatron import __version__
 from cherry_megatron.errors import CherryError
 from cherry_megatron.monitor.console import hide_warnings
+from cherry_megatron.platform.leaving import leave
 from cherry_megatron.verbs.data import add_data, add_tokenizer
 from cherry_megatron.verbs.experiment import add_experiment
 from cherry_megatron.verbs.report import add_report
 from cherry_megatron.verbs.sgt import add_select
-from cherry_megatron.verbs.surgery import add_calibrate, add_compress_depth, add_lineage
+from cherry_megatron.verbs.surgery import add_assemble_moee, add_calibrate, add_compress_depth, add_lineage
 from cherry_megatron.verbs.training import add_doctor, add_evaluate, add_generate, add_params, add_pretrain
+
+
+def program(argv: Sequence[str] | None = None) -> NoReturn:
+    """`main` as a process of its own: ends it, with status 1 after an unforeseen error."""
+    try:
+        status = main(argv)
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # torch's names the rank
+        status = 1
+    leave(status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     add_params(verbs)
     add_calibrate(verbs)
     add_compress_depth(verbs)
+    add_assemble_moee(verbs)
     add_lineage(verbs)
     add_experiment(verbs)
     add_report(verbs)
@@ -102,4 +115,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

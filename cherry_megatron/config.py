@@ -29,7 +29,7 @@ from cherry_megatron import rules
 from cherry_megatron.data.shuffle import Shuffle
 from cherry_megatron.errors import CherryError
 from cherry_megatron.flags import action_of, megatron_arguments, nearest, parse_flags
-from cherry_megatron.model.options import Recurrence
+from cherry_megatron.model.options import Mixture, Recurrence
 from cherry_megatron.model.plan import Plan, make_plan
 from cherry_megatron.model.shape import Shape
 from cherry_megatron.sgt.options import Selective
@@ -124,13 +124,18 @@ class Data:
 
     Attributes:
         shuffle: a control: `tokens` or `words` of every document in a random order, the same at every reading.
+        prefix: targets among the first so many tokens of a sequence carry no loss, as where experts are chosen by
+            them: for a model that is compared with such a mixture.
     """
 
     shuffle: Shuffle = "none"
+    prefix: int = 0
 
     def __post_init__(self) -> None:
         if self.shuffle not in (choices := get_args(Shuffle)):
             raise CherryError(f"data.shuffle {self.shuffle!r} is not one of {', '.join(choices)}")
+        if self.prefix < 0:
+            raise CherryError(f"data.prefix {self.prefix} is negative; 0 is none")
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,7 @@ class Config:
     Attributes:
         source: the file it came from.
         run: the run's folder.
-        recurrence, evaluation, generation, distillation, data, sgt: sections of the file.
+        recurrence, evaluation, generation, distillation, data, sgt, moee: sections of the file.
         megatron: flag name without dashes in front -> value, defaults of this project filled in.
         flags: Megatron flags of the file's `flags`, then those given after `--`; they come last and win.
     """
@@ -153,6 +158,7 @@ class Config:
     distillation: Distillation | None = None
     data: Data = field(default_factory=Data)
     sgt: Selective | None = None
+    moee: Mixture | None = None
     megatron: dict[str, Any] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
 
@@ -166,6 +172,7 @@ class Config:
             **({"distillation": dataclasses.asdict(self.distillation)} if self.distillation else {}),
             **({"data": dataclasses.asdict(self.data)} if self.data != Data() else {}),
             **({"sgt": dataclasses.asdict(self.sgt)} if self.sgt else {}),
+            **({"moee": dataclasses.asdict(self.moee)} if self.moee else {}),
             "megatron": dict(sorted(self.megatron.items())),
             "flags": list(self.flags),
         }
@@ -217,6 +224,23 @@ class Config:
             raise CherryError(f"{self.source}: set megatron.{flag} to a positive number (it is {value})")
         return value
 
+    @property
+    def prefix(self) -> int:
+        """Tokens at a sequence's beginning that carry no loss as targets."""
+        return max(self.data.prefix, self.moee.prefix if self.moee else 0)
+
+    def require_one_model(self, what: str) -> None:
+        """Refuse a mixture.
+
+        Args:
+            what: does not take one, such as `cherry calibrate`.
+
+        Raises:
+            CherryError: if this is one.
+        """
+        if self.moee is not None:
+            raise CherryError(f"{self.source}: {what} takes one model, and moee makes a mixture; take moee out")
+
     def plan(self) -> Plan:
         """The unrolled model over the configured pipeline stages."""
         stages = self.value("pipeline-model-parallel-size")
@@ -225,9 +249,9 @@ class Config:
 
 _SECTIONS = {
     "recurrence": Recurrence, "evaluation": Evaluation, "generation": Generation, "distillation": Distillation,
-    "data": Data, "sgt": Selective,
+    "data": Data, "sgt": Selective, "moee": Mixture,
 }  # fmt: skip
-_OPTIONAL = ("generation", "distillation", "sgt")
+_OPTIONAL = ("generation", "distillation", "sgt", "moee")
 _TOP_KEYS = ("extends", "run", *_SECTIONS, "megatron", "flags")
 
 
@@ -271,6 +295,19 @@ def outline(path: Path, overrides: Sequence[str] = ()) -> tuple[Recurrence, dict
     data = _read_with(path, overrides)
     flags = rules.by_flag(path, data.get("megatron", {}))
     return _section(path, "recurrence", Recurrence, data.get("recurrence", {})), flags
+
+
+def outline_mixture(path: Path, overrides: Sequence[str] = ()) -> Mixture:
+    """A configuration's mixture, likewise.
+
+    Raises:
+        CherryError: if it has none.
+    """
+    section = _read_with(path, overrides).get("moee")
+    if section is None:
+        raise CherryError(f"{path} has no section moee; name the configuration of the mixture")
+    mixture: Mixture = _section(path, "moee", Mixture, section)
+    return mixture
 
 
 def _read_with(path: Path, overrides: Sequence[str]) -> dict[str, Any]:

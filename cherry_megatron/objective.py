@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from megatron.core import mpu
-from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args
 from torch import Tensor
 
-from cherry_megatron.data.batches import next_batch
+from cherry_megatron.data.batches import EXPERTS, next_batch
 from cherry_megatron.distillation import Teacher
-from cherry_megatron.model.stack import RecurrentStack
+from cherry_megatron.model.mixture import MixtureModel, mixture_of
+from cherry_megatron.model.stack import RecurrentStack, recurrent_stacks
 from cherry_megatron.sgt.loss import Supervision, loss_function
 
 Loss = tuple[Tensor, Tensor, dict[str, Tensor]]
@@ -37,11 +37,11 @@ class Objective:
         self, iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
     ) -> tuple[Tensor, Callable[[Tensor], Loss]]:
         """Megatron's forward step, in training with the number of loops of this step."""
-        stack: RecurrentStack = get_attr_wrapped_model(model, "decoder")
-        if model.training:
-            stack.loops = draw_loops(stack, get_args().seed, get_args().curr_iteration)
-        else:
-            stack.loops = stack.recurrence.loops
+        for stack in recurrent_stacks(model):
+            if model.training:
+                stack.loops = draw_loops(stack, get_args().seed, get_args().curr_iteration)
+            else:
+                stack.loops = stack.recurrence.loops
         return self.run_micro_batch(iterator, model)
 
     def run_micro_batch(
@@ -54,7 +54,11 @@ class Objective:
         learns = model.training and self.scores is None
         teacher = self.teacher if learns else None
         has_selection = supervision is not None and supervision.has_selection(model.training)
-        batch = next_batch(iterator, size, teacher is not None, has_selection)
+        mixture = mixture_of(model)
+        # At evaluation each sequence takes its own choice.
+        choosing = mixture is not None and mixture.options.routes and model.training
+        experts = mixture.options.experts if mixture is not None and choosing else 0
+        batch = next_batch(iterator, size, teacher is not None, has_selection, experts)
         if teacher is not None:
             teacher.see(model, batch["tokens"], batch["position_ids"])
         tokens = batch["tokens"] if mpu.is_pipeline_first_stage() else None
@@ -66,12 +70,24 @@ class Objective:
             if supervision.skips_head:
                 assert batch["loss_mask"] is not None
                 rows, arguments["partly"] = selected * batch["loss_mask"], True
-        output = model(tokens, batch["position_ids"], None, labels=batch["labels"], rows=rows)
+        if mixture is None:
+            output = model(tokens, batch["position_ids"], None, labels=batch["labels"], rows=rows)
+        else:
+            output = model(tokens, batch["position_ids"], None, labels=batch["labels"], chosen=batch[EXPERTS])
+            arguments.update(_of_mixture(mixture, batch["loss_mask"], choosing))
         if teacher is not None and teacher.divergence is not None:
             arguments.update(divergence=teacher.take(), share=teacher.weight)
         if self.scores is not None and mpu.is_pipeline_last_stage():
             self.scores.append(output.detach())
         return output, partial(loss_function, batch["loss_mask"], **arguments)
+
+
+def _of_mixture(mixture: MixtureModel, loss_mask: Tensor | None, choosing: bool) -> dict[str, Any]:
+    """What the loss function is told of the mixture's last pass."""
+    assert loss_mask is not None
+    assert mixture.seen is not None
+    report = {f"cherry/moee/{name}": value for name, value in mixture.seen.report(loss_mask).items()}
+    return {"further": report, **({"balance": mixture.balance} if choosing else {})}
 
 
 def draw_loops(stack: RecurrentStack, seed: int, iteration: int) -> int:

@@ -1,10 +1,12 @@
 """Wires megatron.training.pretrain(): configuration, model, data, loss, monitor."""
 
 import contextlib
+import copy
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TextIO
 
 import torch
@@ -24,7 +26,7 @@ from cherry_megatron.distillation import Teacher
 from cherry_megatron.errors import CherryError
 from cherry_megatron.files import cannot_write
 from cherry_megatron.flags import megatron_arguments
-from cherry_megatron.model.build import build_model, prepare_config
+from cherry_megatron.model.build import build_mixture, build_model, prepare_config
 from cherry_megatron.monitor.accounting import training_flops
 from cherry_megatron.monitor.console import Console
 from cherry_megatron.monitor.evaluation import LoopEvaluation
@@ -78,7 +80,7 @@ def load_only(config: Config) -> dict[str, Any]:
 
 
 def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Callable[..., Any]) -> Any:
-    flops = training_flops(config.recurrence, config.shape, args.seq_length)
+    flops = training_flops(config.recurrence, config.shape, args.seq_length, config.moee)
     progress = Progress(config.run, args, flops, terminal)
     objective = Objective()
     evaluation = make_evaluation(config, progress, objective.run_micro_batch)
@@ -89,6 +91,7 @@ def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Call
         if args.rank == 0 and not args.skip_train:
             progress.say(where_from(config, args))
         reading: dict[str, Any] = {"selection": config.sgt and config.sgt.marks, "shuffle": config.data.shuffle}
+        reading["context"] = config.prefix
         train, valid, _ = build_datasets(samples, **reading)
         held_out = build_held_out(config.evaluation.batches * args.eval_global_batch_size, **reading)
         progress.train_dataset, progress.held_out = train, held_out
@@ -131,8 +134,15 @@ def initialize(config: Config, machine: Machine, extra: dict[str, Any]) -> Any:
         Megatron's arguments.
 
     Raises:
-        CherryError: what Megatron's validation says of them.
+        CherryError: what Megatron's validation says of them, or that ranks are missing for the experts.
     """
+    expert = config.value("expert-model-parallel-size")
+    ranks, world = config.value("tensor-model-parallel-size") * expert, int(os.environ["WORLD_SIZE"])
+    if expert > 1 and world % ranks:  # Megatron would see it when the run's folder is made
+        raise CherryError(
+            f"{config.source}: {world} processes cannot hold tensor-model-parallel-size x "
+            f"expert-model-parallel-size {expert}; start a multiple of {ranks} processes, or set it to 1"
+        )
     run = config.run.absolute()
     values = {
         **machine.flags,
@@ -141,6 +151,7 @@ def initialize(config: Config, machine: Machine, extra: dict[str, Any]) -> Any:
         "save": str(run / "checkpoints"),
         "tensorboard-dir": str(run / "tensorboard"),
         **start_from(config),
+        **({"num-experts": config.moee.experts} if config.moee else {}),
         "data-cache-path": config.megatron.get("data-cache-path", str(run / "cache")),
         **extra,
     }
@@ -155,6 +166,10 @@ def initialize(config: Config, machine: Machine, extra: dict[str, Any]) -> Any:
         raise CherryError(f"{config.source}: Megatron refuses these flags: {says}") from None
     # Copies of the core on several stages are one layer: what a checkpoint records must not change.
     args.num_layers = len(config.recurrence.parsed.symbols)
+    if config.moee is not None:
+        # Megatron makes the expert-parallel groups; of experts it knows those inside layers, and of hybrid models
+        # those that are one.
+        args.num_experts = args.moe_ffn_hidden_size = args.hybrid_layer_pattern = None
     return args
 
 
@@ -168,8 +183,14 @@ def model_provider(cherry: Config) -> Callable[..., torch.nn.Module]:
         **_: Any,
     ) -> torch.nn.Module:
         args = get_args()
-        transformer = prepare_config(core_transformer_config_from_args(args), cherry.recurrence)
-        return build_model(
+        build: Callable[..., torch.nn.Module] = build_model
+        one = args
+        if cherry.moee is not None:
+            build, one = partial(build_mixture, cherry.moee), copy.copy(args)
+            # An expert is a hybrid model and lies whole on its tensor-parallel ranks.
+            one.expert_model_parallel_size, one.hybrid_layer_pattern = 1, cherry.plan().megatron_pattern
+        transformer = prepare_config(core_transformer_config_from_args(one), cherry.recurrence)
+        return build(
             transformer,
             cherry.recurrence,
             cherry.shape,

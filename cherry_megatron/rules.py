@@ -39,7 +39,7 @@ _UNSUPPORTED = {
     "rotary-percent": "the rotary embedding takes rotary-base alone",
     "use-rope-scaling": "the rotary embedding takes rotary-base alone",
     "rotary-seq-len-interpolation-factor": "the rotary embedding takes rotary-base alone",
-    "num-experts": "the mixture of experts is not built yet",
+    "num-experts": "experts are whole models, set by moee.experts",
     "mtp-num-layers": "multi-token prediction is not built yet",
     "multi-latent-attention": "the attention is built with queries, keys and values of their own",
     "apply-layernorm-1p": "the norms are built with plain weights",
@@ -147,6 +147,7 @@ def check(config: "Config") -> None:
         _check_selective(config)
         if config.generation is not None:
             check_generation(config)
+        _check_mixture(config)
         _check_batch(config)
         _check_schedule(config)
         config.plan()
@@ -319,6 +320,60 @@ def check_generation(config: "Config") -> None:
     for flag, why in _NOT_CACHED.items():
         if config.value(flag) != action_of(flag).default:
             raise CherryError(f"megatron.{flag} does not go with generation, whose attention has it not: {why}")
+
+
+def _check_mixture(config: "Config") -> None:
+    expert, tensor = config.value("expert-model-parallel-size"), config.value("tensor-model-parallel-size")
+    mixture = config.moee
+    if mixture is None:
+        if expert > 1:
+            raise CherryError(
+                f"megatron.expert-model-parallel-size {expert} needs experts: set moee.experts, or use 1"
+            )
+        return
+    if config.positive("expert-model-parallel-size") > mixture.experts or mixture.experts % expert:
+        raise CherryError(
+            f"moee.experts {mixture.experts} cannot be shared out evenly over expert-model-parallel-size {expert}"
+        )
+    if config.value("expert-tensor-parallel-size") not in (None, tensor):
+        raise CherryError(
+            "megatron.expert-tensor-parallel-size: an expert is a whole model, cut by tensor-model-parallel-size; "
+            "take it out"
+        )
+    if config.value("pipeline-model-parallel-size") > 1:
+        raise CherryError(
+            "moee.experts: an expert lies whole on its tensor-parallel ranks; set pipeline-model-parallel-size to 1"
+        )
+    if mixture.prefix >= config.value("seq-length"):
+        raise CherryError(
+            f"moee.prefix {mixture.prefix} leaves no token of the {config.value('seq-length')} of seq-length with "
+            "a loss; use a smaller one"
+        )
+    refused = {
+        "distillation": (config.distillation is not None, "a teacher compares the outputs of one model"),
+        "generation": (config.generation is not None, "a mixture does not generate text yet"),
+        "sgt.skip_head": (config.sgt and config.sgt.skip_head, "the mixture needs every expert's loss"),
+        "sgt.probe_interval": (config.sgt and config.sgt.probe_interval, "gradients lie on different ranks"),
+        "megatron.cuda-graph-impl": (
+            config.value("cuda-graph-impl") != "none",
+            "the number of sequences of an expert varies",
+        ),
+        "megatron.num-distributed-optimizer-instances": (
+            config.value("num-distributed-optimizer-instances") > 1,
+            "it has not been tried with experts",
+        ),
+        "megatron.deterministic-mode": (
+            config.value("deterministic-mode"),
+            "the router's cumulative sum has no deterministic form on a GPU",
+        ),
+        "megatron.fp8-recipe delayed": (
+            config.value("fp8-format") and config.value("fp8-recipe") == "delayed",
+            "its scales are shared by data-parallel ranks, which hold different experts; use tensorwise, so",
+        ),
+    }
+    for key, (given, why) in refused.items():
+        if given:
+            raise CherryError(f"{key} does not go with moee.experts: {why}; take it out")
 
 
 def _check_batch(config: "Config") -> None:

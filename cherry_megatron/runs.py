@@ -128,13 +128,13 @@ def read_evaluations(run: Path) -> list[dict[str, Any]]:
     """The recorded evaluations of a run in order; of what was evaluated twice at a step the later.
 
     Returns:
-        Of each: iteration, losses by number of loops, and parts, the losses of selected and unselected tokens by
-        number of loops, if some tokens were selected.
+        Of each: iteration, losses by number of loops, and by number of loops too parts, the losses of selected and
+        unselected tokens, if some tokens were selected, and moee, what a mixture reports.
     """
     found: dict[int, dict[str, Any]] = {}
     for line in read_lines(run / "evaluations.jsonl"):
         known = found.setdefault(line["iteration"], {"iteration": line["iteration"], "losses": {}})
-        for key in ("losses", "parts"):
+        for key in ("losses", "parts", "moee"):
             if key in line:
                 known.setdefault(key, {}).update(line[key])
     return [found[iteration] for iteration in sorted(found)]

@@ -5,8 +5,7 @@
 #   bash slurm/pretrain_cherry_1p8b.sh ...             submits it with the settings of slurm/cluster.env
 #   DRY_RUN=1 bash slurm/pretrain_cherry_1p8b.sh ...   prints what would be submitted and started
 #
-# Named for the 1.8B mixture, whose configuration does not exist yet: until it does, CONFIG is by
-# default the recurrent 227M model, configs/cherry_227m.yaml. See docs/slurm.md.
+# CONFIG is by default the 1.8B mixture, configs/cherry_1p8b.yaml, one expert a GPU. See docs/slurm.md.
 #
 # The defaults; sbatch's command line overrides them, and with `bash` so do the settings.
 #SBATCH --job-name=cherry-pretrain
@@ -33,4 +32,4 @@ fi
 # shellcheck source=slurm/common.sh
 . "$folder/common.sh"
 
-cherry_job pretrain configs/cherry_227m.yaml "$@"
+cherry_job pretrain configs/cherry_1p8b.yaml "$@"

@@ -58,3 +58,26 @@ def into_a_closed_pipe(arguments: list[str]) -> int:
 
 def test_a_reader_that_has_seen_enough(tmp_path: Path, write_config):
     assert run_ranks(tmp_path, 1, into_a_closed_pipe, ["params", str(write_config(tmp_path))]) == [141]
+
+
+def load_branches() -> list[tuple]:
+    from cherry_megatron.config import load
+    from cherry_megatron.platform.machine import prepare
+
+    prepare()
+    found = []
+    for branch in (None, "3"):
+        if branch is not None:
+            os.environ["CHERRY_BRANCH"] = branch
+        config = load(Path(__file__).parents[1] / "configs/branch_227m.yaml")
+        values = (config.value(flag) for flag in ("seed", "data-path", "load", "finetune"))
+        found.append((str(config.run), *values))
+    return found
+
+
+def test_branches_differ_in_text_and_seed_alone(tmp_path: Path):
+    ((*found,),) = run_ranks(tmp_path, 1, load_branches)
+    assert found == [
+        ("runs/branch_227m/0", 10, ["data/shard0"], "runs/compressed_227m", True),
+        ("runs/branch_227m/3", 13, ["data/shard3"], "runs/compressed_227m", True),
+    ]

@@ -2,7 +2,7 @@
 
 import sys
 
-from cherry_megatron.cli import main
+from cherry_megatron.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main(["generate", *sys.argv[1:]]))
+    program(["generate", *sys.argv[1:]])

@@ -16,13 +16,14 @@ from cherry_megatron.data.shuffle import Shuffle
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 SELECTED = "selected"
+EXPERTS = "experts"
 
 
 HELD_OUT_SEED = 1234
 
 
 def build_datasets(
-    samples: tuple[int, int, int], selection: str | None = None, shuffle: Shuffle = "none"
+    samples: tuple[int, int, int], selection: str | None = None, shuffle: Shuffle = "none", context: int = 0
 ) -> tuple[Any, Any, Any]:
     """The train, validation and test split, packed to --seq-length. Every rank must call it.
 
@@ -30,14 +31,15 @@ def build_datasets(
         samples: how many sequences of each split are wanted.
         selection: name of the marks to give with each sample.
         shuffle: what to permute within documents, see shuffle.py.
+        context: tokens at a sequence's beginning that carry no loss as targets.
     """
-    config = _config(get_args().seed, selection, shuffle)
+    config = _config(get_args().seed, selection, shuffle, context)
     return BlendedMegatronDatasetBuilder(MarkedDataset, list(samples), _reads_data, config).build()
 
 
-def build_held_out(samples: int, selection: str | None = None, shuffle: Shuffle = "none") -> Any:
+def build_held_out(samples: int, selection: str | None = None, shuffle: Shuffle = "none", context: int = 0) -> Any:
     """So many sequences of the validation split, the same ones for every seed, schedule and length of training."""
-    config = _config(HELD_OUT_SEED, selection, shuffle)
+    config = _config(HELD_OUT_SEED, selection, shuffle, context)
     if config.split_matrix is not None:
         config.split_matrix = [None, config.split_matrix[1], None]
     if config.blend_per_split is not None:
@@ -45,7 +47,7 @@ def build_held_out(samples: int, selection: str | None = None, shuffle: Shuffle 
     return BlendedMegatronDatasetBuilder(MarkedDataset, [0, samples, 0], _reads_data, config).build()[1]
 
 
-def _config(seed: int, selection: str | None, shuffle: Shuffle) -> MarkedDatasetConfig:
+def _config(seed: int, selection: str | None, shuffle: Shuffle, context: int) -> MarkedDatasetConfig:
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     return MarkedDatasetConfig(
@@ -65,6 +67,7 @@ def _config(seed: int, selection: str | None, shuffle: Shuffle) -> MarkedDataset
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         selection=selection,
         shuffle=shuffle,
+        context=context,
     )
 
 
@@ -78,6 +81,7 @@ def next_batch(
     micro_batch_size: int,
     last_reads_tokens: bool = False,
     has_selection: bool = False,
+    experts: int = 0,
 ) -> dict[str, Tensor | None]:
     """One micro-batch of `micro_batch_size` sequences.
 
@@ -86,20 +90,22 @@ def next_batch(
         micro_batch_size: sequences.
         last_reads_tokens: give tokens and position_ids to the last stage too, where a teacher lives.
         has_selection: the data says which targets are selected.
+        experts: so many experts, and the data says which ones see a sequence; 0 if it does not.
 
     Returns:
-        tokens, position_ids [b, s] on the first pipeline stage, labels, loss_mask, selected [b, s] on the last,
-        None elsewhere; equal on all tensor-parallel ranks.
+        tokens, position_ids [b, s] on the first pipeline stage, labels, loss_mask, selected [b, s] and experts
+        [b, experts] on the last, None elsewhere; equal on all tensor-parallel ranks.
     """
     args = get_args()
     if not (mpu.is_pipeline_first_stage() or mpu.is_pipeline_last_stage()):
-        return dict.fromkeys((*KEYS, SELECTED))
+        return dict.fromkeys((*KEYS, SELECTED, EXPERTS))
     batch: dict[str, Any] = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
         assert iterator is not None, "this rank reads data, but was given no iterator"
         row = next(iterator)
         device = torch.cuda.current_device()
-        wanted = (*KEYS, SELECTED) if has_selection and mpu.is_pipeline_last_stage() else KEYS
+        marked = (SELECTED,) * has_selection + (EXPERTS,) * bool(experts)
+        wanted = (*KEYS, *marked) if mpu.is_pipeline_last_stage() else KEYS
         batch = {key: row[key].to(device, non_blocking=True) for key in wanted}
         batch["attention_mask"] = None
     found: dict[str, Tensor | None] = get_batch_on_this_tp_rank(
@@ -118,11 +124,13 @@ def next_batch(
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
-    found[SELECTED] = None
+    found[SELECTED] = found[EXPERTS] = None
     if mpu.is_pipeline_last_stage():
         further = ("tokens", "position_ids") if last_reads_tokens and not mpu.is_pipeline_first_stage() else ()
         for key in (*further, SELECTED) if has_selection else further:
             found[key] = _broadcast(batch.get(key), found["loss_mask" if key == SELECTED else "labels"])
+        if experts:
+            found[EXPERTS] = _broadcast(batch.get(EXPERTS), torch.empty(micro_batch_size, experts, device="cuda"))
     return found
 
 

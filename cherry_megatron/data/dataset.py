@@ -32,10 +32,12 @@ class MarkedDatasetConfig(GPTDatasetConfig):
     Attributes:
         selection: name of the marks that become `selected`; none are read if None.
         shuffle: what is permuted within each document.
+        context: targets among the first so many tokens of a sample have a `loss_mask` of 0.
     """
 
     selection: str | None = None
     shuffle: Shuffle = "none"
+    context: int = 0
 
 
 class MarkedDataset(GPTDataset):
@@ -87,6 +89,9 @@ class MarkedDataset(GPTDataset):
         sample: dict[str, Any] = super().__getitem__(idx)
         if ANSWERS in self._marks:
             sample["loss_mask"] = sample["loss_mask"] * self._marks_of_targets(ANSWERS, idx)
+        if self.config.context > 1:  # the sample's first token is no target anyway; Megatron shares its masks
+            sample["loss_mask"] = sample["loss_mask"].clone()
+            sample["loss_mask"][: self.config.context - 1] = 0.0
         if self.config.selection is not None:
             sample["selected"] = self._marks_of_targets(self.config.selection, idx)
         return sample
@@ -103,7 +108,8 @@ class MarkedDataset(GPTDataset):
     def rho_counts(self) -> tuple[int, int]:
         """How many targets of this split's documents are selected, and how many there are.
 
-        Every token counts as a target once, as in an epoch, if `loss_mask` is 1 for it.
+        Every token counts as a target once, as in an epoch, if `loss_mask` is 1 for it; at the beginning of a
+        sample (`config.context`) any token may lie, so that does not matter here.
 
         Returns:
             Selected targets, all targets.

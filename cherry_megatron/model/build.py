@@ -9,9 +9,11 @@ from megatron.core.utils import init_method_normal
 from torch import Tensor
 
 from cherry_megatron.model.head import RecurrentModel
-from cherry_megatron.model.options import Recurrence
+from cherry_megatron.model.mixture import MixtureModel
+from cherry_megatron.model.options import Mixture, Recurrence
 from cherry_megatron.model.plan import Plan
-from cherry_megatron.model.seeding import seeded
+from cherry_megatron.model.router import Router
+from cherry_megatron.model.seeding import seed_of, seeded
 from cherry_megatron.model.shape import Shape
 from cherry_megatron.model.specs import stack_submodules
 from cherry_megatron.model.stack import RecurrentStack
@@ -79,6 +81,40 @@ def build_model(
         _draw(model.output_layer.weight, name, shape, config, groups, seed)
     config.finalize_model_grads_func = tie_copies(model.decoder)
     return model
+
+
+def build_mixture(
+    mixture: Mixture,
+    config: TransformerConfig,
+    recurrence: Recurrence,
+    shape: Shape,
+    plan: Plan,
+    groups: ProcessGroupCollection,
+    *,
+    seed: int,
+    **others: Any,
+) -> MixtureModel:
+    """Build this rank's experts, and the router.
+
+    Args:
+        mixture: how many experts, and how they are chosen.
+        config: from `prepare_config`, of one expert, which knows nothing of the others.
+        seed: expert 0 starts as a model alone with it, the others from what `seed_of` makes of it and their number.
+        Others: as in `build_model`, of each expert.
+    """
+    here = mixture.experts // groups.ep.size()
+    numbers = range(groups.ep.rank() * here, (groups.ep.rank() + 1) * here)
+    experts = {
+        number: build_model(config, recurrence, shape, plan, groups, seed=_expert_seed(seed, number), **others)
+        for number in numbers
+    }
+    router = Router(config, mixture, shape.vocabulary, seed)
+    return MixtureModel(config, mixture, experts, router, groups)
+
+
+def _expert_seed(seed: int, number: int) -> int:
+    """Not `seed + number`, by which mixtures of neighbouring seeds would share experts."""
+    return seed_of(seed, f"expert {number}") if number else seed
 
 
 def _draw(

@@ -1,5 +1,6 @@
-"""What a user says about the recurrence (the `recurrence:` section of a configuration)."""
+"""What a user says about the model: the `recurrence:` and `moee:` sections of a configuration."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,3 +89,63 @@ class Recurrence:
         """What initial weights of output projections are scaled by: 1 / sqrt(effective sublayers)."""
         visits = unroll(self.parsed, self.parsed.loops, self.order)
         return sum(len(self.parsed.layers[visit.layer]) for visit in visits) ** -0.5
+
+
+FIRST_LOGITS = 0.1  # spread of a mixture's initial logits: gates begin nearly, but not exactly, even
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture of whole recurrent models, see mixture.py.
+
+    Attributes:
+        experts: how many models, all with the recurrence and the sizes of the configuration.
+        top_k: how many of them see a sequence; 0 takes all.
+        prefix: tokens at a sequence's beginning that decide which ones. Targets inside it carry no loss.
+        router_hidden: width of the router.
+        balance: weight of the loss that keeps the choices even; without effect where every expert is chosen.
+        capacity: how many sequences of a global batch an expert takes at most, as a multiple of its even share.
+    """
+
+    experts: int
+    top_k: int = 0
+    prefix: int = 64
+    router_hidden: int = 64
+    balance: float = 0.01
+    capacity: float = 1.25
+
+    def __post_init__(self) -> None:
+        if self.experts < 2:
+            raise CherryError(f"moee.experts is {self.experts}; a mixture has 2 or more, so take the section out")
+        if self.top_k == 0:
+            object.__setattr__(self, "top_k", self.experts)
+        if not 1 <= self.top_k <= self.experts:
+            raise CherryError(f"moee.top_k {self.top_k} is not from 1 to the {self.experts} of moee.experts")
+        for name, value in (("prefix", self.prefix), ("router_hidden", self.router_hidden)):
+            if value < 1:
+                raise CherryError(f"moee.{name} is {value}; use a positive number")
+        if not 0 <= self.balance < float("inf"):
+            raise CherryError(f"moee.balance {self.balance} must be a finite number that is not negative")
+        if not 1 <= self.capacity < float("inf"):
+            raise CherryError(
+                f"moee.capacity {self.capacity} leaves no room for all sequences; use 1 or more, e.g. 1.25"
+            )
+
+    @property
+    def routes(self) -> bool:
+        """Whether sequences go to some of the experts only."""
+        return self.top_k < self.experts
+
+    def router(self, vocabulary: int) -> dict[str, tuple[tuple[int, int], float]]:
+        """The router's weights by name: shape, and standard deviation at the start."""
+        r = self.router_hidden
+        return {
+            "embedding": ((vocabulary, r), 1.0),
+            "inner": ((r, 2 * r), (2 * r) ** -0.5),
+            "outer": ((self.experts, r), FIRST_LOGITS * r**-0.5),
+        }
+
+
+def room(rows: int, experts: int, top_k: int, capacity: float) -> int:
+    """How many of a global batch's rows an expert takes at most."""
+    return min(rows, math.ceil(capacity * top_k * rows / experts))

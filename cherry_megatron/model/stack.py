@@ -264,3 +264,8 @@ class RecurrentStack(HybridStack):
                 if copy:
                     value.replica_id = (copy, *value.replica_id[1:])
         return state
+
+
+def recurrent_stacks(model: torch.nn.Module) -> list[RecurrentStack]:
+    """The stack of a model inside Megatron's wrappers; of a mixture, those of this rank's experts."""
+    return [module for module in model.modules() if isinstance(module, RecurrentStack)]

@@ -1,8 +1,9 @@
 """Exact parameter, FLOP and memory accounting of unrolled models."""
 
 from dataclasses import dataclass
+from math import prod
 
-from cherry_megatron.model.options import Recurrence
+from cherry_megatron.model.options import Mixture, Recurrence, room
 from cherry_megatron.model.pattern import Visit, unroll
 from cherry_megatron.model.plan import Plan
 from cherry_megatron.model.shape import Shape
@@ -30,14 +31,18 @@ class Part:
     flops: float
 
 
-def account(recurrence: Recurrence, shape: Shape, sequence: int) -> list[Part]:
+def account(recurrence: Recurrence, shape: Shape, sequence: int, mixture: Mixture | None = None) -> list[Part]:
     """Parameters and training FLOPs a token of each part of a model.
 
     Args:
         recurrence: what is walked.
         shape: its sizes.
         sequence: tokens of a sequence, for the attention's share.
+        mixture: of such models, if it is one: parts count over all experts, and active are those of the top k.
     """
+    if mixture is not None:
+        each = account(recurrence, shape, sequence)
+        return [*(_times(part, mixture) for part in each), _router(mixture, shape)]
     pattern = recurrence.parsed
     visits = unroll(pattern, recurrence.loops, recurrence.order)
     rows = []
@@ -51,7 +56,6 @@ def account(recurrence: Recurrence, shape: Shape, sequence: int) -> list[Part]:
     def flops(visit: Visit) -> float:
         return 3 * shape.forward_flops(pattern.layers[visit.layer], sequence)
 
-    # A token meets every stored weight of a dense model; mixtures of experts will differ here.
     rows.append(Part("embedding", *3 * (shape.vocabulary_weights,), 0.0))
     for name, layers in parts.items():
         walked = [visit for visit in visits if visit.layer in layers]
@@ -80,6 +84,17 @@ def account(recurrence: Recurrence, shape: Shape, sequence: int) -> list[Part]:
     return rows
 
 
+def _times(part: Part, mixture: Mixture) -> Part:
+    """A part of an expert, for the mixture."""
+    met = mixture.top_k
+    return Part(part.name, mixture.experts * part.stored, met * part.active, met * part.effective, met * part.flops)
+
+
+def _router(mixture: Mixture, shape: Shape) -> Part:
+    sizes = {name: prod(size) for name, (size, _) in mixture.router(shape.vocabulary).items()}
+    return Part("router", *3 * (sum(sizes.values()),), 6.0 * (sizes["inner"] + sizes["outer"]))
+
+
 def together(rows: list[Part]) -> Part:
     """The sum of an account."""
     return Part(
@@ -91,9 +106,9 @@ def together(rows: list[Part]) -> Part:
     )
 
 
-def training_flops(recurrence: Recurrence, shape: Shape, sequence: int) -> float:
+def training_flops(recurrence: Recurrence, shape: Shape, sequence: int, mixture: Mixture | None = None) -> float:
     """Training FLOPs a token of the whole model."""
-    return together(account(recurrence, shape, sequence)).flops
+    return together(account(recurrence, shape, sequence, mixture)).flops
 
 
 @dataclass(frozen=True)
@@ -108,6 +123,7 @@ class Layout:
         distributed_optimizer: optimizer state divided over data-parallel ranks.
         sequence_parallel: activations divided over tensor-parallel ranks throughout.
         recompute: activations recomputed a loop at a time.
+        expert: expert-parallel size.
     """
 
     tensor: int
@@ -118,10 +134,16 @@ class Layout:
     distributed_optimizer: bool
     sequence_parallel: bool
     recompute: bool
+    expert: int = 1
 
 
-def memory(plan: Plan, shape: Shape, layout: Layout, recurrence: Recurrence) -> list[dict[str, float]]:
+def memory(
+    plan: Plan, shape: Shape, layout: Layout, recurrence: Recurrence, mixture: Mixture | None = None
+) -> list[dict[str, float]]:
     """Bytes that a rank of each pipeline stage needs: weights, gradients, optimizer, activations.
+
+    Of a mixture they are those of the experts on a rank, with as many sequences as they have on average; for what
+    they may have, see `most_rows`.
 
     Activations are an estimate without Transformer Engine's workspaces: per token and layer, what
     the backward pass keeps with a fused attention (Korthikanti et al. 2022, equation 1, SwiGLU).
@@ -144,7 +166,8 @@ def memory(plan: Plan, shape: Shape, layout: Layout, recurrence: Recurrence) -> 
             parameters += shape.vocabulary_weights / layout.tensor
         if stage == count - 1:
             parameters += shape.hidden + (0 if shape.tied else shape.vocabulary_weights / layout.tensor)
-        state = (12 if layout.bf16 else 8) / (layout.data if layout.distributed_optimizer else 1)
+        parameters *= mixture.experts // layout.expert if mixture else 1
+        state = (12 if layout.bf16 else 8) / (layout.data // layout.expert if layout.distributed_optimizer else 1)
         in_flight = min(count - stage, count)
         activations = _activations(plan, shape, layout, list(visits)) * tokens * width * in_flight
         if stage == count - 1:
@@ -154,10 +177,26 @@ def memory(plan: Plan, shape: Shape, layout: Layout, recurrence: Recurrence) -> 
                 "weights": parameters * width,
                 "gradients": parameters * 4,
                 "optimizer": parameters * state,
-                "activations": activations,
+                "activations": activations * (mixture.top_k if mixture else 1),
             }
         )
     return stages
+
+
+def most_rows(mixture: Mixture, layout: Layout, global_batch: int | None) -> int:
+    """How many sequences the experts of a rank walk in one micro-batch at most.
+
+    Every rank of the expert-parallel group may send all of its own, as far as there is room in the global batch.
+
+    Args:
+        mixture, layout: as for `memory`.
+        global_batch: its sequences, if there is a capacity.
+    """
+    here = mixture.experts // layout.expert
+    most = layout.expert * layout.micro_batch * min(here, mixture.top_k)
+    if global_batch is None or not mixture.routes:
+        return most
+    return min(most, here * room(global_batch, mixture.experts, mixture.top_k, mixture.capacity))
 
 
 def _activations(plan: Plan, shape: Shape, layout: Layout, visits: list[Visit]) -> float:

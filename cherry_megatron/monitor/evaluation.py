@@ -7,16 +7,18 @@ import torch
 from megatron.core import mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args
 from megatron.training.datasets.data_samplers import build_pretraining_data_loader
 
 from cherry_megatron.config import Config
 from cherry_megatron.inference.generate import generate
 from cherry_megatron.inference.prompts import configured_prompts
+from cherry_megatron.model.mixture import mixture_of
+from cherry_megatron.model.stack import recurrent_stacks
 from cherry_megatron.monitor.generation import health, table
 from cherry_megatron.monitor.loops import NAMES, LoopTrace
-from cherry_megatron.monitor.progress import Progress
+from cherry_megatron.monitor.mixture import TAGS, RouterDrift
+from cherry_megatron.monitor.progress import OURS, Progress
 
 # The same draws at every evaluation of every run, so that differences are the models'.
 GENERATION_SEED = 0
@@ -36,6 +38,7 @@ class LoopEvaluation:
         losses: loops -> loss of the last call, on the last pipeline stage.
         parts: loops -> the same by part, where some tokens are selected: `selected`, `unselected`.
         statistics: of each loop, from the last call.
+        further: what else was reported with all loops, of a mixture.
     """
 
     def __init__(
@@ -45,6 +48,8 @@ class LoopEvaluation:
         self.losses: dict[int, float] = {}
         self.parts: dict[int, dict[str, float]] = {}
         self.statistics: dict[str, list[float]] = {}
+        self.further: dict[str, float] = {}
+        self._drift = RouterDrift()
         self._evaluated: int | None = None
         self._generation = GenerationHealth(config, progress, recorded) if config.generation else None
 
@@ -52,19 +57,24 @@ class LoopEvaluation:
         if self._evaluated == self._progress.iteration:
             return  # Megatron evaluates once more at the end of training
         self._evaluated = self._progress.iteration
-        stack = get_attr_wrapped_model(model[0], "decoder")
-        full = self._config.recurrence.loops
-        self.losses, self.parts = {}, {}
+        stacks = recurrent_stacks(model[0])
+        full, mixture = self._config.recurrence.loops, mixture_of(model[0])
+        self.losses, self.parts, self.further = {}, {}, {}
         for loops in self._config.evaluation.loop_counts(full):
             trace = None
             if loops == full:
-                trace = LoopTrace(full, stack.tp_group if stack.config.sequence_parallel else None)
-                stack.observe = trace.add
-            stack.loops = loops
+                # Of a mixture: over all experts.
+                trace = LoopTrace(full, stacks[0].tp_group if stacks[0].config.sequence_parallel else None)
+            for stack in stacks:
+                stack.observe, stack.loops = trace.add if trace else None, loops
             try:
                 means = mean_losses(model, self._progress.held_out, self._config.evaluation.batches, self._run)
             finally:
-                stack.observe, stack.loops = None, full
+                for stack in stacks:
+                    stack.observe, stack.loops = None, full
+            self.further = {name: means.pop(name) for name in list(means) if name.startswith(OURS)}
+            if mixture is not None and loops == full:
+                self.further |= self._drift.since_last(mixture)
             self.losses[loops] = means.pop("lm loss", float("nan"))
             self.parts[loops] = {name.removesuffix(" loss"): value for name, value in means.items()}
             if trace is not None:
@@ -78,13 +88,20 @@ class LoopEvaluation:
             return
         iteration = self._progress.iteration
         if self._recorded:
-            self._progress.record_evaluation(self.losses, self.parts)
+            self._progress.record_evaluation(self.losses, self.parts, self.further)
         losses = "  ".join(f"{loops}: {loss:.4f}" for loops, loss in self.losses.items())
         self._progress.say(f"step {iteration:>7}  loss by loops  {losses}")
+        start = f"{TAGS}loss/"
+        experts = {name.removeprefix(start): v for name, v in self.further.items() if name.startswith(start)}
+        if experts:
+            losses = "  ".join(f"{expert}: {loss:.4f}" for expert, loss in experts.items())
+            self._progress.say(f"step {iteration:>7}  loss by expert, of the sequences that it sees  {losses}")
         for loops, loss in self.losses.items():
             self._progress.scalar(f"loss-by-loops/{loops}", loss, iteration)
         for part, loss in self.parts[max(self.parts)].items():
             self._progress.scalar(f"sgt/held-out-loss/{part}", loss, iteration)
+        for name, value in self.further.items():
+            self._progress.scalar(f"{name.removeprefix(OURS)}/held-out", value, iteration)
         for name in NAMES:
             for loop, value in enumerate(self.statistics[name], start=1):
                 if value == value:  # a loop cut by a stage boundary has no relative change
@@ -145,7 +162,7 @@ def mean_losses(
 
     Returns:
         What `run_micro_batch` reports: `lm loss`, over all tokens, and the loss of selected and unselected ones if
-        it knows them; nothing before the last pipeline stage.
+        it knows them, and what a mixture adds; nothing before the last pipeline stage.
     """
     args = get_args()
     loader = build_pretraining_data_loader(dataset, 0)

@@ -11,7 +11,10 @@ from tqdm import tqdm
 
 from cherry_megatron.files import append_lines
 from cherry_megatron.monitor.accounting import PEAK_BF16
+from cherry_megatron.monitor.mixture import TAGS, MixtureWatch
 from cherry_megatron.platform.listen import listen
+
+OURS = "cherry/"  # how our own tags in TensorBoard begin
 
 
 class Progress:
@@ -34,6 +37,7 @@ class Progress:
         self._heard: dict[str, float] = {}
         self._timed = 0.0  # seconds of training steps so far
         self._interval: list[tuple[float, float]] = []  # (loss, seconds) of each step
+        self._mixture = MixtureWatch()
         self._terminal = terminal
         self._writer = get_tensorboard_writer()
         self._bar: Any = None
@@ -72,22 +76,29 @@ class Progress:
     def scalar(self, tag: str, value: float, iteration: int) -> None:
         """Write one of our own scalars."""
         if self._writer is not None:
-            self._writer.add_scalar(f"cherry/{tag}", value, iteration)
+            self._writer.add_scalar(f"{OURS}{tag}", value, iteration)
 
     def text(self, tag: str, markdown: str, iteration: int) -> None:
         """Write one of our own texts."""
         if self._writer is not None:
             self._writer.add_text(f"cherry/{tag}", markdown, iteration)
 
-    def record_evaluation(self, losses: dict[int, float], parts: dict[int, dict[str, float]]) -> None:
-        """Add a line to evaluations.jsonl: held-out loss by number of loops, and by part if there are parts.
+    def record_evaluation(
+        self, losses: dict[int, float], parts: dict[int, dict[str, float]], further: dict[str, float]
+    ) -> None:
+        """Add a line to evaluations.jsonl; called on the last rank.
 
-        Called on the last rank.
+        Args:
+            losses: held-out loss by number of loops.
+            parts: the same by part, if there are parts.
+            further: what a mixture reports, by tag, with the most loops.
         """
         record: dict[str, Any] = {"iteration": self.iteration}
         record["losses"] = {str(loops): loss for loops, loss in losses.items()}
         if any(parts.values()):
             record["parts"] = {str(loops): by_part for loops, by_part in parts.items()}
+        if further:
+            record["moee"] = {str(max(losses)): {tag.removeprefix(TAGS): value for tag, value in further.items()}}
         with append_lines(self._run / "evaluations.jsonl") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -123,7 +134,8 @@ class Progress:
             "learning_rate": self._heard.get("learning-rate"),
             "seconds": round(seconds, 6),
         }
-        for part in ("selected", "unselected", "weighted"):
+        record |= self._mixture.step_ended(self._heard)
+        for part in ("selected", "unselected", "weighted", "balance"):
             if f"{part} loss" in self._heard:
                 record[f"{part}_loss"] = self._heard[f"{part} loss"]
         if torch.cuda.is_available():
@@ -157,6 +169,8 @@ class Progress:
             f"{tokens:9,.0f} tokens/s  {flops / 1e12:7.3f} TFLOP/s  {mfu}  "
             f"left {_clock(seconds * (args.train_iters - iteration))}"
         )
+        for line in self._mixture.alarms():
+            self.say(f"step {iteration:>7}  {line}")
 
 
 def _clock(seconds: float) -> str:

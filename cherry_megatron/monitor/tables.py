@@ -3,7 +3,7 @@
 import os
 
 from cherry_megatron.config import Config
-from cherry_megatron.monitor.accounting import Layout, account, memory, together
+from cherry_megatron.monitor.accounting import Layout, Part, account, memory, most_rows, together
 
 _MODEL_PARALLEL = ("tensor-model-parallel-size", "pipeline-model-parallel-size", "context-parallel-size")
 
@@ -11,10 +11,11 @@ _MODEL_PARALLEL = ("tensor-model-parallel-size", "pipeline-model-parallel-size",
 def params_table(config: Config) -> str:
     """Parameters and FLOPs by part, and the memory of a rank of each pipeline stage."""
     shape, sequence = config.shape, config.value("seq-length")
-    rows = account(config.recurrence, shape, sequence)
+    rows = account(config.recurrence, shape, sequence, config.moee)
     lines = [
         f"{config.source}: {config.recurrence.pattern}, {len(config.recurrence.parsed.layers)} stored layers, "
         f"{len(config.plan().visits)} effective",
+        *_mixture_lines(config, together(rows)),
         "",
         f"{'part':<14}{'stored':>12}{'active':>12}{'effective':>12}{'GFLOP/token':>14}",
     ]
@@ -33,11 +34,22 @@ def params_table(config: Config) -> str:
     return "\n".join(lines)
 
 
+def _mixture_lines(config: Config, whole: Part) -> list[str]:
+    if config.moee is None:
+        return []
+    return [
+        f"mixture of {config.moee.experts} such models, top {config.moee.top_k}; the table is of all of them",
+        f"total parameters:  {_millions(whole.stored)}, without multi-token prediction",
+        f"active parameters: {_millions(whole.active)}, without multi-token prediction",
+    ]
+
+
 def _memory_lines(config: Config) -> list[str]:
     model_parallel = 1
     for flag in _MODEL_PARALLEL:
         model_parallel *= config.value(flag)
-    world = max(int(os.environ.get("WORLD_SIZE", "1")), model_parallel)
+    expert = config.value("expert-model-parallel-size")
+    world = max(int(os.environ.get("WORLD_SIZE", "1")), model_parallel * expert)
     layout = Layout(
         tensor=config.value("tensor-model-parallel-size"),
         data=world // model_parallel,
@@ -47,10 +59,11 @@ def _memory_lines(config: Config) -> list[str]:
         distributed_optimizer=bool(config.value("use-distributed-optimizer")),
         sequence_parallel=bool(config.value("sequence-parallel")),
         recompute=config.value("recompute-granularity") == "full",
+        expert=expert,
     )
-    stages = memory(config.plan(), config.shape, layout, config.recurrence)
+    stages = memory(config.plan(), config.shape, layout, config.recurrence, config.moee)
     lines = [
-        f"Memory of a rank, GiB (TP={layout.tensor}, PP={len(stages)}, DP={layout.data}, "
+        f"Memory of a rank, GiB (TP={layout.tensor}, PP={len(stages)}, DP={layout.data}, EP={layout.expert}, "
         f"{layout.micro_batch} x {layout.sequence} tokens a micro-batch; WORLD_SIZE sets DP):",
         f"{'stage':<7}{'weights':>10}{'gradients':>11}{'optimizer':>11}{'activations':>13}{'together':>10}",
     ]
@@ -60,6 +73,15 @@ def _memory_lines(config: Config) -> list[str]:
             f"{number:<7}{cells[0]:>10.2f}{cells[1]:>11.2f}{cells[2]:>11.2f}{cells[3]:>13.2f}{sum(cells):>10.2f}"
         )
     lines.append("Activations are an estimate, without the workspaces of libraries.")
+    if config.moee is not None:
+        (stage,) = stages
+        most = most_rows(config.moee, layout, config.value("global-batch-size"))
+        usual = layout.micro_batch * config.moee.top_k
+        worst = sum(stage.values()) + stage["activations"] * (most / usual - 1)
+        lines.append(
+            f"They are of {usual} sequences that a rank's experts walk in a micro-batch on average; at worst it is "
+            f"{most}, with {worst / 2**30:.2f} GiB together."
+        )
     return lines
 
 

@@ -1,5 +1,6 @@
 """What `cherry doctor` prints of this machine."""
 
+import math
 import os
 import platform
 
@@ -30,11 +31,11 @@ def report(machine: Machine) -> None:
 
 def how_to_start(config: Config) -> list[str]:
     """What a single process, such as this one, lacks to train a model that is split over several."""
-    ranks = config.value("tensor-model-parallel-size") * config.value("pipeline-model-parallel-size")
+    parallel = ("tensor-model-parallel-size", "pipeline-model-parallel-size", "expert-model-parallel-size")
+    ranks = math.prod(config.value(flag) for flag in parallel)
     if ranks == 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return []
     return [
-        f"start it with a multiple of {ranks} processes (tensor-model-parallel-size x "
-        f"pipeline-model-parallel-size), e.g. torchrun --nproc-per-node {ranks} tools/pretrain.py --config "
-        f"{config.source}"
+        f"start it with a multiple of {ranks} processes ({' x '.join(parallel)}), e.g. "
+        f"torchrun --nproc-per-node {ranks} tools/pretrain.py --config {config.source}"
     ]

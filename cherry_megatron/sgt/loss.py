@@ -75,6 +75,8 @@ def loss_function(
     partly: bool = False,
     divergence: Tensor | None = None,
     share: float = 0.0,
+    balance: Tensor | None = None,
+    further: dict[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum of the token losses; Megatron divides by the token count of the whole global batch.
 
@@ -86,10 +88,12 @@ def loss_function(
         partly: only the losses of selected tokens are known.
         divergence: [b, s], of the student from its teacher, in nats.
         share: of the divergence; the cross-entropy has the rest.
+        balance: [b], of a mixture that routes: added for each token of a sequence, whatever its weight.
+        further: what else to report, each as (sum, number).
 
     Returns:
         The sum, the integer number of tokens, and for the report (sum, number) of the cross-entropy over all,
-        selected and unselected tokens, of the weighted loss, and of the divergence.
+        selected and unselected tokens, of the weighted loss, of the divergence and of the balance.
     """
     assert loss_mask is not None
     mask = loss_mask.float().view(-1)
@@ -109,7 +113,11 @@ def loss_function(
         total = (1 - share) * total + share * torch.sum(apart * counted)
     if weights is not None:
         report["weighted loss"] = torch.stack((total.detach(), mask.sum()))
-    return total, tokens, report
+    if balance is not None:
+        added = balance.unsqueeze(-1).expand_as(loss_mask).reshape(-1)
+        report["balance loss"] = _pair(added, mask)
+        total = total + torch.sum(added * mask)
+    return total, tokens, report | (further or {})
 
 
 def _pair(losses: Tensor, mask: Tensor) -> Tensor:

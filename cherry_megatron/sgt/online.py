@@ -14,20 +14,18 @@ from cherry_megatron.sgt.loss import Supervision
 Rows = list[dict[str, Tensor]] | None  # the micro-batches of a step; None on ranks that read no data
 
 
-def select(
-    objective: Objective, supervision: Supervision, rows: Rows, model: list[torch.nn.Module], share: float
-) -> None:
+def select(objective: Objective, supervision: Supervision, rows: Rows, model: list[torch.nn.Module]) -> None:
     """Mark the targets with the highest loss of the global batch, and set rho to their exact share.
 
     All ranks call it. It costs a forward pass.
 
     Args:
-        objective, supervision: of the training.
+        objective, supervision: of the training; `top_loss` of the targets is selected.
         rows: the micro-batches of the step, which get `selected` on the last stage.
         model: chunks of this rank.
-        share: of the targets.
     """
-    args = get_args()
+    args, share = get_args(), supervision.options.top_loss
+    assert share is not None
     supervision.mode, objective.scores = "plain", []
     try:
         with torch.no_grad():

@@ -8,9 +8,9 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -191,6 +191,34 @@ class Checkpoint:
                 return read_object(file, place.offset, place.length)
         except (CherryError, OSError) as error:
             raise CherryError(f"{path}: cannot read {name}: {error}") from None
+
+
+def together(parts: Mapping[str, Checkpoint]) -> Checkpoint:
+    """Several checkpoints as one source.
+
+    Args:
+        parts: by what the names of their tensors get in front; one alone may have nothing there.
+
+    Returns:
+        One with the tensors of all, and a manifest if all have one. It has no objects.
+    """
+    if list(parts) == [""]:
+        return parts[""]
+    found = Checkpoint.__new__(Checkpoint)
+    found.folder, found.objects, found.read_hashes = Path("/"), {}, {}  # places are absolute
+    found.tensors, found.manifest = {}, {}
+    for start, part in parts.items():
+        for name, tensor in part.tensors.items():
+            chunks = tuple(
+                replace(chunk, place=replace(chunk.place, file=str(part.folder.absolute() / chunk.place.file)))
+                for chunk in tensor.chunks
+            )
+            found.tensors[start + name] = replace(tensor, name=start + name, chunks=chunks)
+        if part.manifest is None or found.manifest is None:
+            found.manifest = None
+        else:
+            found.manifest |= {start + name: hashes for name, hashes in part.manifest.items()}
+    return found
 
 
 def saved_folder(path: Path) -> Path | None:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from cherry_megatron.config import outline
 from cherry_megatron.errors import CherryError
 from cherry_megatron.files import new_folder
 from cherry_megatron.model.pattern import Pattern
-from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint
+from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint, together
 from cherry_megatron.storage.lineage import Manifest, parent, record
 from cherry_megatron.surgery.activations import open_calibration
 from cherry_megatron.surgery.align import Alignment
@@ -77,7 +77,7 @@ class Surgery:
     """What is going to be done, before anything is written.
 
     Attributes:
-        source: the checkpoint.
+        parts: the checkpoints that it reads, see `together`; of several each is a parent by its part's name.
         jobs: what the workers do.
         objects: what is no tensor in the new checkpoint.
         operation: for the lineage.
@@ -85,12 +85,17 @@ class Surgery:
         lines: what `--dry-run` prints.
     """
 
-    source: Checkpoint
+    parts: dict[str, Checkpoint]
     jobs: list[Job]
     objects: dict[str, Any]
     operation: str
     details: dict[str, Any]
     lines: list[str]
+
+    @cached_property
+    def source(self) -> Checkpoint:
+        """What the jobs read."""
+        return together(self.parts)
 
     def run(self, save: Path, workers: int) -> Path:
         """Do it; returns the new checkpoint's folder.
@@ -105,10 +110,18 @@ class Surgery:
             read = {name: chunks for report in reports for name, chunks in report.read.items()}
 
             def lineage(manifest: Manifest) -> dict[str, Any]:
-                before = parent(self.source.folder, self.source.manifest, read)
-                return record(self.operation, manifest, [before], **self.details)
+                return record(self.operation, manifest, self._parents(read), **self.details)
 
             return publish(partial, save, reports, self.objects, lineage)
+
+    def _parents(self, read: Manifest) -> list[dict[str, Any]]:
+        """The records of what was read."""
+        found = []
+        for start, part in self.parts.items():
+            own = {name.removeprefix(start): hashes for name, hashes in read.items() if name.startswith(start)}
+            role = {"role": start.removesuffix(".")} if start else {}
+            found.append({**parent(part.folder, part.manifest, own), **role})
+        return found
 
 
 def plan_compression(
@@ -129,7 +142,7 @@ def plan_compression(
     recurrence, megatron = outline(config, overrides)
     source = open_checkpoint(load)
     layers = source_layers(source)
-    _check_sizes(source, layers, config, megatron)
+    check_sizes(source, layers, config, megatron)
     groups = make_groups(options.groups, len(layers.layers), recurrence)
     mixes = mix(groups, options.method, options.weights, options.keep)
     gated = bool(megatron.get("swiglu"))
@@ -168,7 +181,7 @@ def plan_compression(
         f"optimizer   {'its moments are averaged' if moments else 'its state is dropped; training starts it anew'}",
     ]
     made = objects(source, pattern, moments)
-    return Surgery(source, jobs, made, "compress-depth", details, lines)
+    return Surgery({"": source}, jobs, made, "compress-depth", details, lines)
 
 
 def plan_expansion(load: Path, config: Path, overrides: Sequence[str]) -> Surgery:
@@ -182,7 +195,7 @@ def plan_expansion(load: Path, config: Path, overrides: Sequence[str]) -> Surger
     recurrence, megatron = outline(config, overrides)
     source = open_checkpoint(load)
     layers = source_layers(source, looped=True)
-    _check_sizes(source, layers, config, megatron)
+    check_sizes(source, layers, config, megatron)
     dense, jobs = expansion(source, layers, recurrence)
     source.check([name for job in jobs for name in job.reads])
     lines = [
@@ -191,7 +204,7 @@ def plan_expansion(load: Path, config: Path, overrides: Sequence[str]) -> Surger
         "optimizer   its state is dropped",
     ]
     details = {"config": str(config), "recurrence": asdict(recurrence), "pattern": dense.symbols}
-    return Surgery(source, jobs, objects(source, dense, False), "expand", details, lines)
+    return Surgery({"": source}, jobs, objects(source, dense, False), "expand", details, lines)
 
 
 def summary(surgery: Surgery, workers: int) -> str:
@@ -223,7 +236,7 @@ def _tell(found: Found) -> str:
     )
 
 
-def _check_sizes(source: Checkpoint, layers: Source, config: Path, megatron: dict[str, Any]) -> None:
+def check_sizes(source: Checkpoint, layers: Source, config: Path, megatron: dict[str, Any]) -> None:
     """A configuration that does not fit its checkpoint would only be noticed when training starts."""
     vocabulary, hidden = source.tensors[layers.top[EMBEDDING]].shape
     found = {"padded-vocab-size": vocabulary, "hidden-size": hidden}

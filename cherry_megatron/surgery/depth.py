@@ -154,23 +154,35 @@ def expansion(source: Checkpoint, layers: Source, recurrence: Recurrence) -> tup
             f"recurrence.injection {recurrence.injection} adds the prelude's output in every loop, which a dense "
             "model cannot do; only injection none can be expanded"
         )
-    if len(layers.layers) != len(pattern.layers):
-        raise CherryError(
-            f"{source.folder} holds {len(layers.layers)} layers, recurrence.pattern {len(pattern.layers)}; "
-            "name the configuration that it was trained with"
-        )
+    check_layers(source, layers, recurrence)
     visits = unroll(pattern, recurrence.loops, recurrence.order)
     dense = Pattern((), tuple(pattern.layers[visit.layer] for visit in visits), (), 1)
     jobs: list[Job] = [copy_top(source, layers, name) for name in layers.top]
     for visit, sublayers in zip(visits, sublayer_prefixes(dense), strict=True):
         for place, (symbol, prefix) in enumerate(sublayers):
             names = _member(source, layers, visit.layer, place, pattern.layers[visit.layer])
-            _check_loops(source, names, symbol, recurrence)
             tensors = {role: source.tensors[names[role]] for role in ROLES[symbol]}
             writes = tuple(Spec(prefix + role, t.dtype, t.shape) for role, t in tensors.items())
             loop = None if visit.loop is None else min(visit.loop, pattern.loops - 1)
             jobs.append(Unroll(symbol, names, loop, writes))
     return dense, jobs
+
+
+def check_layers(source: Checkpoint, layers: Source, recurrence: Recurrence) -> None:
+    """A checkpoint has the stored layers of a recurrence, and what it has of each loop for all of them.
+
+    Raises:
+        CherryError: if not.
+    """
+    pattern = recurrence.parsed
+    if len(layers.layers) != len(pattern.layers):
+        raise CherryError(
+            f"{source.folder} holds {len(layers.layers)} layers, recurrence.pattern {len(pattern.layers)}; "
+            "name the configuration that it was trained with"
+        )
+    for layer, symbols in enumerate(pattern.layers):
+        for place, symbol in enumerate(symbols):
+            _check_loops(source, _member(source, layers, layer, place, symbols), symbol, recurrence)
 
 
 def _check_loops(source: Checkpoint, names: dict[str, str], symbol: str, recurrence: Recurrence) -> None:

@@ -38,6 +38,27 @@ class Constant:
 
 
 @dataclass(frozen=True)
+class Normal:
+    """Tensors drawn anew.
+
+    Attributes:
+        writes: what is drawn.
+        stds: standard deviation of each.
+        seed: values depend on it and the tensor's name.
+    """
+
+    writes: tuple[Spec, ...]
+    stds: tuple[float, ...]
+    seed: int
+    reads: tuple[str, ...] = ()
+
+    def make(self, source: Checkpoint) -> Iterator[Array]:
+        for spec, std in zip(self.writes, self.stds, strict=True):
+            draw = np.random.default_rng([self.seed, *spec.name.encode()])
+            yield from_double(spec.dtype, draw.normal(0.0, std, spec.shape))
+
+
+@dataclass(frozen=True)
 class Drawn:
     """A sublayer drawn anew, as training draws initial weights: the control of what a mean is worth.
 
@@ -57,9 +78,7 @@ class Drawn:
     def make(self, source: Checkpoint) -> Iterator[Array]:
         norm, *weights = self.writes
         yield from_double(norm.dtype, np.ones(norm.shape))
-        for spec, std in zip(weights, (self.std, self.output_std), strict=True):
-            draw = np.random.default_rng([self.seed, *spec.name.encode()])
-            yield from_double(spec.dtype, draw.normal(0.0, std, spec.shape))
+        yield from Normal(tuple(weights), (self.std, self.output_std), self.seed).make(source)
 
 
 @dataclass(frozen=True)

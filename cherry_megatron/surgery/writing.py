@@ -68,9 +68,8 @@ class Report:
     read: Manifest
 
 
-def carry_out(source: Path, folder: Path) -> Callable[[int, Job], Report]:
+def carry_out(checkpoint: Checkpoint, folder: Path) -> Callable[[int, Job], Report]:
     """What a worker process does: a job, into a file of its own."""
-    checkpoint = Checkpoint(source)
 
     def do(number: int, job: Job) -> Report:
         checkpoint.read_hashes.clear()
@@ -105,7 +104,7 @@ def run_jobs(source: Checkpoint, folder: Path, jobs: Sequence[Job], workers: int
     with (
         tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="surgery", disable=None) as bar,
         ThreadPoolExecutor(workers) as flushing,
-        worker_processes(min(workers, len(jobs)), carry_out, source.folder, folder) as submit,
+        worker_processes(min(workers, len(jobs)), carry_out, source, folder) as submit,
     ):
         numbers = {submit(number, jobs[number]): number for number in order}
         for number in islice(ahead, AHEAD * workers):

@@ -1,4 +1,4 @@
-"""calibrate, compress-depth, lineage."""
+"""calibrate, compress-depth, assemble-moee, lineage."""
 
 import argparse
 import os
@@ -70,6 +70,36 @@ def add_compress_depth(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--calibration", type=Path, help="made by `cherry calibrate`, for --align activations")
     parser.add_argument("--optimizer", choices=("drop", "average"), default="drop", help="its state (default drop)")
     parser.add_argument("--expand", action="store_true", help="the reverse: write the unrolled, dense equivalent")
+    parser.add_argument("--workers", type=int, default=0, help="processes (default: all cores)")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, sizes and memory, and stop")
+    add_config(parser, flags=False)
+
+
+def add_assemble_moee(verbs: argparse._SubParsersAction) -> None:
+    def run(arguments: argparse.Namespace) -> None:
+        from cherry_megatron.surgery import assemble, compress
+
+        if arguments.workers < 0:
+            raise CherryError(f"--workers {arguments.workers} is negative; 0 takes all cores")
+        if arguments.extract is None:
+            surgery = assemble.plan_assembly(arguments.load, arguments.config, arguments.set, arguments.seed or 0)
+        elif len(arguments.load) > 1 or arguments.seed is not None:
+            raise CherryError("--extract takes one mixture as --load, and no --seed")
+        else:
+            surgery = assemble.plan_extraction(
+                arguments.load[0], arguments.config, arguments.set, arguments.extract
+            )
+        print(compress.summary(surgery, arguments.workers))
+        if not arguments.dry_run:
+            print(f"written     {surgery.run(arguments.save, arguments.workers)}")
+
+    parser = add_verb(verbs, "assemble-moee", "single models become one mixture, without a GPU", run)
+    parser.add_argument(
+        "--load", type=Path, nargs="+", required=True, help="runs' folders, or of checkpoints: the experts in order"
+    )
+    parser.add_argument("--save", type=Path, required=True, help="folder to write, of the form that training loads")
+    parser.add_argument("--seed", type=int, help="of the router's first weights (default 0)")
+    parser.add_argument("--extract", type=int, metavar="E", help="the reverse: write expert E as a single model")
     parser.add_argument("--workers", type=int, default=0, help="processes (default: all cores)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, sizes and memory, and stop")
     add_config(parser, flags=False)

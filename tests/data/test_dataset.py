@@ -97,15 +97,15 @@ def _marks_follow_their_targets() -> None:
     from cherry_megatron.data.dataset import MarkedDataset
 
     @some
-    @given(texts, st.integers(1, 9), st.integers(1, 30), st.booleans(), st.booleans(), st.booleans(), st.booleans())
-    def check(described, sequence, samples, shuffle, answers, mask_ends, whole):
+    @given(texts, st.integers(1, 9), st.integers(1, 30), st.integers(0, 4), *[st.booleans()] * 4)
+    def check(described, sequence, samples, context, shuffle, answers, mask_ends, whole):
         with tempfile.TemporaryDirectory() as scratch:
             names = ("picked", marked.ANSWERS) if answers else ("picked",)
             text = Text(Path(scratch) / "text", *described, names)
             dataset = build(
                 MarkedDataset, text.prefix, sequence, None if whole else samples, "valid",
                 selection="picked", shuffle="tokens" if shuffle else "none", eod_mask_loss=mask_ends,
-                drop_last_partial_validation_sequence=False,
+                context=context, drop_last_partial_validation_sequence=False,
             )  # fmt: skip
             targets = text.ends[len(dataset.indices) - 1] * len(dataset.document_index) // len(dataset.indices) - 1
             for number in [*range(len(dataset)), None]:
@@ -124,6 +124,7 @@ def _marks_follow_their_targets() -> None:
                     place = text.place(label, token)
                     assert selected == text.marks["picked"][place]
                     counts = not answers or text.marks[marked.ANSWERS][place]
+                    counts = counts and step + 1 >= context  # the target's place in the sample
                     assert mask == (number is not None and counts and not (mask_ends and token == END))
 
     check()

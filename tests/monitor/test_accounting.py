@@ -1,13 +1,14 @@
 """Parameters, FLOPs and memory: the published sizes, hand-computed cases, and the model itself."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cherry_megatron.model.options import Recurrence
+from cherry_megatron.model.options import Mixture, Recurrence
 from cherry_megatron.model.plan import make_plan
 from cherry_megatron.model.shape import Shape
-from cherry_megatron.monitor.accounting import Layout, account, memory, together, training_flops
+from cherry_megatron.monitor.accounting import Layout, account, memory, most_rows, together, training_flops
 from tests.conftest import run_ranks
 
 SHAPE = Shape(hidden=1280, ffn=3200, heads=10, groups=10, head_size=128, vocabulary=44544)
@@ -72,6 +73,68 @@ def count_parameters(recurrence):
 
     model, _, _ = build(recurrence)
     return sum(p.numel() for p in model.parameters())
+
+
+def test_a_mixture_holds_all_experts_and_walks_its_top_k():
+    recurrence, mixture = Recurrence("*-[(*-)x4]x8*-"), Mixture(experts=8, top_k=2, router_hidden=64)
+    one, all_ = (together(account(recurrence, SHAPE, 4096, options)) for options in (None, mixture))
+    inner = 64 * 128 + 8 * 64
+    router = 44544 * 64 + inner
+    assert all_.stored == 8 * one.stored + router
+    assert all_.active == 2 * one.active + router
+    assert all_.flops == 2 * one.flops + 6 * inner
+    plan, layout = make_plan(recurrence, SHAPE, 4096, 1), Layout(1, 16, 1, 4096, True, True, False, False)
+    (alone,) = memory(plan, SHAPE, layout, recurrence)
+    (rank,) = memory(plan, SHAPE, replace(layout, expert=4), recurrence, mixture)
+    assert rank["weights"] == 2 * alone["weights"]
+    assert rank["optimizer"] == 2 * 4 * alone["optimizer"]
+    assert rank["activations"] == 2 * alone["activations"]
+
+
+@pytest.mark.parametrize(
+    ("experts", "top_k", "ranks", "micro", "batch", "most"),
+    [
+        (8, 2, 8, 4, 512, 32),  # every sequence of the group
+        (8, 2, 8, 4, 64, 20),  # room: 1.25 x 2 x 64 / 8
+        (8, 2, 2, 4, 512, 16),  # four experts on a rank, of which two see a sequence
+        (8, 4, 4, 2, 512, 16),
+        (4, 4, 2, 2, 8, 8),  # all experts see all
+        (8, 2, 8, 4, None, 32),
+    ],
+)
+def test_sequences_of_a_rank_at_worst(experts, top_k, ranks, micro, batch, most):
+    layout = Layout(1, 16, micro, 4096, True, True, False, False, expert=ranks)
+    assert most_rows(Mixture(experts=experts, top_k=top_k), layout, batch) == most
+
+
+def test_the_shipped_mixture_fits_at_worst(tmp_path: Path):
+    ((*lines,),) = run_ranks(tmp_path, 1, params_of_the_mixture)
+    (said,) = [line for line in lines if "at worst" in line]
+    assert "of 2 sequences" in said
+    assert "at worst it is 8" in said
+    assert float(said.rsplit("with ")[1].split()[0]) < 80e9 / 2**30 * 0.8
+
+
+def params_of_the_mixture():
+    from cherry_megatron.config import load
+    from cherry_megatron.monitor.tables import params_table
+    from cherry_megatron.platform.machine import prepare
+
+    prepare()
+    return params_table(load(Path(__file__).parents[2] / "configs/cherry_1p8b.yaml")).splitlines()
+
+
+def count_mixture():
+    from tests.model.test_mixture import build
+
+    return sum(p.numel() for p in build(Mixture(experts=3, router_hidden=8)).parameters())
+
+
+def test_account_of_a_mixture_is_the_models_own_count(tmp_path: Path):
+    (counted,) = run_ranks(tmp_path, 1, count_mixture)
+    shape = Shape(hidden=16, ffn=24, heads=2, groups=2, head_size=8, vocabulary=32)
+    mixture = Mixture(experts=3, router_hidden=8)
+    assert together(account(Recurrence("*-[*-]x2"), shape, 16, mixture)).stored == counted
 
 
 def test_memory_counts_copies_of_the_core_on_each_stage():

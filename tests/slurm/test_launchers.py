@@ -113,14 +113,14 @@ def test_defaults_are_the_sbatch_lines(project: Path, no_slurm: dict[str, str]) 
     assert options(sbatch) == {
         "job-name": "cherry-pretrain", "nodes": "1", "gpus-per-node": "8", "ntasks-per-node": "8",
         "cpus-per-task": "8", "time": "24:00:00", "signal": "TERM@120", "requeue": "", "open-mode": "append",
-        "output": f"{project}/runs/cherry_227m/logs/slurm-%j.out",
+        "output": f"{project}/runs/cherry_1p8b/logs/slurm-%j.out",
     }  # fmt: skip
-    assert sbatch[-2:] == [f"{project}/{SCRIPT}", f"{project}/configs/cherry_227m.yaml"]
+    assert sbatch[-2:] == [f"{project}/{SCRIPT}", f"{project}/configs/cherry_1p8b.yaml"]
     assert options(srun) == {
         "nodes": "1", "ntasks": "8", "ntasks-per-node": "8", "cpus-per-task": "8", "kill-on-bad-exit": "1",
-        "open-mode": "append", "output": f"{project}/runs/cherry_227m/logs/slurm-%j-%t.out",
+        "open-mode": "append", "output": f"{project}/runs/cherry_1p8b/logs/slurm-%j-%t.out",
     }  # fmt: skip
-    assert srun[-4:] == ["cherry", "pretrain", "--config", f"{project}/configs/cherry_227m.yaml"]
+    assert srun[-4:] == ["cherry", "pretrain", "--config", f"{project}/configs/cherry_1p8b.yaml"]
 
 
 def test_settings_from_the_environment(project: Path, no_slurm: dict[str, str]) -> None:
@@ -265,8 +265,8 @@ while :; do sleep 0.1; done
     assert done.returncode == 7, done.stderr
     assert time.monotonic() - begin < 40
     job = job_id(done)
-    assert len(logs(project / "runs/cherry_227m", job)) == 4
-    told = (project / f"runs/cherry_227m/logs/slurm-{job}.out").read_text()
+    assert len(logs(project / "runs/cherry_1p8b", job)) == 4
+    told = (project / f"runs/cherry_1p8b/logs/slurm-{job}.out").read_text()
     assert "exit code 7" in told
     assert "module load gcc cuda" in told
 
@@ -275,7 +275,7 @@ def test_nodes_without_gpus(cluster: Cluster, project: Path, stub: Callable[[str
     sbatch = ("sbatch", "--wait", "--nodes=1", "--gpus-per-node=0", "--ntasks-per-node=2", "--cpus-per-task=1")
     done = launch(project, {**cluster.env, **stub(STUB)}, by=sbatch)
     assert done.returncode == 0, done.stderr
-    assert sorted(logs(project / "runs/cherry_227m", job_id(done))) == ["0", "1"]
+    assert sorted(logs(project / "runs/cherry_1p8b", job_id(done))) == ["0", "1"]
 
 
 def test_mistake_in_a_job(cluster: Cluster, project: Path) -> None:
@@ -297,7 +297,7 @@ trap 'echo saved; exit 0' TERM
 while :; do sleep 0.1; done
 """
     done = launch(project, {**cluster.env, **stub(waits), **TWO_BY_TWO})
-    job, run = job_id(done), project / "runs/cherry_227m"
+    job, run = job_id(done), project / "runs/cherry_1p8b"
     assert _until(lambda: sum("start 0" in text for text in logs(run, job).values()) == 4, 20)
     cluster.call("scontrol", "requeue", job)
     assert _until(lambda: cluster.state(job) == "COMPLETED", 60)

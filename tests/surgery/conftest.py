@@ -41,8 +41,8 @@ def model_tensors(layers: int, seed: int = 0, dtype: str = "float32") -> dict[st
     return tensors | {"decoder.final_norm.weight": draw(HIDDEN), "output_layer.weight": draw(VOCABULARY, HIDDEN)}
 
 
-def save(folder: Path, tensors: dict[str, Any]) -> Path:
-    """Write iteration 7 of a run with torch; returns the folder to load."""
+def save(folder: Path, tensors: dict[str, Any], **arguments: Any) -> Path:
+    """Write iteration 7 of a run of these further arguments with torch; returns the folder to load."""
     import torch.distributed.checkpoint as dcp
 
     args = argparse.Namespace(
@@ -51,6 +51,7 @@ def save(folder: Path, tensors: dict[str, Any]) -> Path:
         hybrid_layer_pattern="?",
         rotary_base=10000,
         layernorm_epsilon=1e-5,
+        **arguments,
     )
     common = {"args": args, "checkpoint_version": 3.0, "iteration": 7, "optimizer": {"param_groups": [{"step": 7}]}}
     state = {**tensors, "common_state/shard_0_1": [common]}

@@ -5,7 +5,9 @@ first token of each piece on: a token is predicted from those before it in its w
 window, be they of other documents. So a document's first token is predicted from the end of the one before.
 """
 
+import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -80,6 +82,7 @@ class ModelScores:
         self.options: dict[str, Any] = {"checkpoint": _asked(source, prefix)}
         if reference is not None:
             self.options["reference"] = _asked(reference, prefix)
+        logging.getLogger().setLevel(logging.WARNING)  # megatron.training has made it INFO, for ranks' logs
 
     def score(self, tokens: Tokens, pieces: list[Piece], scratch: Scratch, workers: int) -> int:
         missing = scratch.missing(pieces, SCORES)
@@ -94,6 +97,7 @@ class ModelScores:
 def _asked(source: Source, prefix: Path) -> dict[str, Any]:
     """The checkpoint of a configuration, for the marks' description."""
     config = source.load()
+    config.require_one_model("a selector")
     checkpoint = checkpoint_to_load(config)
     if checkpoint is None:
         raise CherryError(f"the run {config.run} has no checkpoint to ask; train it first, or set megatron.load")
@@ -134,6 +138,7 @@ def _worker(
 ) -> Callable[[list[Piece]], None]:
     def work(pieces: list[Piece]) -> None:
         hide_warnings()
+        tqdm.set_lock(threading.RLock())  # its own, between processes, is reported as lost when this one is killed
         machine = prepare()
         config = source.load()
         from cherry_megatron.pretrain import load_only, pretrain

@@ -86,7 +86,7 @@ def _words(selection: Selection, prefix: Path, tokenizer: Tokenizer, folder: Pat
 
 
 def _speed(selection: Selection) -> str:
-    text = f"{selection.scored:,} tokens scored in {selection.seconds:.1f} s: "
+    text = f"{selection.scored:,} tokens scored in {selection.seconds:.1f} s, starting included: "
     if selection.bytes_a_token is not None:
         text += f"{selection.tokens_per_second * selection.bytes_a_token / 1e6:.3f} MB/s a worker, "
     return f"{text}{selection.tokens_per_second:,.0f} tokens/s, {selection.workers} workers"

@@ -1,0 +1,95 @@
+"""What is kept of a mixture: by step, the alarm when an expert is left out, and how its router drifts."""
+
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from torch import Tensor
+
+from cherry_megatron.model.mixture import MixtureModel
+
+TAGS = "cherry/moee/"
+_OF_EVALUATION = ("validation", "/held-out", " vs ")  # in tags that are not of the step: Megatron's and ours
+LEFT_OUT = 0.1  # of an even share
+# What an expert that is of use has: tokens that it explains, sequences that the router itself would give it.
+_SHARES = {"responsibility": "responsible for {:.1%} of the tokens", "wanted": "wanted by {:.1%} of the sequences"}
+
+
+class MixtureWatch:
+    """Collects what Megatron reports of a mixture, step by step. Of a single model it keeps nothing."""
+
+    def __init__(self) -> None:
+        self._steps: list[dict[str, float]] = []
+
+    def step_ended(self, heard: dict[str, float]) -> dict[str, Any]:
+        """Take the tags of a step.
+
+        Returns:
+            What its line in steps.jsonl says of the mixture: `moee`, by the tag's name, without means over nothing.
+        """
+        found = {
+            tag.removeprefix(TAGS): value
+            for tag, value in heard.items()
+            if tag.startswith(TAGS) and not any(words in tag for words in _OF_EVALUATION) and value == value
+        }
+        if not found:
+            return {}
+        self._steps.append(found)
+        return {"moee": found}
+
+    def alarms(self) -> list[str]:
+        """A line for each expert that had next to nothing in every step since the last call.
+
+        Capacity gives rows also to an expert that none wants, which sees nothing at evaluation: so what is wanted
+        counts, and not the load.
+        """
+        steps, self._steps = self._steps, []
+        return [line for name, words in _SHARES.items() for line in _left_out(steps, name, words)]
+
+
+def _left_out(steps: list[dict[str, float]], name: str, words: str) -> list[str]:
+    """The alarm by one kind of share: its tags are `name`/expert."""
+    start = f"{name}/"
+    shares = [{n.removeprefix(start): v for n, v in step.items() if n.startswith(start)} for step in steps]
+    if not shares:
+        return []
+    limits = [LEFT_OUT * sum(step.values()) / len(step) for step in shares]
+    return [
+        f"expert {expert} is left out: {words.format(max(step[expert] for step in shares))} at most, in each of "
+        f"the last {len(steps)} steps; raise moee.balance, or moee.top_k"
+        for expert in shares[0]
+        if all(step[expert] < limit for step, limit in zip(shares, limits, strict=True))
+    ]
+
+
+class RouterDrift:
+    """How far a router has moved between two evaluations of the same rows.
+
+    It compares what the mixture saw last, which at every evaluation of a process are the same held-out rows.
+    """
+
+    def __init__(self) -> None:
+        self._before: tuple[Tensor, Tensor] | None = None
+
+    def since_last(self, mixture: MixtureModel) -> dict[str, float]:
+        """Called on all ranks after each evaluation.
+
+        Returns:
+            `router-drift`, the mean divergence KL(before || now) of the gates of a token in nats, and
+            `changed-choices`, the share of rows whose own top k is another; nothing at the first evaluation.
+        """
+        assert mixture.seen is not None
+        now, before = (mixture.seen.gates, mixture.seen.wanted), self._before
+        self._before = now
+        if before is None:
+            return {}
+        found = torch.stack((divergence(before[0], now[0]), (before[1] != now[1]).any(-1).float().mean()))
+        group = mpu.get_data_parallel_group()
+        torch.distributed.all_reduce(found, group=group)
+        drift, changed = (found / group.size()).tolist()
+        return {f"{TAGS}router-drift": drift, f"{TAGS}changed-choices": changed}
+
+
+def divergence(before: Tensor, now: Tensor) -> Tensor:
+    """Mean KL(before || now) of logarithms of gates, [..., experts], in nats."""
+    return (before.exp() * (before - now)).sum(-1).mean()

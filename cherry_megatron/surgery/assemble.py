@@ -1,0 +1,200 @@
+"""`cherry assemble-moee`: single models become the experts of one mixture, and an expert a single model again.
+
+Tensors are taken over as they are, under other names; the router is new. All of it is the granularity `model`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cherry_megatron.config import outline, outline_mixture
+from cherry_megatron.data.tokenizer import fingerprint
+from cherry_megatron.errors import CherryError
+from cherry_megatron.model.options import Mixture, Recurrence
+from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint
+from cherry_megatron.storage.records import StandIn
+from cherry_megatron.surgery.compress import Surgery, check_sizes
+from cherry_megatron.surgery.depth import check_layers, objects
+from cherry_megatron.surgery.jobs import Constant, Copy, Normal
+from cherry_megatron.surgery.layers import (
+    EMBEDDING,
+    LINEARS,
+    LOOP_A,
+    LOOP_B,
+    LOOP_SCALES,
+    ROLES,
+    source_layers,
+    sublayer_prefixes,
+)
+from cherry_megatron.surgery.writing import Job, Spec
+
+
+def expert_prefix(number: int) -> str:
+    """What the names of an expert's tensors begin with."""
+    return f"experts.{number}."
+
+
+def plan_assembly(loads: Sequence[Path], config: Path, overrides: Sequence[str], seed: int) -> Surgery:
+    """Look at everything that assembling a mixture needs.
+
+    Args:
+        loads: the experts in order, see `open_checkpoint`; one may be named several times.
+        config: of the mixture.
+        overrides: as in `config.load`.
+        seed: of the router's first weights.
+
+    Raises:
+        CherryError: if something does not fit, naming the difference.
+    """
+    recurrence, megatron = outline(config, overrides)
+    mixture = outline_mixture(config, overrides)
+    if seed < 0:
+        raise CherryError(f"--seed {seed} is negative; use 0 or more")
+    if len(loads) != mixture.experts:
+        raise CherryError(f"--load names {len(loads)} checkpoints, but {config} has moee.experts {mixture.experts}")
+    parts = {expert_prefix(number): open_checkpoint(load) for number, load in enumerate(loads)}
+    tensors = {start: _tensors(part, recurrence, config, megatron) for start, part in parts.items()}
+    _check_alike(list(parts.values()), list(tensors.values()))
+    jobs: list[Job] = []
+    for start, part in parts.items():
+        for name, stored in tensors[start].items():
+            found = part.tensors[stored]
+            jobs.append(Copy((start + stored,), (Spec(start + name, found.dtype, found.shape),)))
+    first = parts[expert_prefix(0)]
+    jobs += _router(mixture, first, tensors[expert_prefix(0)][EMBEDDING], seed)
+    lines = [
+        *(f"expert {number:<4} {part.folder}" for number, part in enumerate(parts.values())),
+        f"router      new, from seed {seed}",
+        "optimizer   its state is dropped; training starts it anew",
+    ]
+    details = {"config": str(config), "recurrence": asdict(recurrence), "moee": asdict(mixture), "seed": seed}
+    return Surgery(parts, jobs, _objects(first, recurrence, list(parts)), "assemble-moee", details, lines)
+
+
+def plan_extraction(load: Path, config: Path, overrides: Sequence[str], number: int) -> Surgery:
+    """Look at everything that taking an expert out of a mixture needs.
+
+    Args:
+        load: the mixture's checkpoint.
+        config: of the mixture.
+        overrides: as in `config.load`.
+        number: of the expert, counted from 0.
+
+    Raises:
+        CherryError: if there is no such expert.
+    """
+    recurrence, _ = outline(config, overrides)
+    mixture = outline_mixture(config, overrides)
+    source, start = open_checkpoint(load), expert_prefix(number)
+    names = [name for name in source.model if name.startswith(start)]
+    if not names or not 0 <= number < mixture.experts:
+        raise CherryError(f"{source.folder} holds no expert {number}; name one from 0 to {mixture.experts - 1}")
+    source.check(names)
+    jobs: list[Job] = [
+        Copy((name,), (Spec(name.removeprefix(start), source.tensors[name].dtype, source.tensors[name].shape),))
+        for name in names
+    ]
+    lines = [f"source      {source.folder}: expert {number}", "optimizer   its state is dropped"]
+    details = {"config": str(config), "recurrence": asdict(recurrence), "expert": number}
+    made = objects(source, recurrence.parsed, False)
+    return Surgery({"": source}, jobs, made, "extract-expert", details, lines)
+
+
+def _tensors(source: Checkpoint, recurrence: Recurrence, config: Path, megatron: dict[str, Any]) -> dict[str, str]:
+    """An expert's tensors: the name that it needs -> the one that the checkpoint has.
+
+    Raises:
+        CherryError: if it is not a model of this configuration.
+    """
+    if any(name.startswith(("experts.", "router.")) for name in source.model):
+        raise CherryError(f"{source.folder} is a mixture; name single models, such as --extract makes of it")
+    layers = source_layers(source, looped=True)
+    check_sizes(source, layers, config, megatron)
+    check_layers(source, layers, recurrence)
+    found = dict(layers.top)
+    for layer, sublayers in enumerate(sublayer_prefixes(recurrence.parsed)):
+        for place, (symbol, prefix) in enumerate(sublayers):
+            names = layers.layers[layer][place].names
+            _check_roles(source, names, _roles(recurrence, layer, symbol))
+            found |= {prefix + role: name for role, name in names.items()}
+    source.check(list(found.values()))
+    return found
+
+
+def _roles(recurrence: Recurrence, layer: int, symbol: str) -> set[str]:
+    """What a sublayer of a configuration holds."""
+    pattern = recurrence.parsed
+    found = set(ROLES[symbol])
+    if len(pattern.prelude) <= layer < len(pattern.prelude) + len(pattern.core):
+        if recurrence.loop_scales:
+            found |= set(LOOP_SCALES[symbol])
+        if recurrence.loop_rank:
+            found |= {f"{linear}.{factor}" for linear in LINEARS[symbol] for factor in (LOOP_A, LOOP_B)}
+    return found
+
+
+def _check_roles(source: Checkpoint, names: dict[str, str], wanted: set[str]) -> None:
+    for role in sorted(names.keys() ^ wanted):
+        has = f"holds {names[role]}" if role in names else f"has a layer without {role}"
+        raise CherryError(
+            f"{source.folder} {has}, unlike a model of recurrence.loop_scales and loop_rank; set them as it was "
+            "trained with"
+        )
+
+
+def _check_alike(parts: list[Checkpoint], tensors: list[dict[str, str]]) -> None:
+    """Experts have one shape, one type and one tokenizer.
+
+    Raises:
+        CherryError: naming the first that differs.
+    """
+    first, tokenizer = parts[0], _tokenizer(parts[0])
+    for part, names in zip(parts, tensors, strict=True):
+        for name, stored in names.items():
+            ours, theirs = part.tensors[stored], first.tensors[tensors[0][name]]
+            if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
+                raise CherryError(
+                    f"{part.folder}: {name} is {ours.dtype} {list(ours.shape)}, but {theirs.dtype} "
+                    f"{list(theirs.shape)} in {first.folder}; experts are alike"
+                )
+        if None not in (tokenizer, _tokenizer(part)) and tokenizer != _tokenizer(part):
+            raise CherryError(
+                f"{part.folder} was trained with the tokenizer {_tokenizer(part)}, {first.folder} with "
+                f"{tokenizer}; experts predict the same tokens"
+            )
+
+
+def _tokenizer(part: Checkpoint) -> str | None:
+    """The fingerprint of the tokenizer that a checkpoint was trained with, if it is still there."""
+    folder = _arguments(part.object("common_state")[0]).get("tokenizer_model")
+    if folder is None or not (Path(folder) / "tokenizer.json").is_file():
+        return None
+    return fingerprint(Path(folder))
+
+
+def _arguments(state: dict[str, Any]) -> dict[str, Any]:
+    arguments: StandIn = state["args"]
+    found: dict[str, Any] = arguments.state
+    return found
+
+
+def _router(mixture: Mixture, source: Checkpoint, embedding: str, seed: int) -> list[Job]:
+    """A router as training draws one, of the experts' type; it is centred before the first step."""
+    dtype, vocabulary = source.tensors[embedding].dtype, source.tensors[embedding].shape[0]
+    weights = mixture.router(vocabulary)
+    specs = tuple(Spec(f"router.{name}", dtype, shape) for name, (shape, _) in weights.items())
+    return [
+        Normal(specs, tuple(std for _, std in weights.values()), seed),
+        Constant((Spec("router.centre", dtype, (mixture.experts,)),), 0.0),
+    ]
+
+
+def _objects(source: Checkpoint, recurrence: Recurrence, starts: list[str]) -> dict[str, Any]:
+    """What a mixture's checkpoint holds besides tensors: one common state, and what each expert has."""
+    one: dict[str, Any] = objects(source, recurrence.parsed, False)
+    common = {name: value for name, value in one.items() if name.startswith("common_state")}
+    for (state,) in common.values():
+        _arguments(state)["hybrid_layer_pattern"] = None  # as training leaves it for a mixture
+    extra = {start + name: value for start in starts for name, value in one.items() if name not in common}
+    return extra | common

@@ -1,0 +1,112 @@
+"""A second implementation of the mixture in plain PyTorch: no Megatron, one process, every row by itself."""
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+from tests.model import reference
+
+
+def router(weights, tokens):
+    """Gates [s, experts] of one row, token by token; tokens: [s]."""
+    gates = []
+    for t in range(len(tokens)):
+        seen = weights["embedding"][tokens[: t + 1]]
+        inner = weights["inner"] @ torch.cat((seen[-1], seen.sum(0) / (t + 1)))
+        gates.append((weights["outer"] @ (inner * inner.sigmoid()) - weights["centre"]).softmax(0))
+    return torch.stack(gates)
+
+
+def share_out(scores, k, capacity):
+    """The experts of each row, as sets: the best pair that is still allowed, again and again."""
+    rows, experts = len(scores), len(scores[0])
+    limit = math.ceil(capacity * k * rows / experts)
+    found = [set() for _ in range(rows)]
+    load = [0] * experts
+    while True:
+        allowed = [
+            (-scores[r][e], r, e)
+            for r in range(rows)
+            for e in range(experts)
+            if len(found[r]) < k and e not in found[r] and load[e] < limit
+        ]
+        if not allowed:
+            return found
+        _, row, expert = min(allowed)
+        found[row].add(expert)
+        load[expert] += 1
+
+
+def step(state, batch, options, model):
+    """Loss, gradients and report of a training step.
+
+    Args:
+        state: name -> tensor of the mixture's checkpoint.
+        batch: tokens, labels, loss_mask, [rows, s] of the global batch.
+        options: experts, top_k, prefix, balance, capacity.
+        model: walk, heads, groups, size of an expert.
+
+    Returns:
+        Mean loss without the balance, the gradient by name of the whole, what is reported, the experts of each row.
+    """
+    state = {name: value.double() for name, value in state.items()}
+    trained = {name: value.requires_grad_() for name, value in state.items() if name != "router.centre"}
+    of_router = {name.removeprefix("router."): value for name, value in state.items() if "router." in name}
+    experts, k = options["experts"], options["top_k"]
+    models = [
+        {
+            reference.local_name(name.removeprefix(f"experts.{e}.")): value
+            for name, value in state.items()
+            if name.startswith(f"experts.{e}.")
+        }
+        for e in range(experts)
+    ]
+    gates = [router(of_router, row) for row in batch["tokens"]]
+    scores = torch.stack([g[: options["prefix"]].mean(0) for g in gates])
+    chosen = [set(range(experts))] * len(gates)
+    if k < experts:
+        chosen = share_out(scores.tolist(), k, options["capacity"])
+    wanted = [set(sorted(range(experts), key=lambda e: -row[e])[:k]) for row in scores.tolist()]
+    load = torch.tensor([sum(e in row for row in wanted) for e in range(experts)], dtype=torch.float64)
+    load /= load.sum()  # of what the router wants, whether there is room or not
+    total = added = 0.0
+    seen = []  # the row, the gates over its experts, their losses, of each token with a loss
+    for row, mask in enumerate(batch["loss_mask"].double()):
+        likelihoods = {}
+        for e in sorted(chosen[row]):
+            logits = reference.forward(models[e], batch["tokens"][row : row + 1], **model)[0]
+            likelihoods[e] = F.softmax(logits, -1).gather(1, batch["labels"][row][:, None])[:, 0]
+        weight = sum(gates[row][:, e] for e in likelihoods)
+        likelihood = sum(gates[row][:, e] / weight * p for e, p in likelihoods.items())
+        total = total - (mask * likelihood.log()).sum()
+        if k < experts:
+            added = added + options["balance"] * experts * (load * scores[row]).sum() * mask.sum()
+        for t in mask.nonzero().flatten().tolist():
+            g = {e: float(gates[row][t, e] / weight[t]) for e in likelihoods}
+            seen.append((row, g, {e: float(p[t]) for e, p in likelihoods.items()}))
+    tokens = batch["loss_mask"].sum()
+    ((total + added) / tokens).backward()
+    report = _report(seen, chosen, wanted, experts)
+    return float(total / tokens), {name: value.grad for name, value in trained.items()}, report, chosen
+
+
+def _report(seen, chosen, wanted, experts):
+    """What steps.jsonl says of the step, but for the bytes."""
+    rows, choices = len(chosen), sum(map(len, wanted))
+    found = {
+        "gate-entropy": -sum(g * math.log(g) for _, gates, _ in seen for g in gates.values()) / len(seen),
+        "displaced": sum(len(own - given) for own, given in zip(wanted, chosen, strict=True)) / choices,
+        "unplaced": 1 - sum(map(len, chosen)) / choices,
+    }
+    for e in range(experts):
+        found[f"load/{e}"] = sum(e in row for row in chosen) / rows
+        found[f"wanted/{e}"] = sum(e in row for row in wanted) / rows
+        explained = [
+            gates[e] * p[e] / sum(gates[other] * p[other] for other in p) for _, gates, p in seen if e in p
+        ]
+        found[f"responsibility/{e}"] = sum(explained) / len(seen)
+        losses = [-math.log(p[e]) for _, _, p in seen if e in p]
+        if losses:
+            found[f"loss/{e}"] = sum(losses) / len(losses)
+    return found

@@ -1,0 +1,88 @@
+"""What is found before a step: an even start, and a load that says what the router itself wants."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.conftest import run_ranks
+from tests.model.test_mixture import build, run
+
+ROWS, EXPERTS, TOP_K = 256, 8, 2
+
+
+def choose(mixture, tokens):
+    """`choose_experts` for one micro-batch of rows."""
+    from cherry_megatron import choosing
+
+    choosing.get_args = lambda: SimpleNamespace(micro_batch_size=len(tokens))
+    choosing.get_num_microbatches = lambda: 1
+    row = {"tokens": tokens}
+    choosing.choose_experts(mixture, [row])
+    return row["experts"].bool()
+
+
+def start():
+    """Load of fresh routers, before and after they have seen their first rows, and on other rows after it."""
+    import torch
+
+    from cherry_megatron.model.options import Mixture
+    from cherry_megatron.model.router import Router
+
+    options = Mixture(experts=EXPERTS, top_k=TOP_K, prefix=64, router_hidden=64)
+    model = build(options)
+    frequency = 1 / torch.arange(1, 2001).float()  # Zipf
+    draw = torch.Generator().manual_seed(1)
+    first, others = torch.multinomial(frequency, 2 * ROWS * 64, True, generator=draw).view(2, ROWS, 64).cuda()
+
+    def load(rows):
+        with torch.no_grad():
+            scores = model.scores(model.router(rows))
+        best = scores.topk(TOP_K).indices
+        return float(best.flatten().bincount(minlength=EXPERTS).max() / (ROWS * TOP_K / EXPERTS))
+
+    found = []
+    for seed in (1, 2, 1234):
+        model.router = Router(model.config, options, 2000, seed).cuda()
+        before = load(first)
+        choose(model, first)
+        centre = model.router.centre.clone()
+        choose(model, others)
+        assert torch.equal(centre, model.router.centre), "a router is centred once"
+        found.append((before, load(first), load(others)))
+    return found
+
+
+def test_a_fresh_router_has_no_favourites(tmp_path: Path):
+    """The expert that most sequences want is wanted at most twice as often as with an even load."""
+    ((*found,),) = run_ranks(tmp_path, 1, start)
+    assert max(before for before, _, _ in found) > 3, "there was nothing to even out"
+    assert max(max(after) for _, *after in found) <= 2
+
+
+def collapsed():
+    """Chosen and load where every row wants expert 0; the balance loss's gradient of the experts' outputs."""
+    import torch
+
+    from cherry_megatron.model.options import Mixture
+
+    model = build(Mixture(experts=3, top_k=1, prefix=4, capacity=1.0, balance=1.0))
+    model.router.outer.data.zero_()
+    model.router.centre.copy_(torch.tensor([-1.0, 0.5, 0.5]))
+    tokens = torch.randint(0, 32, (9, 16), generator=torch.Generator().manual_seed(1)).cuda()
+    chosen = choose(model, tokens)
+    model.router.centre.requires_grad_()  # a bias, but for its sign
+    run(model, tokens, chosen=chosen)
+    model.balance.sum().backward()
+    return chosen.sum(0).tolist(), model.load.tolist(), (-model.router.centre.grad).tolist()
+
+
+def test_capacity_does_not_hide_that_all_want_one_expert(tmp_path: Path):
+    ((chosen, load, gradient),) = run_ranks(tmp_path, 1, collapsed)
+    assert chosen == [3, 3, 3]
+    assert load == [1, 0, 0]
+    # d(experts * score_0) of each row, by each expert's logit.
+    gates = [math.exp(1), math.exp(-0.5), math.exp(-0.5)]
+    best, *others = (gate / sum(gates) for gate in gates)
+    assert gradient == pytest.approx([27 * best * (1 - best), *(-27 * best * other for other in others)], rel=1e-4)
