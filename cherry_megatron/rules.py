@@ -85,6 +85,13 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
+# What attention does in training and does not over a cache of keys and values.
+_NOT_CACHED = {
+    "window-size": "it looks at all earlier tokens",
+    "softmax-type": "its softmax is the plain one",
+    "no-rope-freq": "it rotates in all layers",
+}
+
 GRAPH = "full_iteration"  # of --cuda-graph-impl: forward and backward pass of a step as one CUDA graph
 
 
@@ -138,6 +145,8 @@ def check(config: "Config") -> None:
         _check_loops(config)
         _check_graph(config)
         _check_selective(config)
+        if config.generation is not None:
+            check_generation(config)
         _check_mixture(config)
         _check_batch(config)
         _check_schedule(config)
@@ -300,6 +309,17 @@ def _check_selective(config: "Config") -> None:
             f"sgt.probe_interval: outside of a step gradients are not summed over {instances} "
             "megatron.num-distributed-optimizer-instances; take one out"
         )
+
+
+def check_generation(config: "Config") -> None:
+    """Refuse what a model may be trained with, and not generate with.
+
+    Raises:
+        CherryError: the first such flag.
+    """
+    for flag, why in _NOT_CACHED.items():
+        if config.value(flag) != action_of(flag).default:
+            raise CherryError(f"megatron.{flag} does not go with generation, whose attention has it not: {why}")
 
 
 def _check_mixture(config: "Config") -> None:

@@ -259,6 +259,16 @@ CONFIGS = {
         [],
         "generation.temperature -0.5 must be a finite number",
     ),
+    "no-share-to-draw-from": (
+        {"generation": {"prompts": "x", "top_p": 0}},
+        [],
+        "generation.top_p 0.0 must be more than 0",
+    ),
+    "attention-that-is-not-cached": (
+        {"generation": {"prompts": "x"}, "megatron": {"window-size": "8,0"}},
+        [],
+        "megatron.window-size does not go with generation",
+    ),
     "generation-without-prompts": ({"generation": {"tokens": 3}}, [], "generation.prompts is missing"),
     "missing-prompts": ({"generation": {"prompts": "nowhere.txt"}}, [], "nowhere.txt: No such file"),
     "missing-tokenizer": ({"megatron": {"tokenizer-model": "nowhere"}}, [], "nowhere"),
@@ -361,6 +371,12 @@ def test_prompts(prompts, says, tmp_path: Path, write_config):
         (["--prompt", "서울", "부산\udcff"], "--prompt: prompt 2 is blank or no UTF-8 text"),
         (["--prompt", "서울", "--tokens", "32"], "do not fit into megatron.seq-length 32"),
         (["--prompt", "서울", "--loops", "0"], "--loops 0 must be a positive number"),
+        (["--prompt", "서울", "--top-k", "-1"], "generation.top_k -1 must not be negative"),
+        (["--prompt", "서울", "--top-p", "1.5"], "generation.top_p 1.5 must be more than 0 and at most 1"),
+        (["--prompt", "서울", "--draft-loops", "3"], "--draft-loops 3 must be from 1 to 2"),
+        (["--prompt", "서울", "--draft-loops", "1", "--draft-tokens", "0"], "--draft-tokens 0 must be at least 1"),
+        (["--prompt", "서울", "--draft-tokens", "2"], "--draft-tokens 2 needs --draft-loops"),
+        (["--prompt", "서울", "--", "--softmax-type", "off-by-one"], "softmax-type does not go with generation"),
     ],
 )
 def test_generate(arguments, says, tmp_path: Path, write_config):

@@ -1,5 +1,6 @@
 """`cherry generate`: a run's newest checkpoint goes on from prompts."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -10,11 +11,15 @@ import torch
 from cherry_megatron.config import Config, Generation
 from cherry_megatron.errors import CherryError
 from cherry_megatron.evaluate import with_loops
-from cherry_megatron.inference.generate import generate
-from cherry_megatron.inference.prompts import Prompts, encode_prompts, visible
+from cherry_megatron.inference.draft import Drafting
+from cherry_megatron.inference.generate import Generated, generate
+from cherry_megatron.inference.printing import Printer
+from cherry_megatron.inference.prompts import Prompts, encode_prompts
+from cherry_megatron.inference.rows import Row
 from cherry_megatron.monitor.progress import Progress
 from cherry_megatron.platform.machine import Machine
 from cherry_megatron.pretrain import load_only, pretrain
+from cherry_megatron.rules import check_generation
 from cherry_megatron.runs import checkpoint_to_load
 
 
@@ -25,9 +30,11 @@ def continue_prompts(
     options: dict[str, Any],
     seed: int = 0,
     loops: int | None = None,
+    drafting: Drafting | None = None,
+    stream: bool = False,
     show_all: bool = False,
-) -> list[str]:
-    """Load the checkpoint, continue the prompts, print them with what follows.
+) -> Generated:
+    """Load the checkpoint, continue the prompts, print them with what follows, and on stderr the speed.
 
     Args:
         config: the run's configuration.
@@ -36,38 +43,42 @@ def continue_prompts(
         options: keys of the `generation` section, in place of the configuration's.
         seed: of the draws.
         loops: of the model; more than the trained number is allowed.
+        drafting: with fewer loops.
+        stream: print while texts grow.
         show_all: show Megatron's own output too.
 
-    Returns:
-        The continuations.
-
     Raises:
-        CherryError: if the run has no checkpoint, or a prompt cannot be continued.
+        CherryError: if the run has no checkpoint, a prompt cannot be continued, or an option is out of range.
     """
     config.require_one_model("cherry generate")
     chosen = replace(config.generation or Generation(prompts="--prompt"), **options)
     if loops is not None and loops < 1:
         raise CherryError(f"--loops {loops} must be a positive number")
+    loops = loops or config.recurrence.loops
+    if drafting is not None:
+        drafting.check(loops)
+    check_generation(config)
     prompts = encode_prompts(config, texts, chosen.tokens, "--prompt")
     if checkpoint_to_load(config) is None:
         raise CherryError(
             f"the run {config.run} has no checkpoint to generate with; train it first, or set megatron.load"
         )
-    config = replace(with_loops(config, loops or config.recurrence.loops), generation=None)
-    continuation: Continuation = pretrain(
-        config, machine, load_only(config), show_all, partial(Continuation, prompts, chosen, seed)
-    )
-    return continuation.texts
+    config = replace(with_loops(config, loops), generation=None)
+    asked = partial(Continuation, prompts, chosen, seed, drafting, stream)
+    continuation: Continuation = pretrain(config, machine, load_only(config), show_all, asked)
+    assert continuation.generated is not None
+    return continuation.generated
 
 
 class Continuation:
     """Called with the model in evaluation mode.
 
     Attributes:
-        texts: what followed each prompt, once it has been called.
+        generated: what followed the prompts, once it has been called.
 
     Args:
-        prompts, options, seed: what to continue, and how.
+        prompts, options, seed, drafting, stream: what to continue, and how.
+        config: of the model, with the number of loops that is walked.
         progress: prints.
         Others: from `pretrain`.
     """
@@ -77,17 +88,36 @@ class Continuation:
         prompts: Prompts,
         options: Generation,
         seed: int,
-        _config: Config,
+        drafting: Drafting | None,
+        stream: bool,
+        config: Config,
         progress: Progress,
         _run_micro_batch: Callable[..., Any],
     ) -> None:
-        self._prompts, self._options, self._seed, self._progress = prompts, options, seed, progress
-        self.texts: list[str] = []
+        self._prompts, self._stream = prompts, stream
+        self._continue = partial(
+            generate,
+            prompts=prompts.ids,
+            options=options,
+            loops=config.recurrence.loops,
+            seed=seed,
+            end=prompts.end,
+            drafting=drafting,
+        )
+        self._write = partial(progress.say, end="")
+        self.generated: Generated | None = None
 
     def __call__(self, model: list[torch.nn.Module]) -> None:
-        prompts, options = self._prompts, self._options
-        found = generate(model, prompts.ids, options.tokens, options.temperature, self._seed, prompts.end)
-        self.texts = [prompts.text_of(tokens) for tokens in found]
-        if torch.distributed.get_rank() == 0:
-            for prompt, text in zip(prompts.texts, self.texts, strict=True):
-                self._progress.say(f"> {visible(prompt)}\n{visible(text)}\n")
+        prints = torch.distributed.get_rank() == 0
+        printer = Printer(self._prompts, self._write)
+
+        def heard(row: Row) -> None:
+            if prints and self._stream:
+                printer.tell(row.number, row.new, row.over)
+
+        self.generated = self._continue(model, heard=heard)
+        if prints:
+            # What is printed already is not printed again; other replicas' texts are known only now.
+            for number, tokens in enumerate(self.generated.texts):
+                printer.tell(number, tokens, over=True)
+            print(self.generated.speed(), file=sys.stderr)

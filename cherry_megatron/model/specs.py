@@ -20,6 +20,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from cherry_megatron.model.cache import cached
 from cherry_megatron.model.corrections import corrected_column, corrected_row
 from cherry_megatron.model.loops import LoopNorm, LoopResidual, RMSNorm
 from cherry_megatron.model.options import Recurrence
@@ -95,7 +96,7 @@ def stack_submodules(
         return ModuleSpec(
             module=SelfAttention,
             params={"attn_mask_type": AttnMaskType.causal},
-            submodules=SelfAttentionSubmodules(linear_qkv=qkv, core_attention=attention, linear_proj=proj),
+            submodules=SelfAttentionSubmodules(linear_qkv=qkv, core_attention=cached(attention), linear_proj=proj),
         )
 
     loops, scales, rank = plan.pattern.loops, recurrence.loop_scales, recurrence.loop_rank

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -22,8 +23,10 @@ from megatron.core.utils import WrappedTensor, make_viewless_tensor
 from torch import Tensor
 
 from cherry_megatron.errors import CherryError
+from cherry_megatron.model.cache import Cache
 from cherry_megatron.model.loops import PerLoop, RMSNorm
 from cherry_megatron.model.options import Recurrence
+from cherry_megatron.model.pattern import ATTENTION
 from cherry_megatron.model.plan import Plan, Visit
 
 
@@ -60,6 +63,16 @@ class RecurrentStack(HybridStack):
             layer: [m for sub in subs for m in sub.modules() if isinstance(m, PerLoop)]
             for layer, subs in self._sublayers.items()
         }
+        # What of a stored layer looks into a cache.
+        self._attention = {
+            layer: [
+                sub.self_attention.core_attention
+                for symbol, sub in zip(plan.pattern.layers[layer], subs, strict=True)
+                if symbol == ATTENTION
+            ]
+            for layer, subs in self._sublayers.items()
+        }
+        self._cache: Cache | None = None  # of the pass under way
         self._carries_in = recurrence.injection == "add" and plan.carries_injection(stage - 1)
         self._carries_out = recurrence.injection == "add" and plan.carries_injection(stage)
         self._received_injection: Tensor | None = None
@@ -78,7 +91,7 @@ class RecurrentStack(HybridStack):
         self,
         hidden_states: Tensor | WrappedTensor | None,
         attention_mask: Tensor | None,
-        inference_context: Any = None,
+        inference_context: Cache | None = None,
         rotary_pos_emb: Tensor | None = None,
         *,
         inference_params: Any = None,
@@ -89,13 +102,20 @@ class RecurrentStack(HybridStack):
 
         Args:
             hidden_states: [s, b, h], or None on a later pipeline stage.
+            inference_context: keys and values of earlier tokens, whose number of loops this pass walks.
+            rotary_pos_emb: angles of this pass's positions; with a cache, of all its positions.
             Others: as in HybridStack.
 
         Returns:
             [s, b, h], or [2s, b, h] where the next stage needs the prelude's output.
         """
-        if inference_context is not None or inference_params is not None:
-            raise CherryError("a recurrent stack keeps no keys and values between passes; use `cherry generate`")
+        if inference_params is not None or not isinstance(inference_context, Cache | None):
+            raise CherryError("loops need a slot each: a recurrent stack takes the cache of model/cache.py alone")
+        if inference_context is not None:
+            assert rotary_pos_emb is not None and not self.training
+            inference_context.take_angles(rotary_pos_emb)
+            rotary_pos_emb = None  # the cache rotates
+        self._cache = inference_context
         given: Any = hidden_states if self.pre_process else self.input_tensor
         hidden: Tensor = given.unwrap() if isinstance(given, WrappedTensor) else given
         injected = self._received_injection
@@ -108,7 +128,7 @@ class RecurrentStack(HybridStack):
         received = hidden
         delayed = bool(self.config.fp8) and self.config.fp8_recipe == Fp8Recipe.delayed
         with get_fp8_context(self.config) if delayed else nullcontext():
-            for loop, visits in self._segments():
+            for loop, visits in self._segments(self.loops if self._cache is None else self._cache.loops):
                 if loop is not None and self._starts_core(visits[0]):
                     if loop == 0:
                         injected = hidden
@@ -125,6 +145,7 @@ class RecurrentStack(HybridStack):
         if hidden is received:
             # All visits of this stage were skipped; the schedule needs an output of its own.
             hidden = hidden.clone()
+        self._cache = None
         if self._carries_out:
             assert injected is not None
             hidden = torch.cat((hidden, injected))
@@ -140,9 +161,9 @@ class RecurrentStack(HybridStack):
         last = len(self.plan.pattern.prelude) + len(self.plan.pattern.core) - 1
         return self.recurrence.order == "sequence" or visit.layer == last
 
-    def _segments(self) -> Iterator[tuple[int | None, list[Visit]]]:
-        """This stage's visits, skipped ones left out, cut where the loop changes (or layer by layer)."""
-        visits = [v for v in self.visits if v.loop is None or v.loop < self.loops]
+    def _segments(self, loops: int) -> Iterator[tuple[int | None, list[Visit]]]:
+        """This stage's visits, those of further loops left out, cut where the loop changes (or layer by layer)."""
+        visits = [v for v in self.visits if v.loop is None or v.loop < loops]
         by_part = groupby(visits, key=lambda v: (v.loop, v.layer < len(self.plan.pattern.prelude)))
         for (loop, _), grouped in by_part:
             segment = list(grouped)
@@ -184,12 +205,16 @@ class RecurrentStack(HybridStack):
         """One effective layer. hidden: [s, b, h]."""
         for module in self._per_loop[visit.layer]:
             module.loop = visit.loop or 0
+        for attention in self._attention[visit.layer]:
+            attention.lookup = self._cache and partial(self._cache.attend, visit, self.config)
         # The delayed recipe has one context around the whole pass, the others one a layer.
         each = bool(self.config.fp8) and self.config.fp8_recipe != Fp8Recipe.delayed
         with self._learning(visit):
             for sublayer in self._sublayers[visit.layer]:
                 with get_fp8_context(self.config, sublayer.layer_number - 1) if each else nullcontext():
                     hidden, _ = sublayer(hidden_states=hidden, **arguments)
+        for attention in self._attention[visit.layer]:
+            attention.lookup = None  # or it would hold the cache's memory
         return hidden
 
     @contextmanager

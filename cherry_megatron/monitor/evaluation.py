@@ -124,11 +124,8 @@ class GenerationHealth:
 
     def __call__(self, model: list[torch.nn.Module]) -> None:
         """Every rank calls it."""
-        for chunk in model:
-            for stack in recurrent_stacks(chunk):
-                stack.loops = self._loops
-        options, prompts = self._options, self._prompts
-        found = generate(model, prompts.ids, options.tokens, options.temperature, GENERATION_SEED, prompts.end)
+        prompts = self._prompts
+        found = generate(model, prompts.ids, self._options, self._loops, GENERATION_SEED, prompts.end).texts
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
             self._report(found)
 
@@ -140,6 +137,8 @@ class GenerationHealth:
             record = {
                 "loops": self._loops,
                 "temperature": self._options.temperature,
+                "top_k": self._options.top_k,
+                "top_p": self._options.top_p,
                 "tokens": self._options.tokens,
                 "health": overall,
                 "texts": [

@@ -66,12 +66,12 @@ class Progress:
             if opened is not None:
                 opened.close()
 
-    def say(self, line: str) -> None:
-        """Print a line above the progress bar."""
+    def say(self, line: str, end: str = "\n") -> None:
+        """Print a line, or a part of one, above the progress bar."""
         if self._bar is not None:
-            self._bar.write(line, file=self._terminal)
+            self._bar.write(line, file=self._terminal, end=end)
         else:
-            print(line, file=self._terminal, flush=True)
+            print(line, file=self._terminal, end=end, flush=True)
 
     def scalar(self, tag: str, value: float, iteration: int) -> None:
         """Write one of our own scalars."""

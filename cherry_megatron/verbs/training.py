@@ -79,11 +79,19 @@ def add_generate(verbs: argparse._SubParsersAction) -> None:
         machine = prepare()
         config = load_config(arguments)
         from cherry_megatron.inference.continuation import continue_prompts
+        from cherry_megatron.inference.draft import drafting
 
-        given = {"tokens": arguments.tokens, "temperature": arguments.temperature}
-        options = {name: value for name, value in given.items() if value is not None}
+        given = {name: getattr(arguments, name) for name in ("tokens", "temperature", "top_k", "top_p")}
         continue_prompts(
-            config, machine, arguments.prompt, options, arguments.seed, arguments.loops, show_all=arguments.verbose
+            config,
+            machine,
+            arguments.prompt,
+            {name: value for name, value in given.items() if value is not None},
+            arguments.seed,
+            arguments.loops,
+            drafting(arguments.draft_loops, arguments.draft_tokens),
+            arguments.stream,
+            show_all=arguments.verbose,
         )
 
     parser = add_verb(verbs, "generate", "continue prompts with a run's checkpoint", run)
@@ -92,7 +100,20 @@ def add_generate(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--temperature", type=float, help="0 takes the likeliest token (default generation.temperature, or 1)"
     )
+    parser.add_argument(
+        "--top-k", type=int, help="draw from so many of the likeliest, 0 for all (default generation.top_k, or 0)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        help="draw from the fewest likeliest that have this share together (default generation.top_p, or 1)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
     parser.add_argument("--loops", type=int, help="number of loops (default the model's)")
+    parser.add_argument("--stream", action="store_true", help="print texts while they grow")
+    parser.add_argument(
+        "--draft-loops", type=int, help="draft with so few loops, which changes the speed and not the text"
+    )
+    parser.add_argument("--draft-tokens", type=int, help="tokens of a draft (default 2)")
     parser.add_argument("--verbose", action="store_true", help="show Megatron's own output too")
     add_config(parser)

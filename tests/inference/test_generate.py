@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-import math
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from tests.conftest import PROMPTS, run_ranks
 TOKENS = 6
 TEMPERATURE = 0.8
 SEED = 7
+LONG = 61
 
 
 def with_model(path: Path, flags: str, called, *arguments):
@@ -22,12 +23,11 @@ def with_model(path: Path, flags: str, called, *arguments):
     from cherry_megatron.platform.machine import prepare
 
     machine = prepare()
-    from cherry_megatron.inference.generate import MULTIPLE
     from cherry_megatron.pretrain import load_only, pretrain
 
     config = load(path, (), flags.split())
     prompts = encode_prompts(config, PROMPTS, TOKENS, "the test").ids
-    prompts[2] = (prompts[2] * MULTIPLE)[: MULTIPLE - 3]  # passes get longer in the middle of its continuation
+    prompts[2] = (prompts[2] * LONG)[:LONG]  # more than a pass may hold of all prompts: it is read in pieces
     given = []
 
     def evaluation(*_):
@@ -37,26 +37,33 @@ def with_model(path: Path, flags: str, called, *arguments):
     return given[0]
 
 
-def greedy_and_drawn(prompts, end, model):
-    """Continuations that end at the likeliest tokens' fourth, and drawn ones without an end."""
+def continued(model, prompts, temperature=TEMPERATURE, loops=3, end=-1, drafting=None, heard=None, **options):
+    """What `generate` gives."""
+    from cherry_megatron.config import Generation
     from cherry_megatron.inference.generate import generate
 
-    return (
-        generate(model, prompts, TOKENS, 0.0, SEED, end),
-        generate(model, prompts, TOKENS, TEMPERATURE, SEED, end=-1),
+    chosen = Generation("the test", **{"tokens": TOKENS, "temperature": temperature, **options})
+    return generate(model, prompts, chosen, loops, SEED, end, drafting, heard)
+
+
+def greedy_and_drawn(prompts, end, model):
+    """Continuations that end at the likeliest tokens' fourth, drawn ones without an end, and both with drafts."""
+    from cherry_megatron.inference.draft import Drafting
+
+    return tuple(
+        continued(model, prompts, temperature, end=stop, drafting=drafting).texts
+        for drafting in (None, Drafting(loops=1, tokens=2))
+        for temperature, stop in ((0.0, end), (TEMPERATURE, -1))
     )
 
 
 def on_one_rank(prompts, model):
     """All that is compared, and the likeliest tokens by a plain loop: each text by itself, nothing behind it."""
     import torch
-    from megatron.core.utils import get_attr_wrapped_model
-
-    from cherry_megatron.inference.generate import generate
 
     model[0].train()
     before = torch.get_rng_state()
-    drawn = generate(model, prompts[3:], TOKENS, TEMPERATURE, SEED, end=-1)
+    drawn = continued(model, prompts[3:]).texts
     assert model[0].training, "the model is left as it was"
     assert torch.equal(torch.get_rng_state(), before), "the training's draws are disturbed"
     model[0].eval()
@@ -69,8 +76,9 @@ def on_one_rank(prompts, model):
         plain.append(tokens[len(prompt) :])
     end = plain[0][3]
     found = {"plain": plain, "end": end, "drawn": drawn, "both": greedy_and_drawn(prompts, end, model)}
-    get_attr_wrapped_model(model[0], "decoder").loops = 1
-    return {**found, "one loop": generate(model, prompts[:2], TOKENS, TEMPERATURE, SEED, end=-1)}
+    found["one loop"] = continued(model, prompts[:2], loops=1).texts
+    found["alone"] = [continued(model, [prompt]).texts[0] for prompt in prompts]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -89,34 +97,11 @@ def test_the_likeliest_tokens_are_those_of_a_plain_loop_up_to_the_end(single):
 def test_a_continuation_does_not_depend_on_the_other_prompts(single):
     assert single["drawn"] == single["both"][1][3:]
     assert single["drawn"] != single["plain"][3:]
+    assert single["alone"] == single["both"][1]
 
 
-def picked():
-    """Shares of tokens among many draws, by temperature, with what they should be; and picks of odd logits."""
-    import torch
-
-    from cherry_megatron.inference.generate import pick
-
-    logits = torch.randn(12, generator=torch.Generator().manual_seed(1)) * 2
-    generator = torch.Generator().manual_seed(2)
-    found = {}
-    for temperature in (0.5, 1.0, 3.0):
-        weights = [math.exp(value / temperature) for value in logits.tolist()]
-        drawn = [pick(logits, temperature, generator) for _ in range(4000)]
-        found[temperature] = [(drawn.count(n) / 4000, weight / sum(weights)) for n, weight in enumerate(weights)]
-    inf, nan = float("inf"), float("nan")
-    odd = [[1.0, -inf, 3.0], [nan, nan, nan], [0.0, inf, nan]]
-    return found, [[pick(torch.tensor(row), temperature, generator) for temperature in (0, 1e-320)] for row in odd]
-
-
-def test_draws_follow_the_tempered_distribution(tmp_path: Path):
-    ((found, odd),) = run_ranks(tmp_path, 1, picked)
-    for temperature, shares in found.items():
-        for share, expected in shares:
-            spread = (expected * (1 - expected) / 4000) ** 0.5
-            assert share == pytest.approx(expected, abs=4 * spread), temperature
-    assert odd[0] == [2, 2] and odd[2] == [1, 1]
-    assert all(token in range(3) for token in odd[1]), "a model that has diverged says something"
+def test_drafts_change_no_token(single):
+    assert single["both"][2:] == single["both"][:2]
 
 
 # name: (ranks, Megatron flags)
@@ -153,20 +138,39 @@ def test_layout_rest(name, speaking, single, tmp_path: Path):
     check(REST[name], speaking, single, tmp_path)
 
 
-def said(arguments: list[str]) -> tuple[int, str]:
+def test_more_ranks_than_prompts(speaking, single, tmp_path: Path):
+    """Replicas without a prompt wait for the others."""
+    for found in run_ranks(tmp_path, 2, with_model, speaking, "", first_alone):
+        assert found == single["alone"][:1]
+
+
+def first_alone(prompts, model):
+    return continued(model, prompts[:1]).texts
+
+
+def said(arguments: list[str]) -> tuple[int, str, str]:
     from cherry_megatron.cli import main
 
-    with contextlib.redirect_stdout(io.StringIO()) as out:
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as errors:
         status = main(["generate", *arguments])
-    return status, out.getvalue()
+    return status, out.getvalue(), errors.getvalue()
 
 
-def test_the_verb_prints_prompts_with_what_follows(speaking: Path, single, data: Path, tmp_path: Path):
-    options = ["--tokens", str(TOKENS), "--temperature", str(TEMPERATURE), "--seed", str(SEED), "--loops", "1"]
-    arguments = ["--config", str(speaking), *options, "--prompt", *PROMPTS[:2]]
-    ((status, out),) = run_ranks(tmp_path, 1, said, arguments)
+@pytest.mark.parametrize(
+    ("options", "speed"),
+    [
+        ("--loops 1", r"12 tokens in [\d.]+ s, [\d.]+ tokens/s"),
+        ("--stream --draft-loops 1", r"12 tokens in [\d.]+ s, [\d.]+ tokens/s; \d+ of \d+ drafted tokens .*\)"),
+    ],
+)
+def test_the_verb_prints_prompts_with_what_follows(options, speed, speaking, single, data: Path, tmp_path: Path):
+    given = ["--tokens", str(TOKENS), "--temperature", str(TEMPERATURE), "--seed", str(SEED), *options.split()]
+    arguments = ["--config", str(speaking), *given, "--prompt", *PROMPTS[:2]]
+    ((status, out, errors),) = run_ranks(tmp_path, 1, said, arguments)
     tokenizer = Tokenizer.from_file(str(data / "tokenizer" / "tokenizer.json"))
-    expected = [tokenizer.decode(text, skip_special_tokens=False) for text in single["one loop"]]
-    assert single["one loop"] != single["both"][1][:2]
+    tokens = single["one loop"] if "--loops 1" in options else single["alone"][:2]
+    expected = [tokenizer.decode(text, skip_special_tokens=False) for text in tokens]
+    assert single["one loop"] != single["alone"][:2]
     assert status == 0
     assert out == "".join(f"> {prompt}\n{text}\n\n" for prompt, text in zip(PROMPTS, expected, strict=False))
+    assert re.fullmatch(speed, errors.splitlines()[-1])
