@@ -50,7 +50,6 @@ def continue_prompts(
     Raises:
         CherryError: if the run has no checkpoint, a prompt cannot be continued, or an option is out of range.
     """
-    config.require_one_model("cherry generate")
     chosen = replace(config.generation or Generation(prompts="--prompt"), **options)
     if loops is not None and loops < 1:
         raise CherryError(f"--loops {loops} must be a positive number")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cherry_megatron.errors import CherryError
-from cherry_megatron.inference.reader import Reader
+from cherry_megatron.inference.reader import Reads
 from cherry_megatron.inference.rows import Chooser, Row
 
 
@@ -86,7 +86,7 @@ class FewerLoops:
         tokens: of a draft.
     """
 
-    def __init__(self, reader: Reader, chooser: Chooser, tokens: int) -> None:
+    def __init__(self, reader: Reads, chooser: Chooser, tokens: int) -> None:
         self._reader, self._chooser, self._tokens = reader, chooser, tokens
 
     def draft(self, rows: Sequence[Row], most: int) -> list[list[int]]:

@@ -15,8 +15,9 @@ from megatron.training import get_args
 
 from cherry_megatron.config import Generation
 from cherry_megatron.inference.draft import Drafter, Drafting, FewerLoops, NoDrafts
+from cherry_megatron.inference.mixture import readers
 from cherry_megatron.inference.prompts import check_fit
-from cherry_megatron.inference.reader import Reader
+from cherry_megatron.inference.reader import Reads
 from cherry_megatron.inference.rows import Chooser, Row
 
 
@@ -57,8 +58,9 @@ def generate(
 ) -> Generated:
     """Continue prompts. Every rank must call it, with the same values.
 
-    Data-parallel replicas share out the prompts. A continuation depends on the model, its prompt, and what is asked
-    here; not on the layout, nor on the other prompts, nor on drafting.
+    Data-parallel replicas share out the prompts; of a mixture, ranks that hold all experts together are one. A
+    continuation depends on the model, its prompt, and what is asked here; not on the layout, nor on the other
+    prompts, nor on drafting.
 
     Args:
         model: chunks of this rank.
@@ -78,15 +80,16 @@ def generate(
     """
     check_fit(prompts, options.tokens, get_args().seq_length, "generation")
     started = time.perf_counter()
-    replicas = mpu.get_data_parallel_group()
+    read, replicas = readers(model)
+    replicas = replicas or mpu.get_data_parallel_group()
     mine = range(replicas.rank(), len(prompts), replicas.size())
     rows = [Row(number, prompts[number], options.tokens, end) for number in mine]
     room = max(map(len, prompts)) + options.tokens + (drafting.tokens if drafting else 0)
     chooser = Chooser(options, seed)
-    reader = Reader(model, len(rows), room, loops)
+    reader = read(len(rows), room, loops)
     drafter: Drafter = NoDrafts()
     if drafting is not None:
-        drafter = FewerLoops(Reader(model, len(rows), room, drafting.loops), chooser, drafting.tokens)
+        drafter = FewerLoops(read(len(rows), room, drafting.loops), chooser, drafting.tokens)
     with _evaluating(model):
         drafted, accepted = _grow(rows, reader, chooser, drafter, heard or (lambda _: None))
     found: list[Any] = [None] * replicas.size()
@@ -101,7 +104,7 @@ def generate(
 
 
 def _grow(
-    rows: Sequence[Row], reader: Reader, chooser: Chooser, drafter: Drafter, heard: Callable[[Row], None]
+    rows: Sequence[Row], reader: Reads, chooser: Chooser, drafter: Drafter, heard: Callable[[Row], None]
 ) -> tuple[int, int]:
     """Add tokens to all rows until all are over.
 

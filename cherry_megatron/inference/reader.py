@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core import mpu
@@ -15,6 +15,14 @@ from torch import Tensor
 from cherry_megatron.model.cache import Cache
 
 FP8_MULTIPLE = 32  # of the tokens of a pass: 16 is enough for all recipes but MXFP8
+
+
+class Reads(Protocol):
+    """What reads growing texts, see Reader."""
+
+    def logits_after(self, texts: Sequence[Sequence[int]], count: int) -> Tensor | None: ...
+
+    def keep(self, rows: Sequence[int]) -> None: ...
 
 
 class Reader:

@@ -1,0 +1,105 @@
+"""Texts through a mixture: each expert reads those that it was chosen for, and the next token is drawn from all.
+
+    log p(y|x) = logsumexp_e(log g_e(x) + log p_e(y|x))
+
+A text's experts are chosen once, from its prompt as far as the prefix reaches. Ranks with other experts read the
+same texts, and exchange log-probabilities of the whole vocabulary: one row a token, unlike training.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from megatron.training import get_args
+from torch import Tensor
+
+from cherry_megatron.inference.reader import Reader, Reads
+from cherry_megatron.model.choice import top
+from cherry_megatron.model.mixture import MixtureModel, mixture_of
+
+
+class MixtureReader:
+    """As Reader, of a mixture. The router reads whole texts in every pass; it is small.
+
+    Args:
+        mixture: on this rank.
+        rows, longest, loops: as Reader's.
+    """
+
+    def __init__(self, mixture: MixtureModel, rows: int, longest: int, loops: int) -> None:
+        self._mixture, self._longest, self._loops = mixture, longest, loops
+        self._chosen: Tensor | None = None  # [n, experts]
+        self._readers: dict[int, Reader] = {}
+        self._places: dict[int, list[int]] = {}  # of the texts that an expert here reads
+
+    def logits_after(self, texts: Sequence[Sequence[int]], count: int) -> Tensor:
+        """As Reader's; log-probabilities."""
+        gates = self._gates(texts)
+        if self._chosen is None:
+            self._choose(gates, [len(text) - count + 1 for text in texts])
+        assert self._chosen is not None
+        last = torch.stack([of[len(text) - count : len(text)] for of, text in zip(gates, texts, strict=True)])
+        log_gates = last.masked_fill(~self._chosen.unsqueeze(1), float("-inf")).log_softmax(-1)
+        found = last.new_full((len(texts), count, get_args().padded_vocab_size), float("-inf"))
+        for expert, places in self._places.items():
+            logits = self._readers[expert].logits_after([texts[place] for place in places], count)
+            assert logits is not None  # there are no pipeline stages
+            likely = logits.log_softmax(-1) + log_gates[places, :, expert, None]
+            found[places] = found[places].logaddexp(likely)
+        return self._together(found)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with some texts alone."""
+        if self._chosen is None:
+            return
+        self._chosen = self._chosen[list(rows)]
+        for expert, places in list(self._places.items()):
+            staying = [place for place, row in enumerate(places) if row in rows]
+            self._places[expert] = [new for new, row in enumerate(rows) if row in places]
+            if staying:
+                self._readers[expert].keep(staying)
+            else:
+                del self._places[expert], self._readers[expert]
+
+    def _gates(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """Logarithms of the gates, [n, longest text, experts]; the same on all tensor-parallel ranks."""
+        tokens = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
+        for row, text in zip(tokens, texts, strict=True):
+            row[: len(text)] = torch.tensor(text)  # what is behind a text changes no gate within it
+        gates: Tensor = self._mixture.router(tokens.to(torch.cuda.current_device()))
+        torch.distributed.broadcast(gates, group=self._mixture.pg_collection.tp, group_src=0)
+        return gates
+
+    def _choose(self, gates: Tensor, prompts: Sequence[int]) -> None:
+        """gates: [n, s, experts]; prompts: tokens of each."""
+        scores = torch.cat(
+            [self._mixture.scores(of[None, :given]) for of, given in zip(gates, prompts, strict=True)]
+        )
+        self._chosen = top(scores, self._mixture.options.top_k)
+        for name, expert in self._mixture.experts.items():
+            places = self._chosen[:, int(name)].nonzero().flatten().tolist()
+            if places:
+                self._places[int(name)] = places
+                self._readers[int(name)] = Reader([expert], len(places), self._longest, self._loops)
+
+    def _together(self, found: Tensor) -> Tensor:
+        """With what the experts on other ranks say."""
+        group = self._mixture.pg_collection.ep
+        peak = found.clone()
+        torch.distributed.all_reduce(peak, torch.distributed.ReduceOp.MAX, group=group)
+        shares = (found - peak).exp()
+        torch.distributed.all_reduce(shares, group=group)
+        return peak + shares.log()
+
+
+def readers(
+    model: list[torch.nn.Module],
+) -> tuple[Callable[[int, int, int], Reads], torch.distributed.ProcessGroup | None]:
+    """What reads texts with this model, from the arguments of Reader but the model.
+
+    Returns:
+        It, and the group of the ranks that can share out texts; None: all data-parallel ones.
+    """
+    mixture = mixture_of(model[0])
+    if mixture is None:
+        return lambda *sizes: Reader(model, *sizes), None
+    return lambda *sizes: MixtureReader(mixture, *sizes), mixture.pg_collection.expt_dp
