@@ -1,4 +1,4 @@
-# make demo    set up, then 48 layers -> 6, walked as 34, on real Korean text (CPU, under 10 minutes)
+# make demo    set up, then 48 layers -> 6, walked as 34, on real Korean text (CPU, under 10 minutes; ends with a mixture that speaks)
 # make test    set up, then every kind of test, with a fixed sample of the large matrices
 # make lint    ruff and mypy
 

@@ -1,5 +1,6 @@
 #!/bin/sh
-# The demo: real Korean documentation -> tokenizer -> indexed tokens -> 48 layers -> 6, walked as 34 -> recovery.
+# The demo: real Korean documentation -> tokenizer -> indexed tokens -> 48 layers -> 6, walked as 34 -> recovery
+# -> a second expert -> a mixture of both -> a Korean sentence.
 # What is done already is not done again; remove runs/demo to begin anew.
 # usage: demo.sh CHERRY
 set -eu
@@ -19,6 +20,12 @@ step pretrain --config configs/tiny_base.yaml
 [ -d $run/compressed ] || step compress-depth --load $run/base --save $run/compressed --config configs/tiny_recover.yaml
 [ -d $run/recovered/checkpoints ] || step evaluate --config configs/tiny_recover.yaml
 step pretrain --config configs/tiny_recover.yaml
-step params configs/tiny_recover.yaml
-step lineage $run/recovered
+step pretrain --config configs/tiny_branch.yaml
+[ -d $run/mixture ] || step assemble-moee --load $run/recovered $run/branch --save $run/mixture --config configs/tiny_mixture.yaml
+[ -d $run/moee/checkpoints ] || step evaluate --config configs/tiny_mixture.yaml
+step pretrain --config configs/tiny_mixture.yaml
+step evaluate --config configs/tiny_mixture.yaml
+step params configs/tiny_mixture.yaml
+step lineage $run/moee
+step generate --config configs/tiny_mixture.yaml --prompt "결제를 연동하려면" --tokens 32 --temperature 0.5 --top-p 0.9
 printf '\nTensorBoard: %s/tensorboard --logdir %s\n' "$(dirname "$cherry")" $run

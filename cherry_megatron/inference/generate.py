@@ -84,7 +84,7 @@ def generate(
     replicas = replicas or mpu.get_data_parallel_group()
     mine = range(replicas.rank(), len(prompts), replicas.size())
     rows = [Row(number, prompts[number], options.tokens, end) for number in mine]
-    room = max(map(len, prompts)) + options.tokens + (drafting.tokens if drafting else 0)
+    room = max(map(len, prompts)) + options.tokens + (min(drafting.tokens, options.tokens) if drafting else 0)
     chooser = Chooser(options, seed)
     reader = read(len(rows), room, loops)
     drafter: Drafter = NoDrafts()
@@ -119,8 +119,8 @@ def _grow(
         count = len(drafts[0]) + 1
         chosen = chooser.after(reader.logits_after(texts, count), count, rows, texts)
         for row, draft, tokens in zip(rows, drafts, chosen, strict=True):
+            drafted += min(len(draft), row.missing - 1)  # the rest could not become text
             taken = row.take(tokens)
-            drafted += len(draft)
             accepted += sum(token == guess for token, guess in zip(taken, draft, strict=False))
             heard(row)
         going = [place for place, row in enumerate(rows) if not row.over]

@@ -93,12 +93,14 @@ def encode_prompts(config: Config, texts: list[str], new_tokens: int, named: str
 
 
 def check_fit(prompts: Sequence[Sequence[int]], new_tokens: int, longest: int, named: str) -> None:
-    """See that each prompt and what follows it fit into one sequence.
+    """See that each prompt has tokens and fits into one sequence with what follows it.
 
     Raises:
         CherryError: the first that does not.
     """
     for number, prompt in enumerate(prompts, start=1):
+        if not prompt:
+            raise CherryError(f"{named}: the tokenizer has no token for anything in prompt {number}; change it")
         if len(prompt) + new_tokens > longest:
             raise CherryError(
                 f"{named}: prompt {number} of {len(prompt)} tokens and {new_tokens} new ones do not fit into "

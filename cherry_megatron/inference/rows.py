@@ -7,7 +7,7 @@ from megatron.core import mpu
 from torch import Tensor
 
 from cherry_megatron.config import Generation
-from cherry_megatron.inference.sampling import pick
+from cherry_megatron.inference.sampling import pick, shares_of
 from cherry_megatron.model.seeding import seed_of
 
 _NONE = -1  # where no token is chosen
@@ -86,7 +86,10 @@ class Chooser:
         """
         chosen = torch.full((len(rows), count), _NONE)
         if logits is not None:
-            for found, *given in zip(chosen, logits.cpu(), rows, texts, strict=True):
+            shares = shares_of(
+                logits, self._options
+            ).cpu()  # drawn there, as a generator's numbers are each device's own
+            for found, *given in zip(chosen, shares, rows, texts, strict=True):
                 tokens = self._of_one(*given)
                 found[: len(tokens)] = torch.tensor(tokens)
         shared = chosen.to(torch.cuda.current_device())
@@ -94,10 +97,10 @@ class Chooser:
         torch.distributed.broadcast(shared, group=group, group_src=group.size() - 1)  # a rank of the last stage
         return [[token for token in found if token != _NONE] for found in shared.tolist()]
 
-    def _of_one(self, logits: Tensor, row: Row, text: Sequence[int]) -> list[int]:
-        """logits: [count, v]."""
+    def _of_one(self, shares: Tensor, row: Row, text: Sequence[int]) -> list[int]:
+        """shares: [count, v]."""
         tokens: list[int] = []
-        for position, likely in enumerate(logits, start=len(text) - len(logits) + 1):
+        for position, likely in enumerate(shares, start=len(text) - len(shares) + 1):
             tokens.append(pick(likely, self._options, row.generator(self._seed, position)))
             if position < len(text) and tokens[-1] != text[position]:
                 break  # the rest of the text was read after another token

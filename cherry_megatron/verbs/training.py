@@ -112,7 +112,9 @@ def add_generate(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--loops", type=int, help="number of loops (default the model's)")
     parser.add_argument("--stream", action="store_true", help="print texts while they grow")
     parser.add_argument(
-        "--draft-loops", type=int, help="draft with so few loops, which changes the speed and not the text"
+        "--draft-loops",
+        type=int,
+        help="draft with so few loops, which changes the speed and, but for rounding, not the text",
     )
     parser.add_argument("--draft-tokens", type=int, help="tokens of a draft (default 2)")
     parser.add_argument("--verbose", action="store_true", help="show Megatron's own output too")

@@ -9,13 +9,18 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cherry_megatron.config import Generation
-from cherry_megatron.inference.sampling import drawable, pick
+from cherry_megatron.inference.sampling import drawable, shares_of
+from cherry_megatron.inference.sampling import pick as pick_of
 
 LOGITS = torch.randn(12, generator=torch.Generator().manual_seed(1)) * 2
 
 
 def options(**given):
     return Generation("the test", **given)
+
+
+def pick(logits, chosen, generator):
+    return pick_of(shares_of(logits, chosen), chosen, generator)
 
 
 def reference(weights, top_k, top_p):
@@ -91,6 +96,23 @@ def test_similar_logits_mostly_give_the_same_token():
     bound = (1 - distance) / (1 + distance)
     assert distance > 0.02
     assert same / 1000 >= bound - 4 * (bound * (1 - bound) / 1000) ** 0.5
+
+
+def test_rows_are_filtered_one_by_one():
+    rows = torch.stack([LOGITS, LOGITS.flip(0), -LOGITS])
+    for chosen in (
+        options(temperature=0.0),
+        options(top_k=3),
+        options(top_p=0.5),
+        options(temperature=0.7, top_p=0.9),
+    ):
+        together = shares_of(rows, chosen)
+        assert torch.equal(together, torch.stack([shares_of(row, chosen) for row in rows]))
+
+
+def test_the_smallest_share_leaves_the_likeliest():
+    drawn = pick(LOGITS, options(top_k=1, top_p=1e-323), torch.Generator())
+    assert drawn == int(LOGITS.argmax())
 
 
 @pytest.mark.parametrize("temperature", [0, 1e-320])
