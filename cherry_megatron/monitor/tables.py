@@ -11,7 +11,7 @@ _MODEL_PARALLEL = ("tensor-model-parallel-size", "pipeline-model-parallel-size",
 def params_table(config: Config) -> str:
     """Parameters and FLOPs by part, and the memory of a rank of each pipeline stage."""
     shape, sequence = config.shape, config.value("seq-length")
-    rows = account(config.recurrence, shape, sequence, config.moee)
+    rows = account(config.recurrence, shape, sequence, config.moee, config.mtp.depths)
     lines = [
         f"{config.source}: {config.recurrence.pattern}, {len(config.recurrence.parsed.layers)} stored layers, "
         f"{len(config.plan().visits)} effective",

@@ -1,0 +1,175 @@
+"""A training step with multi-token prediction is that of plain PyTorch, under every layout; a resume goes on."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import _train, run_ranks
+from tests.sgt.conftest import ONE_STEP, distance, first_gradient
+
+TOLERANCE = 1e-5
+STAY = f"{ONE_STEP} --lr 0 --weight-decay 0"  # the checkpoint holds the weights of before the step
+WEIGHT = 0.3
+ALPHA = 0.7
+
+
+def record(path, folder, flags):
+    """Train, and keep the rows that are trained on, and those of the evaluation after it."""
+    import torch
+
+    from cherry_megatron import objective
+
+    batches, read = [], objective.next_batch
+
+    def next_batch(*args, **kwargs):
+        batch = read(*args, **kwargs)
+        kept = ("tokens", "labels", "loss_mask", "selected")
+        batches.append({key: batch[key] for key in kept if batch[key] is not None})
+        return batch
+
+    objective.next_batch = next_batch
+    _train(path, [], flags.split())
+    # Micro-batches of the global batch of eight; of the evaluations the last is that with all loops.
+    for name, micro in (("batch", batches[:4]), ("held_out", batches[-4:])):
+        torch.save({key: torch.cat([b[key] for b in micro]) for key in micro[0]}, folder / f"{name}.pt")
+
+
+def losses(state, rows, depths, walk):
+    """The model's and each depth's cross-entropy [b, s - depth], and what they find likeliest."""
+    from torch.nn import functional as F
+
+    from tests.model import reference
+
+    model = {"heads": 4, "groups": 4, "size": 8}
+    x = reference.states(state, rows["tokens"], walk, **model)
+    logits = [x @ state["output_layer.weight"].T]
+    logits += reference.predicted_ahead(state, rows["tokens"], x, depths, **model)
+    targets = [rows["labels"][:, depth:] for depth in range(depths + 1)]
+    found = [F.cross_entropy(a.transpose(1, 2), b, reduction="none") for a, b in zip(logits, targets, strict=True)]
+    return found, [each.argmax(-1) for each in logits]
+
+
+def expected(folder, depths, rho=None):
+    """The reference's gradient on the recorded rows; the losses of the step and of the evaluation.
+
+    With rho, the marked share of the training data, targets are weighted.
+    """
+    import torch
+
+    from cherry_megatron.model.pattern import parse, unroll
+    from cherry_megatron.storage.checkpoint import open_checkpoint
+    from tests.model.reference import local_name
+
+    checkpoint = open_checkpoint(folder / "run" / "checkpoints")
+    trained = {n: torch.from_numpy(np.array(checkpoint.read(n))).double() for n in checkpoint.model}
+    state = {local_name(name): value.requires_grad_() for name, value in trained.items()}
+    walk = [(visit.layer, visit.loop) for visit in unroll(parse("*-[*-*-]x3*-"), 3, "cycle")]
+    batch, held_out = torch.load(folder / "batch.pt"), torch.load(folder / "held_out.pt")
+    assert not batch["loss_mask"].all(), "a mask of ones tests little"
+    assert batch["loss_mask"].any()
+    counted = batch["loss_mask"].double()
+    if rho is not None:
+        counted = counted * ((1 - ALPHA) + ALPHA * batch["selected"] / rho)
+    found, _ = losses(state, batch, depths, walk)
+    total = (found[0] * counted).sum()
+    for depth in range(1, depths + 1):
+        total = total + WEIGHT / depths * (found[depth] * counted[:, depth:]).sum()
+    (total / batch["loss_mask"].sum()).backward()
+    gradient = {name: value.grad.numpy() for name, value in trained.items()}
+    with torch.no_grad():
+        later, chosen = losses(state, held_out, depths, walk)
+
+    def means(values, rows):
+        masks = [rows["loss_mask"][:, depth:] for depth in range(depths + 1)]
+        return [float((v * m).sum() / m.sum()) for v, m in zip(values, masks, strict=True)]
+
+    agrees = [chosen[depth] == chosen[0][:, depth:] for depth in range(depths + 1)]
+    return gradient, means(found, batch), means(later, held_out), means(agrees, held_out)[1:]
+
+
+def sections(depths, **megatron):
+    """Of a configuration with so many depths, for text of which some tokens have no loss."""
+    return {
+        "mtp": {"depths": depths, "weight": WEIGHT},
+        "data": {"prefix": 4},
+        "megatron": {"eod-mask-loss": True, **megatron},
+    }
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory, write_config):
+    """One process's step, and what the reference gives on its rows."""
+    done = {}
+
+    def get(depths):
+        if depths not in done:
+            folder = tmp_path_factory.mktemp("single")
+            path = write_config(folder, **sections(depths))
+            run_ranks(folder / "output", 1, record, path, folder, STAY)
+            (wanted,) = run_ranks(folder / "reference", 1, expected, folder, depths)
+            done[depths] = (folder, wanted)
+            compare(folder / "run", wanted)
+        return done[depths]
+
+    return get
+
+
+def compare(run, wanted):
+    """The step and the evaluation that a run has recorded are the reference's."""
+    from cherry_megatron.runs import read_evaluations, read_steps
+
+    gradient, trained, evaluated, accepted = wanted
+    (step,), (evaluation,) = read_steps(run), read_evaluations(run)
+    assert distance(first_gradient(run), gradient) <= TOLERANCE
+    ahead = {f"loss/{depth}": value for depth, value in enumerate(trained[1:], start=1)}
+    assert step["mtp"] == pytest.approx(ahead, rel=TOLERANCE)
+    assert step["loss"] == pytest.approx(trained[0], rel=TOLERANCE)
+    ahead = {f"loss/{depth}": value for depth, value in enumerate(evaluated[1:], start=1)}
+    ahead |= {f"acceptance/{depth}": value for depth, value in enumerate(accepted, start=1)}
+    assert evaluation["mtp"] == {"3": pytest.approx(ahead, rel=TOLERANCE)}
+    assert evaluation["losses"]["3"] == pytest.approx(evaluated[0], rel=TOLERANCE)
+
+
+TP, SP = "--tensor-model-parallel-size 2", "--tensor-model-parallel-size 2 --sequence-parallel"
+PP = "--pipeline-model-parallel-size 2"
+RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+SAMPLE = {"sp2": (2, 2, SP), "pp2": (2, 2, PP), "dp2-micro1": (1, 2, "--micro-batch-size 1")}
+REST = {
+    f"{name}-{depths}": (depths, *split)
+    for depths in (1, 2)
+    for name, split in {
+        "micro1": (1, "--micro-batch-size 1"),
+        "micro4": (1, "--micro-batch-size 4"),
+        "micro8": (1, "--micro-batch-size 8"),
+        "dp2": (2, ""),
+        "dp2-overlap": (2, "--overlap-grad-reduce --overlap-param-gather"),
+        "tp2": (2, TP),
+        "sp2": (2, SP),
+        "pp2": (2, PP),
+        "pp2-micro1": (2, f"{PP} --micro-batch-size 1"),
+        "pp2-sp2": (4, f"{PP} {SP}"),
+        "pp2-dp2": (4, PP),
+        "pp2-dp2-overlap": (4, f"{PP} --overlap-grad-reduce --overlap-param-gather"),
+        "recompute": (1, RECOMPUTE),
+        "pp2-sp2-recompute": (4, f"{PP} {SP} {RECOMPUTE}"),
+    }.items()
+}
+
+
+def check(depths, ranks, flags, tmp_path, single, write_config, train):
+    _, wanted = single(depths)
+    train(write_config(tmp_path, **sections(depths)), ranks, f"{STAY} {flags}")
+    compare(tmp_path / "run", wanted)
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_step_is_that_of_plain_pytorch(name, tmp_path: Path, single, write_config, train):
+    check(*SAMPLE[name], tmp_path, single, write_config, train)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", REST)
+def test_step_is_that_of_plain_pytorch_rest(name, tmp_path: Path, single, write_config, train):
+    check(*REST[name], tmp_path, single, write_config, train)
