@@ -52,12 +52,24 @@ def unloadable(config: Config) -> list[str]:
         return []
     if own_checkpoints(config):
         return _changes(config, folder)
+    found = _missing_depths(config, folder)
     if config.value("finetune") or config.value("no-load-optim"):
-        return []
+        return found
     if any(name.startswith(OPTIMIZER) for name in Checkpoint(folder).tensors):
-        return []
+        return found
     return [
         f"megatron.load {folder} holds no optimizer state; set megatron.finetune: true to start from its weights"
+    ]
+
+
+def _missing_depths(config: Config, folder: Path) -> list[str]:
+    """Megatron's own sentence is a list of tensors."""
+    held = sum(name.startswith("mtp.") and name.endswith("eh_proj.weight") for name in Checkpoint(folder).model)
+    if held >= config.mtp.depths:
+        return []
+    return [
+        f"megatron.load {folder} holds {held} of mtp.depths {config.mtp.depths}; only a compression of depth "
+        "(`cherry compress-depth`) adds some"
     ]
 
 

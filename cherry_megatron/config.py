@@ -302,6 +302,12 @@ def outline_mixture(path: Path, overrides: Sequence[str] = ()) -> Mixture:
     return mixture
 
 
+def outline_depths(path: Path, overrides: Sequence[str] = ()) -> int:
+    """A configuration's depths of multi-token prediction, likewise."""
+    section: MultiToken = _section(path, "mtp", MultiToken, _read_with(path, overrides).get("mtp", {}))
+    return section.depths
+
+
 def _read_with(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     data = read_file(path)
     for override in overrides:

@@ -75,6 +75,7 @@ class Objective:
         if mixture is None:
             output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], rows=rows)
             if (ahead := ahead_of(model)) is not None:
+                assert batch["loss_mask"] is not None
                 arguments.update(ahead=ahead, further=_tagged(MTP, ahead.report(batch["loss_mask"])))
         else:
             inputs = batch["tokens"], batch["position_ids"]

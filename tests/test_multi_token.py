@@ -1,13 +1,14 @@
 """A training step with multi-token prediction is that of plain PyTorch, under every layout; a resume goes on."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cherry_megatron.runs import read_evaluations, read_steps
 from tests.conftest import _train, run_ranks
 from tests.sgt.conftest import ONE_STEP, distance, first_gradient, mark
+from tests.test_bad_input import verb
 
 TOLERANCE = 1e-5
 STAY = f"{ONE_STEP} --lr 0 --weight-decay 0"  # the checkpoint holds the weights of before the step
@@ -135,8 +136,6 @@ def single(tmp_path_factory, write_config, answers):
 
 def compare(run, wanted):
     """The step and the evaluation that a run has recorded are the reference's."""
-    from cherry_megatron.runs import read_evaluations, read_steps
-
     gradient, trained, evaluated, accepted = wanted
     (step,), (evaluation,) = read_steps(run), read_evaluations(run)
     assert distance(first_gradient(run), gradient) <= TOLERANCE
@@ -152,7 +151,7 @@ def compare(run, wanted):
 TP, SP = "--tensor-model-parallel-size 2", "--tensor-model-parallel-size 2 --sequence-parallel"
 PP = "--pipeline-model-parallel-size 2"
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-SAMPLE = {"sp2": (2, 2, SP), "pp2": (2, 2, PP), "dp2-micro1": (1, 2, "--micro-batch-size 1")}
+SAMPLE = {"sp2": (2, 2, SP)}
 REST = {
     f"{name}-{depths}": (depths, *split)
     for depths in (1, 2)
@@ -161,6 +160,7 @@ REST = {
         "micro4": (1, "--micro-batch-size 4"),
         "micro8": (1, "--micro-batch-size 8"),
         "dp2": (2, ""),
+        "dp2-micro1": (2, "--micro-batch-size 1"),
         "dp2-overlap": (2, "--overlap-grad-reduce --overlap-param-gather"),
         "tp2": (2, TP),
         "sp2": (2, SP),
@@ -190,3 +190,104 @@ def test_step_is_that_of_plain_pytorch(name, tmp_path: Path, single, write_confi
 @pytest.mark.parametrize("name", REST)
 def test_step_is_that_of_plain_pytorch_rest(name, tmp_path: Path, single, write_config, train, answers):
     check(*REST[name], tmp_path, single, write_config, train, answers)
+
+
+RESUMED = {
+    "recurrence": {"random_loops": [1, 3]},
+    "mtp": {"depths": 2},
+    "megatron": {"train-iters": 8, "global-batch-size": 4},
+}
+
+
+def resume(layouts, tmp_path, write_config, train):
+    """Two steps under each layout, going on from the one before, are those of a run without a stop."""
+    undisturbed = train(write_config(tmp_path / "undisturbed", **RESUMED))
+    path = write_config(tmp_path / "resumed", **RESUMED)
+    for number, (ranks, flags) in enumerate(layouts, start=1):
+        found = train(path, ranks, f"{flags} --exit-interval {8 // len(layouts) * number}")
+    assert [step["iteration"] for step in found] == list(range(1, 9))
+    for ours, theirs in zip(found, undisturbed, strict=True):
+        assert ours["mtp"] == pytest.approx(theirs["mtp"], rel=TOLERANCE)
+        for value in ("loss", "grad_norm"):
+            assert ours[value] == pytest.approx(theirs[value], rel=TOLERANCE), (ours, theirs)
+
+
+def test_resume_under_another_layout(tmp_path: Path, write_config, train):
+    resume([(2, PP), (1, "")], tmp_path, write_config, train)
+
+
+@pytest.mark.full
+def test_resume_under_every_layout(tmp_path: Path, write_config, train):
+    resume([(4, f"{PP} {SP}"), (2, ""), (2, SP), (2, PP)], tmp_path, write_config, train)
+
+
+def test_a_model_learns_to_predict_ahead(tmp_path: Path, write_config, train):
+    """More and more of it is what the model itself says; a run keeps its depths."""
+    path = write_config(tmp_path, mtp={"depths": 1}, megatron={"train-iters": 30, "lr": 1e-2})
+    steps = train(path, 1, "", ("evaluation.at_start=true",))
+    assert steps[-1]["mtp"]["loss/1"] < steps[0]["mtp"]["loss/1"] - 0.5
+    start, end = (each["mtp"]["3"]["acceptance/1"] for each in read_evaluations(tmp_path / "run"))
+    assert end > start + 0.05
+    other = write_config(tmp_path / "other", mtp={"depths": 2}, megatron={"load": str(tmp_path / "run")})
+    for config, override, says in (
+        (path, "mtp.depths=2", "trained with mtp.depths 1, not 2"),
+        (path, "mtp.weight=0.2", "trained with mtp.weight 0.1, not 0.2"),
+        (other, "megatron.finetune=true", "holds 1 of mtp.depths 2"),
+    ):
+        command = ["pretrain", "--config", str(config), "--set", override]
+        ((status, errors),) = run_ranks(tmp_path, 1, verb, tmp_path, command)
+        assert status == 2
+        assert says in errors
+
+
+@pytest.mark.full
+def test_a_teacher_is_of_the_next_token_alone(tmp_path: Path, write_config, train):
+    """Of a student that is its own teacher only prediction ahead has a gradient: it doubles with its weight."""
+    original = write_config(tmp_path / "original", mtp={"depths": 1})
+    train(original, flags="--train-iters 5")
+    found = []
+    for weight in (0.1, 0.2):
+        folder = tmp_path / str(weight)
+        path = write_config(
+            folder,
+            mtp={"depths": 1, "weight": weight},
+            distillation={"config": str(original), "load": str(tmp_path / "original/run"), "weight": 1.0},
+            megatron={"load": str(tmp_path / "original/run"), "finetune": True, "clip-grad": 0.0},
+        )
+        (step,) = train(path, 2 if weight == 0.2 else 1, ONE_STEP + (f" {PP}" if weight == 0.2 else ""))
+        found.append(step["grad_norm"])
+    assert found[0] > 0
+    assert found[1] == pytest.approx(2 * found[0], rel=1e-4)
+
+
+@pytest.mark.full
+def test_the_highest_losses_are_those_of_the_next_token(tmp_path: Path, write_config, train):
+    """Online selection is the same with and without prediction ahead, under a split too."""
+    found = [
+        train(write_config(tmp_path / name, **sections), ranks, f"{ONE_STEP} {flags}", ("sgt.top_loss=0.2",))[0]
+        for name, sections, ranks, flags in (
+            ("without", {}, 1, ""),
+            ("with", {"mtp": {"depths": 2}}, 1, ""),
+            ("split", {"mtp": {"depths": 2}}, 2, "--micro-batch-size 1"),
+        )
+    ]
+    for value in ("loss", "selected_loss", "weighted_loss"):
+        assert found[0][value] == found[1][value]
+        assert found[2][value] == pytest.approx(found[1][value], rel=TOLERANCE)
+    assert found[2]["grad_norm"] == pytest.approx(found[1]["grad_norm"], rel=TOLERANCE)
+
+
+def test_the_model_itself_starts_as_without(single, tmp_path, write_config, train, answers):
+    """Bit for bit, with the same configuration hash if there is none."""
+    from cherry_megatron.storage.checkpoint import open_checkpoint
+
+    folder, _ = single(2)
+    train(write_config(tmp_path, **{**sections(2, answers), "mtp": {"depths": 0}}), 1, STAY)
+    plain, ours = (open_checkpoint(run / "run/checkpoints") for run in (tmp_path, folder))
+    assert {name for name in ours.model if not name.startswith("mtp.")} == plain.model.keys()
+    for name in plain.model:
+        assert np.array_equal(plain.read(name), ours.read(name)), name
+    (step,) = read_steps(tmp_path / "run")
+    assert step["loss"] == read_steps(folder / "run")[0]["loss"]
+    assert "mtp" not in step
+    assert "mtp" not in (tmp_path / "run/config.yaml").read_text()

@@ -127,7 +127,7 @@ class Progress:
         seconds = self._timed - before
         loss = self._heard.get(shown, float("nan"))
         self._interval.append((loss, seconds))
-        record = {
+        record: dict[str, Any] = {
             "iteration": iteration,
             "loss": self._heard.get("lm loss"),
             "grad_norm": self._heard["grad-norm"],
