@@ -164,13 +164,13 @@ def plan_compression(
     draw, std = None, megatron.get("init-method-std", INIT_STD)
     if not isinstance(std, int | float) or not 0 < std < 1e3:
         raise CherryError(f"{config}: megatron.init-method-std must be a positive number (it is {std})")
-    spreads = {"std": std, "output_std": std * recurrence.output_scale, "seed": options.seed}
+    output_std = std * recurrence.output_scale
     if options.method == "random":
         if recurrence.loop_rank:
             raise CherryError("--method random keeps nothing that recurrence.loop_rank could correct; set it to 0")
-        draw = partial(Drawn, **spreads)
+        draw = partial(Drawn, std=std, output_std=output_std, seed=options.seed)
     jobs = compression(source, layers, recurrence, mixes, alignment, moments, gated, draw)
-    jobs += new_depths(source, layers, depths, **spreads)
+    jobs += new_depths(source, layers, depths, std, output_std, options.seed)
     source.check([name for job in jobs for name in job.reads])
     pattern = recurrence.parsed
     details: dict[str, Any] = {

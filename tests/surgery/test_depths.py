@@ -42,7 +42,7 @@ def test_compression_takes_them_over_and_draws_more(deep, tmp_path, write_config
     assert step["mtp"].keys() == {"loss/1", "loss/2"}
     with pytest.raises(CherryError, match=r"mtp.depths is 0, but .* has 1, which are taken over"):
         compress.plan_compression(deep.parent / "run", path, ("mtp.depths=0",), OPTIONS)
-    with pytest.raises(CherryError, match="no moments for new layers of mtp.depths 2"):
+    with pytest.raises(CherryError, match=r"no moments for new layers of mtp.depths 2"):
         compress.plan_compression(deep.parent / "run", path, (), compress.Options(optimizer="average"))
 
 
