@@ -249,6 +249,18 @@ def test_a_model_learns_to_predict_ahead(tmp_path: Path, write_config, train):
 
 
 @pytest.mark.full
+def test_bf16(tmp_path: Path, single, write_config, train, answers):
+    """Losses are those of float32 but for rounding."""
+    _, (_, trained, evaluated, accepted) = single(2)
+    (step,) = train(write_config(tmp_path, **sections(2, answers)), 1, f"{STAY} --bf16")
+    (evaluation,) = read_evaluations(tmp_path / "run")
+    for depth in (1, 2):
+        assert step["mtp"][f"loss/{depth}"] == pytest.approx(trained[depth], rel=1e-3)
+        assert evaluation["mtp"]["3"][f"loss/{depth}"] == pytest.approx(evaluated[depth], rel=1e-3)
+        assert evaluation["mtp"]["3"][f"acceptance/{depth}"] == pytest.approx(accepted[depth - 1], abs=0.1)
+
+
+@pytest.mark.full
 def test_a_teacher_is_of_the_next_token_alone(tmp_path: Path, write_config, train):
     """Of a student that is its own teacher only prediction ahead has a gradient: it doubles with its weight."""
     original = write_config(tmp_path / "original", mtp={"depths": 1})
