@@ -111,7 +111,9 @@ def flops_per_token(configuration: str) -> float:
     from cherry_megatron.monitor.accounting import training_flops
 
     config = load(Path(f"configs/{configuration}.yaml"))
-    return training_flops(config.recurrence, config.shape, config.value("seq-length"))
+    return training_flops(
+        config.recurrence, config.shape, config.value("seq-length"), config.moee, config.mtp.depths
+    )
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint import CheckpointException
 from cherry_megatron.config import Config, Data
 from cherry_megatron.data.paths import data_prefixes
 from cherry_megatron.errors import CherryError
+from cherry_megatron.model.options import MultiToken
 from cherry_megatron.model.pattern import parse
 from cherry_megatron.runs import checkpoint_to_load, own_checkpoints
 from cherry_megatron.storage.ancestry import parents_of, record_saved
@@ -30,7 +31,9 @@ _SHAPE = {
 }  # fmt: skip
 _FUNCTION = ("rotary-base", "norm-epsilon", "squared-relu")
 # What a run is trained for.
-_OBJECTIVE = {"data": ("shuffle",), "sgt": ("marks", "top_loss", "alpha", "alpha_start", "alpha_steps")}
+_OBJECTIVE = {
+    "data": ("shuffle",), "mtp": ("weight",), "sgt": ("marks", "top_loss", "alpha", "alpha_start", "alpha_steps"),
+}  # fmt: skip
 # What decides which text is held out.
 _HELD_OUT = (
     "global-batch-size", "eval-global-batch-size", "seq-length", "split", "data-path", "train-data-path",
@@ -49,12 +52,24 @@ def unloadable(config: Config) -> list[str]:
         return []
     if own_checkpoints(config):
         return _changes(config, folder)
+    found = _missing_depths(config, folder)
     if config.value("finetune") or config.value("no-load-optim"):
-        return []
+        return found
     if any(name.startswith(OPTIMIZER) for name in Checkpoint(folder).tensors):
-        return []
+        return found
     return [
         f"megatron.load {folder} holds no optimizer state; set megatron.finetune: true to start from its weights"
+    ]
+
+
+def _missing_depths(config: Config, folder: Path) -> list[str]:
+    """Megatron's own sentence is a list of tensors."""
+    held = sum(name.startswith("mtp.") and name.endswith("eh_proj.weight") for name in Checkpoint(folder).model)
+    if held >= config.mtp.depths:
+        return []
+    return [
+        f"megatron.load {folder} holds {held} of mtp.depths {config.mtp.depths}; only a compression of depth "
+        "(`cherry compress-depth`) adds some"
     ]
 
 
@@ -73,6 +88,7 @@ def _changes(config: Config, folder: Path) -> list[str]:
     trained = replace(config, megatron=before["megatron"], flags=tuple(before["flags"]))
     found += [(name, getattr(trained.shape, key), getattr(config.shape, key)) for key, name in _SHAPE.items()]
     found += [(f"megatron.{flag}", trained.value(flag), config.value(flag)) for flag in _FUNCTION]
+    found += [("mtp.depths", _setting(before, "mtp", "depths"), config.mtp.depths)]
     found += [(f"moee.{key}", old, new) for key, old, new in _mixture_changes(config, before.get("moee"))]
     return [
         f"the run {config.run} was trained with {key} {old!r}, not {new!r}; choose another run, whose "
@@ -121,9 +137,9 @@ def other_text(config: Config) -> list[str]:
 
 
 def _setting(settings: dict[str, Any], section: str, key: str) -> Any:
-    """A value of a recorded configuration, from which a `data` section of defaults is left out."""
-    defaults = asdict(Data()) if section == "data" else {}
-    return {**defaults, **settings.get(section, {})}.get(key)
+    """A value of a recorded configuration, from which sections of defaults may be left out."""
+    defaults: dict[str, Any] = {"data": Data(), "mtp": MultiToken()}
+    return {**(asdict(defaults[section]) if section in defaults else {}), **settings.get(section, {})}.get(key)
 
 
 def _masked_prefix(before: dict[str, Any]) -> int:

@@ -29,7 +29,7 @@ from cherry_megatron import rules
 from cherry_megatron.data.shuffle import Shuffle
 from cherry_megatron.errors import CherryError
 from cherry_megatron.flags import action_of, megatron_arguments, nearest, parse_flags
-from cherry_megatron.model.options import Mixture, Recurrence
+from cherry_megatron.model.options import Mixture, MultiToken, Recurrence
 from cherry_megatron.model.plan import Plan, make_plan
 from cherry_megatron.model.shape import Shape
 from cherry_megatron.sgt.options import Selective
@@ -145,7 +145,7 @@ class Config:
     Attributes:
         source: the file it came from.
         run: the run's folder.
-        recurrence, evaluation, generation, distillation, data, sgt, moee: sections of the file.
+        recurrence, mtp, evaluation, generation, distillation, data, sgt, moee: sections of the file.
         megatron: flag name without dashes in front -> value, defaults of this project filled in.
         flags: Megatron flags of the file's `flags`, then those given after `--`; they come last and win.
     """
@@ -153,6 +153,7 @@ class Config:
     source: Path
     run: Path
     recurrence: Recurrence
+    mtp: MultiToken = field(default_factory=MultiToken)
     evaluation: Evaluation = field(default_factory=Evaluation)
     generation: Generation | None = None
     distillation: Distillation | None = None
@@ -170,6 +171,7 @@ class Config:
             "evaluation": _plain(dataclasses.asdict(self.evaluation)),
             **({"generation": dataclasses.asdict(self.generation)} if self.generation else {}),
             **({"distillation": dataclasses.asdict(self.distillation)} if self.distillation else {}),
+            **({"mtp": dataclasses.asdict(self.mtp)} if self.mtp != MultiToken() else {}),
             **({"data": dataclasses.asdict(self.data)} if self.data != Data() else {}),
             **({"sgt": dataclasses.asdict(self.sgt)} if self.sgt else {}),
             **({"moee": dataclasses.asdict(self.moee)} if self.moee else {}),
@@ -244,12 +246,12 @@ class Config:
     def plan(self) -> Plan:
         """The unrolled model over the configured pipeline stages."""
         stages = self.value("pipeline-model-parallel-size")
-        return make_plan(self.recurrence, self.shape, self.positive("seq-length"), stages)
+        return make_plan(self.recurrence, self.shape, self.positive("seq-length"), stages, self.mtp.depths)
 
 
 _SECTIONS = {
-    "recurrence": Recurrence, "evaluation": Evaluation, "generation": Generation, "distillation": Distillation,
-    "data": Data, "sgt": Selective, "moee": Mixture,
+    "recurrence": Recurrence, "mtp": MultiToken, "evaluation": Evaluation, "generation": Generation,
+    "distillation": Distillation, "data": Data, "sgt": Selective, "moee": Mixture,
 }  # fmt: skip
 _OPTIONAL = ("generation", "distillation", "sgt", "moee")
 _TOP_KEYS = ("extends", "run", *_SECTIONS, "megatron", "flags")
@@ -308,6 +310,12 @@ def outline_mixture(path: Path, overrides: Sequence[str] = ()) -> Mixture:
         raise CherryError(f"{path} has no section moee; name the configuration of the mixture")
     mixture: Mixture = _section(path, "moee", Mixture, section)
     return mixture
+
+
+def outline_depths(path: Path, overrides: Sequence[str] = ()) -> int:
+    """A configuration's depths of multi-token prediction, likewise."""
+    section: MultiToken = _section(path, "mtp", MultiToken, _read_with(path, overrides).get("mtp", {}))
+    return section.depths
 
 
 def _read_with(path: Path, overrides: Sequence[str]) -> dict[str, Any]:

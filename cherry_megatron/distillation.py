@@ -136,6 +136,7 @@ def _build(teacher: Config, args: Any, alone: Any) -> torch.nn.Module:
     args.swiglu = shape.gated
     args.num_layers = len(teacher.recurrence.parsed.symbols)
     args.pipeline_model_parallel_size, args.recompute_granularity, args.fp8 = 1, None, None
+    args.mtp_num_layers = None  # a teacher's next token is what counts
     groups = ProcessGroupCollection.use_mpu_process_groups()
     groups.pp = alone
     model = build_model(

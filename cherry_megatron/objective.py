@@ -12,8 +12,10 @@ from torch import Tensor
 
 from cherry_megatron.data.batches import EXPERTS, next_batch
 from cherry_megatron.distillation import Teacher
+from cherry_megatron.model.head import ahead_of
 from cherry_megatron.model.mixture import MixtureModel, mixture_of
 from cherry_megatron.model.stack import RecurrentStack, recurrent_stacks
+from cherry_megatron.monitor.tags import MOEE, MTP
 from cherry_megatron.sgt.loss import Supervision, loss_function
 
 Loss = tuple[Tensor, Tensor, dict[str, Tensor]]
@@ -58,10 +60,10 @@ class Objective:
         # At evaluation each sequence takes its own choice.
         choosing = mixture is not None and mixture.options.routes and model.training
         experts = mixture.options.experts if mixture is not None and choosing else 0
-        batch = next_batch(iterator, size, teacher is not None, has_selection, experts)
+        last_reads_tokens = teacher is not None or bool(args.mtp_num_layers)
+        batch = next_batch(iterator, size, last_reads_tokens, has_selection, experts)
         if teacher is not None:
             teacher.see(model, batch["tokens"], batch["position_ids"])
-        tokens = batch["tokens"] if mpu.is_pipeline_first_stage() else None
         selected = batch["selected"]
         arguments: dict[str, Any] = {"selected": selected}
         rows = None
@@ -71,9 +73,13 @@ class Objective:
                 assert batch["loss_mask"] is not None
                 rows, arguments["partly"] = selected * batch["loss_mask"], True
         if mixture is None:
-            output = model(tokens, batch["position_ids"], None, labels=batch["labels"], rows=rows)
+            output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], rows=rows)
+            if (ahead := ahead_of(model)) is not None:
+                assert batch["loss_mask"] is not None
+                arguments.update(ahead=ahead, further=_tagged(MTP, ahead.report(batch["loss_mask"])))
         else:
-            output = model(tokens, batch["position_ids"], None, labels=batch["labels"], chosen=batch[EXPERTS])
+            inputs = batch["tokens"], batch["position_ids"]
+            output = model(*inputs, None, labels=batch["labels"], chosen=batch[EXPERTS])
             arguments.update(_of_mixture(mixture, batch["loss_mask"], choosing))
         if teacher is not None and teacher.divergence is not None:
             arguments.update(divergence=teacher.take(), share=teacher.weight)
@@ -86,8 +92,12 @@ def _of_mixture(mixture: MixtureModel, loss_mask: Tensor | None, choosing: bool)
     """What the loss function is told of the mixture's last pass."""
     assert loss_mask is not None
     assert mixture.seen is not None
-    report = {f"cherry/moee/{name}": value for name, value in mixture.seen.report(loss_mask).items()}
+    report = _tagged(MOEE, mixture.seen.report(loss_mask))
     return {"further": report, **({"balance": mixture.balance} if choosing else {})}
+
+
+def _tagged(section: str, report: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {section + name: value for name, value in report.items()}
 
 
 def draw_loops(stack: RecurrentStack, seed: int, iteration: int) -> int:

@@ -80,7 +80,7 @@ def load_only(config: Config) -> dict[str, Any]:
 
 
 def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Callable[..., Any]) -> Any:
-    flops = training_flops(config.recurrence, config.shape, args.seq_length, config.moee)
+    flops = training_flops(config.recurrence, config.shape, args.seq_length, config.moee, config.mtp.depths)
     progress = Progress(config.run, args, flops, terminal)
     objective = Objective()
     evaluation = make_evaluation(config, progress, objective.run_micro_batch)
@@ -152,6 +152,7 @@ def initialize(config: Config, machine: Machine, extra: dict[str, Any]) -> Any:
         "tensorboard-dir": str(run / "tensorboard"),
         **start_from(config),
         **({"num-experts": config.moee.experts} if config.moee else {}),
+        **({"mtp-loss-scaling-factor": config.mtp.weight} if config.mtp.depths else {}),
         "data-cache-path": config.megatron.get("data-cache-path", str(run / "cache")),
         **extra,
     }

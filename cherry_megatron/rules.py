@@ -40,7 +40,9 @@ _UNSUPPORTED = {
     "use-rope-scaling": "the rotary embedding takes rotary-base alone",
     "rotary-seq-len-interpolation-factor": "the rotary embedding takes rotary-base alone",
     "num-experts": "experts are whole models, set by moee.experts",
-    "mtp-num-layers": "multi-token prediction is not built yet",
+    "mtp-detach-heads": "what is predicted ahead trains the whole model",
+    "mtp-use-repeated-layer": "each depth of multi-token prediction has a layer of its own",
+    "mtp-hybrid-override-pattern": "a depth of multi-token prediction is one attention and one MLP",
     "multi-latent-attention": "the attention is built with queries, keys and values of their own",
     "apply-layernorm-1p": "the norms are built with plain weights",
     "quick-geglu": "the MLP is built with swiglu or without a gate",
@@ -65,6 +67,8 @@ _DERIVED = {
     "num-layers-per-virtual-pipeline-stage": "recurrence.stages",
     "num-virtual-stages-per-pipeline-rank": "recurrence.stages",
     "pipeline-model-parallel-layout": "recurrence.stages",
+    "mtp-num-layers": "mtp.depths",
+    "mtp-loss-scaling-factor": "mtp.weight",
     "save": "run",
     "tensorboard-dir": "run",
 }
@@ -143,6 +147,7 @@ def check(config: "Config") -> None:
         _check_split(config)
         _check_tensor_parallel(config)
         _check_loops(config)
+        _check_ahead(config)
         _check_graph(config)
         _check_selective(config)
         if config.generation is not None:
@@ -257,6 +262,29 @@ def _check_loops(config: "Config") -> None:
             "recurrence.random_loops: with recomputation or pipeline stages the number of gradients changes from "
             "step to step; set megatron.overlap-grad-reduce and megatron.overlap-param-gather to false"
         )
+
+
+def _check_ahead(config: "Config") -> None:
+    depths = config.mtp.depths
+    if not depths:
+        return
+    if depths >= config.value("seq-length"):
+        raise CherryError(
+            f"mtp.depths {depths} is not less than seq-length {config.value('seq-length')}; use fewer"
+        )
+    stages = config.value("pipeline-model-parallel-size")
+    refused = {
+        "moee.experts": (config.moee, "it has been built for single models; take mtp out"),
+        "sgt.skip_head": (config.sgt and config.sgt.skip_head, "every depth needs the outputs of all tokens"),
+        "megatron.cuda-graph-impl": (config.value("cuda-graph-impl") != "none", "it has not been tried in a graph"),
+        "megatron.untie-embeddings-and-output-weights false": (
+            config.shape.tied and stages > 1,
+            f"of {stages} pipeline stages Megatron's last holds one matrix too many, and cannot save it",
+        ),
+    }
+    for key, (given, why) in refused.items():
+        if given:
+            raise CherryError(f"{key} does not go with mtp.depths {depths}: {why}")
 
 
 def _check_graph(config: "Config") -> None:

@@ -129,12 +129,13 @@ def read_evaluations(run: Path) -> list[dict[str, Any]]:
 
     Returns:
         Of each: iteration, losses by number of loops, and by number of loops too parts, the losses of selected and
-        unselected tokens, if some tokens were selected, and moee, what a mixture reports.
+        unselected tokens, if some tokens were selected, and moee and mtp, what a mixture and multi-token prediction
+        report.
     """
     found: dict[int, dict[str, Any]] = {}
     for line in read_lines(run / "evaluations.jsonl"):
         known = found.setdefault(line["iteration"], {"iteration": line["iteration"], "losses": {}})
-        for key in ("losses", "parts", "moee"):
+        for key in ("losses", "parts", "moee", "mtp"):
             if key in line:
                 known.setdefault(key, {}).update(line[key])
     return [found[iteration] for iteration in sorted(found)]

@@ -89,7 +89,7 @@ def _training(run: Path) -> Record:
     if done < wanted:
         raise CherryError(f"the training ended at step {done} of {wanted}; start again to go on")
     sequence = config.positive("seq-length")
-    model = together(account(config.recurrence, config.shape, sequence))
+    model = together(account(config.recurrence, config.shape, sequence, config.moee, config.mtp.depths))
     return {
         "parameters": model.stored,
         "flops_per_token": model.flops,

@@ -74,7 +74,7 @@ def build_model(
         rotary_base=rotary_base,
         pg_collection=groups,
     )
-    if pre_process:
+    if pre_process or model.mtp_process:
         _draw(model.embedding.word_embeddings.weight, "embedding", shape, config, groups, seed)
     if post_process and not (shape.tied and pre_process):
         name = "embedding" if shape.tied else "output_layer"

@@ -1,4 +1,4 @@
-"""The model, with an output layer that can be left out for tokens without a loss."""
+"""The model's head: an output layer that can be left out for tokens without a loss, and multi-token prediction."""
 
 from typing import Any
 
@@ -8,38 +8,76 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
+from megatron.core.utils import unwrap_model
 from torch import Tensor
+
+from cherry_megatron.model.multi_token import Ahead, ahead, likeliest
 
 
 class RecurrentModel(HybridModel):
-    """A HybridModel whose cross-entropy may be asked of some tokens alone."""
+    """A HybridModel that gives the cross-entropy of some tokens alone if asked, and that of later tokens apart.
+
+    Attributes:
+        ahead: what the last pass with labels found by multi-token prediction; None without.
+    """
 
     post_process: bool
+    mtp_process: bool
+    ahead: Ahead | None = None
 
     def forward(
         self, *args: Any, labels: Tensor | None = None, rows: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        """As HybridModel's.
+        """As HybridModel's, but that the losses of multi-token prediction are left in `ahead`.
 
         Args:
             labels: [b, s].
             rows: [b, s], 0 or 1: tokens whose loss is wanted; by default all.
-            Others: as HybridModel's.
+            Others: as HybridModel's. With multi-token prediction the last stage needs the tokens, too.
 
         Returns:
             The losses [b, s], 0 where none is wanted; logits without `labels`; [s, b, h] before the last stage.
         """
-        if rows is None or not self.post_process:
-            return super().forward(*args, labels=labels, **kwargs)
-        assert labels is not None
-        self.post_process = False  # the hidden states, please
+        self.ahead = None
+        if labels is not None and rows is not None and self.post_process:
+            return self._some_losses(self._hidden(*args, **kwargs), labels, rows)
+        if labels is not None and self.mtp_process:
+            return self._all_losses(self._hidden(*args, **kwargs), labels)
+        predicts_ahead, self.mtp_process = self.mtp_process, False  # of no use for logits
         try:
-            hidden = super().forward(*args, **kwargs)
+            return super().forward(*args, labels=labels, **kwargs)
+        finally:
+            self.mtp_process = predicts_ahead
+
+    def _hidden(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What the output layer gets, [s, b, h]; of multi-token prediction [(1 + depths) * s, b, h]."""
+        self.post_process = False
+        try:
+            return super().forward(*args, **kwargs)
         finally:
             self.post_process = True
-        return self._losses(hidden, labels, rows)
 
-    def _losses(self, hidden: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+    def _all_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of the next tokens; that of later ones goes into `ahead`. hidden: as `_hidden` gives it."""
+        group, config = self.pg_collection.tp, self.config
+        # A teacher compares the first logits that the output layer gives.
+        next_token, *later = hidden.chunk(1 + config.mtp_num_layers)
+        logits = self._logits(next_token)
+        # Before the cross-entropy, which overwrites the logits.
+        chosen = None if self.training else likeliest(logits, group)
+        losses = self.compute_language_model_loss(labels, logits)
+        found, agrees = [], []
+        for depth, state in enumerate(later, start=1):
+            logits = self._logits(state)
+            if chosen is not None:
+                agrees.append(likeliest(logits, group) == ahead(chosen, depth))
+            found.append(self.compute_language_model_loss(ahead(labels, depth), logits))
+        self.ahead = Ahead(
+            torch.stack(found), torch.stack(agrees) if agrees else None, config.mtp_loss_scaling_factor
+        )
+        return losses
+
+    def _some_losses(self, hidden: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
         """Cross-entropy of the wanted tokens; hidden: [s, b, h], or this rank's part of s."""
         if self.config.sequence_parallel:
             # The output layer sums its input's gradient over the ranks; here each keeps its part.
@@ -54,11 +92,21 @@ class RecurrentModel(HybridModel):
         some = hidden.flatten(0, 1)[padded].unsqueeze(1)  # [n, 1, h]
         if self.config.sequence_parallel:
             some = scatter_to_sequence_parallel_region(some, group=self.pg_collection.tp)
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(some, weight=weight)
         targets = labels.transpose(0, 1).flatten()[padded].unsqueeze(0)  # [1, n]
-        found = self.compute_language_model_loss(targets, self._scale_logits(logits)).flatten()
+        found = self.compute_language_model_loss(targets, self._logits(some)).flatten()
         # Spare rows keep the graph whole where no token is wanted.
         found = found * (torch.arange(len(padded), device=found.device) < len(wanted))
         losses = found.new_zeros(rows.numel()).index_add(0, padded, found)
         return losses.view(rows.shape[1], rows.shape[0]).transpose(0, 1).contiguous()
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """[s, b, h], or this rank's part of s, to [s, b, v/tp]."""
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(hidden, weight=weight)
+        return self._scale_logits(logits)
+
+
+def ahead_of(model: torch.nn.Module) -> Ahead | None:
+    """What the model inside Megatron's wrappers predicted of later tokens in its last pass with labels."""
+    inner = unwrap_model(model)
+    return inner.ahead if isinstance(inner, RecurrentModel) else None

@@ -1,4 +1,4 @@
-"""What a user says about the model: the `recurrence:` and `moee:` sections of a configuration."""
+"""What a user says about the model: the `recurrence:`, `mtp:` and `moee:` sections of a configuration."""
 
 import math
 from dataclasses import dataclass
@@ -89,6 +89,27 @@ class Recurrence:
         """What initial weights of output projections are scaled by: 1 / sqrt(effective sublayers)."""
         visits = unroll(self.parsed, self.parsed.loops, self.order)
         return sum(len(self.parsed.layers[visit.layer]) for visit in visits) ** -0.5
+
+
+@dataclass(frozen=True)
+class MultiToken:
+    """Multi-token prediction, see multi_token.py.
+
+    Attributes:
+        depths: how many tokens after the next one are predicted, each by a layer of its own; 0 for none.
+        weight: of the mean of their losses, beside the loss of the next token (Megatron's default).
+    """
+
+    depths: int = 0
+    weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.depths < 0:
+            raise CherryError(f"mtp.depths is {self.depths}; use a positive number, or 0 for none")
+        if not 0 < self.weight < float("inf"):
+            raise CherryError(
+                f"mtp.weight {self.weight} must be a finite number above 0; to go without: mtp.depths 0"
+            )
 
 
 FIRST_LOGITS = 0.1  # spread of a mixture's initial logits: gates begin nearly, but not exactly, even

@@ -21,6 +21,7 @@ from cherry_megatron.errors import CherryError
 Order = Literal["cycle", "sequence"]
 ORDERS = get_args(Order)
 ATTENTION, MLP, MOE = "*", "-", "E"
+AHEAD = ATTENTION + MLP  # the sublayers of each depth of multi-token prediction
 SYMBOLS = {ATTENTION: "attention", MLP: "MLP", MOE: "mixture of experts"}
 _GROUP = re.compile(r"\(([^()\[\]]*)\)x(\d+)")
 
@@ -85,7 +86,7 @@ def parse(text: str) -> Pattern:
         if symbol == "|":
             raise fail("stages are balanced by cost, or given by recurrence.stages; take out '|'")
         if symbol == "/":
-            raise fail("multi-token prediction ('/') is not built yet; take it out")
+            raise fail("multi-token prediction is set by mtp.depths; take out '/'")
         if symbol not in SYMBOLS:
             group = ", and repeat layers with brackets: (*-)x4" if symbol == "x" or symbol.isdigit() else ""
             raise fail(f"{symbol!r} is not a layer; use '*' (attention) and '-' (MLP){group}")

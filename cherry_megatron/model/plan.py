@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.options import Recurrence
-from cherry_megatron.model.pattern import Pattern, Visit, balance, unroll
+from cherry_megatron.model.pattern import AHEAD, Pattern, Visit, balance, unroll
 from cherry_megatron.model.shape import EMBEDDING_COST, Shape
 
 
@@ -23,10 +23,12 @@ class Plan:
     Attributes:
         pattern: the stored layers.
         stages: for each stage the effective layers that it walks, in order.
+        depths: of multi-token prediction, whose layers are on the last stage.
     """
 
     pattern: Pattern
     stages: tuple[tuple[Visit, ...], ...]
+    depths: int = 0
 
     @property
     def visits(self) -> tuple[Visit, ...]:
@@ -43,9 +45,9 @@ class Plan:
 
     @property
     def megatron_pattern(self) -> str:
-        """The pattern for HybridModel: the symbols held by each stage, stages divided by '|'."""
+        """The pattern for HybridModel: the symbols held by each stage, divided by '|', and after '/' a depth's."""
         layers = self.pattern.layers
-        return "|".join("".join(layers[layer] for layer in held) for held in self.held)
+        return "|".join("".join(layers[layer] for layer in held) for held in self.held) + f"/{AHEAD}" * self.depths
 
     @cached_property
     def stored_index(self) -> tuple[int, ...]:
@@ -74,7 +76,7 @@ class Plan:
         return first <= stored < first + len("".join(self.pattern.core))
 
 
-def make_plan(recurrence: Recurrence, shape: Shape, sequence: int, pipeline_size: int) -> Plan:
+def make_plan(recurrence: Recurrence, shape: Shape, sequence: int, pipeline_size: int, depths: int = 0) -> Plan:
     """Divide the unrolled model over pipeline stages, by cost unless `recurrence.stages` says how.
 
     Args:
@@ -82,6 +84,7 @@ def make_plan(recurrence: Recurrence, shape: Shape, sequence: int, pipeline_size
         shape: what it costs.
         sequence: tokens of a sequence.
         pipeline_size: number of stages.
+        depths: of multi-token prediction.
 
     Raises:
         CherryError: if there are fewer effective layers than stages, or `stages` does not add up.
@@ -97,7 +100,7 @@ def make_plan(recurrence: Recurrence, shape: Shape, sequence: int, pipeline_size
     if lengths is None:
         costs = [shape.forward_flops(pattern.layers[visit.layer], sequence) for visit in visits]
         costs[0] += EMBEDDING_COST * costs[0]
-        costs[-1] += shape.head_flops
+        costs[-1] += shape.head_flops + depths * shape.depth_flops(sequence)
         lengths = tuple(balance(costs, pipeline_size))
     elif len(lengths) != pipeline_size or sum(lengths) != len(visits) or min(lengths) < 1:
         raise CherryError(
@@ -105,4 +108,4 @@ def make_plan(recurrence: Recurrence, shape: Shape, sequence: int, pipeline_size
             f"(pipeline-model-parallel-size) that add up to {len(visits)} effective layers"
         )
     cuts = [sum(lengths[:k]) for k in range(pipeline_size + 1)]
-    return Plan(pattern, tuple(visits[a:b] for a, b in pairwise(cuts)))
+    return Plan(pattern, tuple(visits[a:b] for a, b in pairwise(cuts)), depths)

@@ -9,7 +9,7 @@ and layer for a sequence of s tokens (causal: half of the square). Recomputation
 from dataclasses import dataclass
 
 from cherry_megatron.errors import CherryError
-from cherry_megatron.model.pattern import ATTENTION, MLP
+from cherry_megatron.model.pattern import AHEAD, ATTENTION, MLP
 
 # Looking up embeddings is no matrix product; with its gradient it costs about this many layers.
 EMBEDDING_COST = 0.1
@@ -77,6 +77,20 @@ class Shape:
         """Forward FLOPs a token of sublayers, for causal sequences of `sequence` tokens."""
         width = self.heads * self.head_size
         return 2 * self.matmul_weights(symbols) + 2 * width * sequence * symbols.count(ATTENTION)
+
+    @property
+    def depth_matmul_weights(self) -> int:
+        """Weights of matrix products in a depth of multi-token prediction: its layer, and what joins its inputs."""
+        return self.matmul_weights(AHEAD) + 2 * self.hidden**2
+
+    @property
+    def depth_norm_weights(self) -> int:
+        """Those of its layer, of both inputs and of the output."""
+        return self.norm_weights(AHEAD) + 3 * self.hidden
+
+    def depth_flops(self, sequence: int) -> float:
+        """Forward FLOPs a token of one depth of multi-token prediction, the output layer included."""
+        return self.forward_flops(AHEAD, sequence) + 4 * self.hidden**2 + self.head_flops
 
     @property
     def head_flops(self) -> float:

@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from cherry_megatron.model.cache import cached
 from cherry_megatron.model.corrections import corrected_column, corrected_row
 from cherry_megatron.model.loops import LoopNorm, LoopResidual, RMSNorm
+from cherry_megatron.model.multi_token import depths_spec
 from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.plan import Plan
 from cherry_megatron.model.seeding import seeded
@@ -66,7 +67,7 @@ class StoredMLP(_StoredLayer, MLPLayer):
 def stack_submodules(
     implementation: str, config: TransformerConfig, plan: Plan, seed: int, recurrence: Recurrence
 ) -> HybridStackSubmodules:
-    """The specs of the sublayers `*` and `-`.
+    """The specs of the sublayers `*` and `-`, and of multi-token prediction.
 
     Args:
         implementation: `transformer_engine` or `local`, as in --transformer-impl.
@@ -131,25 +132,24 @@ def stack_submodules(
         return ModuleSpec(cls, params={"plan": plan, "seed": seed, "looped": looped}, submodules=submodules)
 
     keys = {} if norm is IdentityOp else _NORM_KEYS
+    attention_parts = TransformerLayerSubmodules(
+        input_layernorm=norm,
+        self_attention=attend(norm_linear),
+        self_attn_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map=keys,
+    )
+    mlp_parts = TransformerLayerSubmodules(
+        pre_mlp_layernorm=norm,
+        mlp=mlp(norm_linear),
+        mlp_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map=keys,
+    )
+    ahead = HybridStackSubmodules(
+        attention_layer=ModuleSpec(TransformerLayer, submodules=attention_parts),
+        mlp_layer=ModuleSpec(MLPLayer, submodules=mlp_parts),
+    )
     return HybridStackSubmodules(
-        attention_layer=layer(
-            StoredAttention,
-            TransformerLayerSubmodules(
-                input_layernorm=norm,
-                self_attention=attend(norm_linear),
-                self_attn_bda=get_bias_dropout_add,
-                sharded_state_dict_keys_map=keys,
-            ),
-            looped_attention,
-        ),
-        mlp_layer=layer(
-            StoredMLP,
-            TransformerLayerSubmodules(
-                pre_mlp_layernorm=norm,
-                mlp=mlp(norm_linear),
-                mlp_bda=get_bias_dropout_add,
-                sharded_state_dict_keys_map=keys,
-            ),
-            looped_mlp,
-        ),
+        attention_layer=layer(StoredAttention, attention_parts, looped_attention),
+        mlp_layer=layer(StoredMLP, mlp_parts, looped_mlp),
+        mtp_block_spec=depths_spec(ahead, column, seed),
     )

@@ -31,7 +31,9 @@ class Part:
     flops: float
 
 
-def account(recurrence: Recurrence, shape: Shape, sequence: int, mixture: Mixture | None = None) -> list[Part]:
+def account(
+    recurrence: Recurrence, shape: Shape, sequence: int, mixture: Mixture | None = None, depths: int = 0
+) -> list[Part]:
     """Parameters and training FLOPs a token of each part of a model.
 
     Args:
@@ -39,9 +41,10 @@ def account(recurrence: Recurrence, shape: Shape, sequence: int, mixture: Mixtur
         shape: its sizes.
         sequence: tokens of a sequence, for the attention's share.
         mixture: of such models, if it is one: parts count over all experts, and active are those of the top k.
+        depths: of multi-token prediction. Generating token by token does without its parts.
     """
     if mixture is not None:
-        each = account(recurrence, shape, sequence)
+        each = account(recurrence, shape, sequence, depths=depths)
         return [*(_times(part, mixture) for part in each), _router(mixture, shape)]
     pattern = recurrence.parsed
     visits = unroll(pattern, recurrence.loops, recurrence.order)
@@ -81,6 +84,16 @@ def account(recurrence: Recurrence, shape: Shape, sequence: int, mixture: Mixtur
     rows.append(Part("final norm", *3 * (shape.hidden,), 0.0))
     head = 0 if shape.tied else shape.vocabulary_weights
     rows.append(Part("output layer", *3 * (head,), 3 * shape.head_flops))
+    if depths:
+        weights_ahead = depths * (shape.depth_matmul_weights + shape.depth_norm_weights)
+        rows.append(
+            Part(
+                "MTP layers",
+                *3 * (weights_ahead,),
+                3 * depths * (shape.depth_flops(sequence) - shape.head_flops),
+            )
+        )
+        rows.append(Part("MTP output", 0, 0, 0, 3 * depths * shape.head_flops))
     return rows
 
 
@@ -106,9 +119,11 @@ def together(rows: list[Part]) -> Part:
     )
 
 
-def training_flops(recurrence: Recurrence, shape: Shape, sequence: int, mixture: Mixture | None = None) -> float:
-    """Training FLOPs a token of the whole model."""
-    return together(account(recurrence, shape, sequence, mixture)).flops
+def training_flops(
+    recurrence: Recurrence, shape: Shape, sequence: int, mixture: Mixture | None = None, depths: int = 0
+) -> float:
+    """Training FLOPs a token of the whole model; arguments as for `account`."""
+    return together(account(recurrence, shape, sequence, mixture, depths)).flops
 
 
 @dataclass(frozen=True)
@@ -166,12 +181,16 @@ def memory(
             parameters += shape.vocabulary_weights / layout.tensor
         if stage == count - 1:
             parameters += shape.hidden + (0 if shape.tied else shape.vocabulary_weights / layout.tensor)
+            parameters += plan.depths * (shape.depth_matmul_weights / layout.tensor + shape.depth_norm_weights)
+            if plan.depths and stage > 0:  # which embeds what is predicted from
+                parameters += shape.vocabulary_weights / layout.tensor
         parameters *= mixture.experts // layout.expert if mixture else 1
         state = (12 if layout.bf16 else 8) / (layout.data // layout.expert if layout.distributed_optimizer else 1)
         in_flight = min(count - stage, count)
-        activations = _activations(plan, shape, layout, list(visits)) * tokens * width * in_flight
+        depths = plan.depths if stage == count - 1 else 0
+        activations = _activations(plan, shape, layout, list(visits), depths) * tokens * width * in_flight
         if stage == count - 1:
-            activations += tokens * shape.vocabulary / layout.tensor * (width + 4)
+            activations += (1 + plan.depths) * tokens * shape.vocabulary / layout.tensor * (width + 4)
         stages.append(
             {
                 "weights": parameters * width,
@@ -199,8 +218,8 @@ def most_rows(mixture: Mixture, layout: Layout, global_batch: int | None) -> int
     return min(most, here * room(global_batch, mixture.experts, mixture.top_k, mixture.capacity))
 
 
-def _activations(plan: Plan, shape: Shape, layout: Layout, visits: list[Visit]) -> float:
-    """Values a token that a stage keeps for the backward pass of one micro-batch."""
+def _activations(plan: Plan, shape: Shape, layout: Layout, visits: list[Visit], depths: int) -> float:
+    """Values a token that a stage with so many depths keeps for the backward pass of one micro-batch."""
     shared = 1 / layout.tensor if layout.sequence_parallel else 1.0
     split = 1 / layout.tensor
     heads, groups = shape.heads * shape.head_size, shape.groups * shape.head_size
@@ -210,12 +229,14 @@ def _activations(plan: Plan, shape: Shape, layout: Layout, visits: list[Visit]) 
     def kept(visit: Visit) -> float:
         return sum(attention if symbol == "*" else mlp for symbol in plan.pattern.layers[visit.layer])
 
+    inputs = 2 * shape.hidden * shared  # of a depth, which keeps both normed too
     if not layout.recompute:
-        return sum(map(kept, visits))
+        return sum(map(kept, visits)) + depths * (2 * inputs + attention + mlp)
     # As the stack cuts them: a loop at a time, or a layer at a time where there are no loops.
     segments: dict[tuple[int, int | None], float] = {}
     for visit in visits:
         looped = visit.loop is not None and plan.pattern.loops > 1
         key = (-1, visit.loop) if looped else (visit.layer, None)
         segments[key] = segments.get(key, 0.0) + kept(visit)
-    return len(segments) * shape.hidden * shared + max(segments.values())
+    again = max(*segments.values(), (inputs + attention + mlp) * bool(depths))
+    return len(segments) * shape.hidden * shared + depths * inputs + again

@@ -17,11 +17,18 @@ from cherry_megatron.model.mixture import mixture_of
 from cherry_megatron.model.stack import recurrent_stacks
 from cherry_megatron.monitor.generation import health, table
 from cherry_megatron.monitor.loops import NAMES, LoopTrace
-from cherry_megatron.monitor.mixture import TAGS, RouterDrift
-from cherry_megatron.monitor.progress import OURS, Progress
+from cherry_megatron.monitor.mixture import RouterDrift
+from cherry_megatron.monitor.progress import Progress
+from cherry_megatron.monitor.tags import MOEE, MTP, OURS, of_section
 
 # The same draws at every evaluation of every run, so that differences are the models'.
 GENERATION_SEED = 0
+# What is printed of what else is reported.
+_SHOWN = {
+    f"{MOEE}loss/": "loss by expert, of the sequences that it sees",
+    f"{MTP}loss/": "loss of multi-token prediction by depth",
+    f"{MTP}acceptance/": "of it, share that the model accepts",
+}
 
 
 class LoopEvaluation:
@@ -38,7 +45,7 @@ class LoopEvaluation:
         losses: loops -> loss of the last call, on the last pipeline stage.
         parts: loops -> the same by part, where some tokens are selected: `selected`, `unselected`.
         statistics: of each loop, from the last call.
-        further: what else was reported with all loops, of a mixture.
+        further: what else was reported with all loops, of a mixture or multi-token prediction.
     """
 
     def __init__(
@@ -91,11 +98,10 @@ class LoopEvaluation:
             self._progress.record_evaluation(self.losses, self.parts, self.further)
         losses = "  ".join(f"{loops}: {loss:.4f}" for loops, loss in self.losses.items())
         self._progress.say(f"step {iteration:>7}  loss by loops  {losses}")
-        start = f"{TAGS}loss/"
-        experts = {name.removeprefix(start): v for name, v in self.further.items() if name.startswith(start)}
-        if experts:
-            losses = "  ".join(f"{expert}: {loss:.4f}" for expert, loss in experts.items())
-            self._progress.say(f"step {iteration:>7}  loss by expert, of the sequences that it sees  {losses}")
+        for start, what in _SHOWN.items():
+            if shown := of_section(start, self.further):
+                values = "  ".join(f"{number}: {value:.4f}" for number, value in shown.items())
+                self._progress.say(f"step {iteration:>7}  {what}  {values}")
         for loops, loss in self.losses.items():
             self._progress.scalar(f"loss-by-loops/{loops}", loss, iteration)
         for part, loss in self.parts[max(self.parts)].items():
@@ -162,7 +168,7 @@ def mean_losses(
 
     Returns:
         What `run_micro_batch` reports: `lm loss`, over all tokens, and the loss of selected and unselected ones if
-        it knows them, and what a mixture adds; nothing before the last pipeline stage.
+        it knows them, and what a mixture or multi-token prediction adds; nothing before the last pipeline stage.
     """
     args = get_args()
     loader = build_pretraining_data_loader(dataset, 0)

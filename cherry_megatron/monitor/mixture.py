@@ -7,9 +7,8 @@ from megatron.core import mpu
 from torch import Tensor
 
 from cherry_megatron.model.mixture import MixtureModel
+from cherry_megatron.monitor.tags import MOEE, of_step
 
-TAGS = "cherry/moee/"
-_OF_EVALUATION = ("validation", "/held-out", " vs ")  # in tags that are not of the step: Megatron's and ours
 LEFT_OUT = 0.1  # of an even share
 # What an expert that is of use has: tokens that it explains, sequences that the router itself would give it.
 _SHARES = {"responsibility": "responsible for {:.1%} of the tokens", "wanted": "wanted by {:.1%} of the sequences"}
@@ -27,11 +26,7 @@ class MixtureWatch:
         Returns:
             What its line in steps.jsonl says of the mixture: `moee`, by the tag's name, without means over nothing.
         """
-        found = {
-            tag.removeprefix(TAGS): value
-            for tag, value in heard.items()
-            if tag.startswith(TAGS) and not any(words in tag for words in _OF_EVALUATION) and value == value
-        }
+        found = of_step(MOEE, heard)
         if not found:
             return {}
         self._steps.append(found)
@@ -87,7 +82,7 @@ class RouterDrift:
         group = mpu.get_data_parallel_group()
         torch.distributed.all_reduce(found, group=group)
         drift, changed = (found / group.size()).tolist()
-        return {f"{TAGS}router-drift": drift, f"{TAGS}changed-choices": changed}
+        return {f"{MOEE}router-drift": drift, f"{MOEE}changed-choices": changed}
 
 
 def divergence(before: Tensor, now: Tensor) -> Tensor:

@@ -11,10 +11,9 @@ from tqdm import tqdm
 
 from cherry_megatron.files import append_lines
 from cherry_megatron.monitor.accounting import PEAK_BF16
-from cherry_megatron.monitor.mixture import TAGS, MixtureWatch
+from cherry_megatron.monitor.mixture import MixtureWatch
+from cherry_megatron.monitor.tags import MOEE, MTP, OURS, of_section, of_step
 from cherry_megatron.platform.listen import listen
-
-OURS = "cherry/"  # how our own tags in TensorBoard begin
 
 
 class Progress:
@@ -81,7 +80,7 @@ class Progress:
     def text(self, tag: str, markdown: str, iteration: int) -> None:
         """Write one of our own texts."""
         if self._writer is not None:
-            self._writer.add_text(f"cherry/{tag}", markdown, iteration)
+            self._writer.add_text(f"{OURS}{tag}", markdown, iteration)
 
     def record_evaluation(
         self, losses: dict[int, float], parts: dict[int, dict[str, float]], further: dict[str, float]
@@ -91,14 +90,15 @@ class Progress:
         Args:
             losses: held-out loss by number of loops.
             parts: the same by part, if there are parts.
-            further: what a mixture reports, by tag, with the most loops.
+            further: what a mixture or multi-token prediction reports, by tag, with the most loops.
         """
         record: dict[str, Any] = {"iteration": self.iteration}
         record["losses"] = {str(loops): loss for loops, loss in losses.items()}
         if any(parts.values()):
             record["parts"] = {str(loops): by_part for loops, by_part in parts.items()}
-        if further:
-            record["moee"] = {str(max(losses)): {tag.removeprefix(TAGS): value for tag, value in further.items()}}
+        for name, start in (("moee", MOEE), ("mtp", MTP)):
+            if found := of_section(start, further):
+                record[name] = {str(max(losses)): found}
         with append_lines(self._run / "evaluations.jsonl") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -127,7 +127,7 @@ class Progress:
         seconds = self._timed - before
         loss = self._heard.get(shown, float("nan"))
         self._interval.append((loss, seconds))
-        record = {
+        record: dict[str, Any] = {
             "iteration": iteration,
             "loss": self._heard.get("lm loss"),
             "grad_norm": self._heard["grad-norm"],
@@ -135,6 +135,8 @@ class Progress:
             "seconds": round(seconds, 6),
         }
         record |= self._mixture.step_ended(self._heard)
+        if ahead := of_step(MTP, self._heard):
+            record["mtp"] = ahead
         for part in ("selected", "unselected", "weighted", "balance"):
             if f"{part} loss" in self._heard:
                 record[f"{part}_loss"] = self._heard[f"{part} loss"]

@@ -11,7 +11,7 @@ _MODEL_PARALLEL = ("tensor-model-parallel-size", "pipeline-model-parallel-size",
 def params_table(config: Config) -> str:
     """Parameters and FLOPs by part, and the memory of a rank of each pipeline stage."""
     shape, sequence = config.shape, config.value("seq-length")
-    rows = account(config.recurrence, shape, sequence, config.moee)
+    rows = account(config.recurrence, shape, sequence, config.moee, config.mtp.depths)
     lines = [
         f"{config.source}: {config.recurrence.pattern}, {len(config.recurrence.parsed.layers)} stored layers, "
         f"{len(config.plan().visits)} effective",
@@ -37,10 +37,13 @@ def params_table(config: Config) -> str:
 def _mixture_lines(config: Config, whole: Part) -> list[str]:
     if config.moee is None:
         return []
+    ahead = together(account(config.recurrence, config.shape, config.value("seq-length"), config.moee, depths=1))
     return [
         f"mixture of {config.moee.experts} such models, top {config.moee.top_k}; the table is of all of them",
         f"total parameters:  {_millions(whole.stored)}, without multi-token prediction",
         f"active parameters: {_millions(whole.active)}, without multi-token prediction",
+        f"with a depth of it in each expert, which is not built: {_millions(ahead.stored)}, "
+        f"{_millions(ahead.active)} active",
     ]
 
 

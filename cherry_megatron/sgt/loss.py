@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cherry_megatron.data.dataset import rho_of
+from cherry_megatron.model.multi_token import Ahead
 from cherry_megatron.sgt.options import Selective
 
 NONE_SELECTED = 1e-20  # instead of a count of zero: a mean over no tokens is reported as 0
@@ -76,6 +77,7 @@ def loss_function(
     divergence: Tensor | None = None,
     share: float = 0.0,
     balance: Tensor | None = None,
+    ahead: Ahead | None = None,
     further: dict[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum of the token losses; Megatron divides by the token count of the whole global batch.
@@ -89,6 +91,7 @@ def loss_function(
         divergence: [b, s], of the student from its teacher, in nats.
         share: of the divergence; the cross-entropy has the rest.
         balance: [b], of a mixture that routes: added for each token of a sequence, whatever its weight.
+        ahead: of multi-token prediction; its losses are added, each weighted like the token that it predicts.
         further: what else to report, each as (sum, number).
 
     Returns:
@@ -117,6 +120,8 @@ def loss_function(
         added = balance.unsqueeze(-1).expand_as(loss_mask).reshape(-1)
         report["balance loss"] = _pair(added, mask)
         total = total + torch.sum(added * mask)
+    if ahead is not None:
+        total = total + ahead.total(counted.view_as(loss_mask))
     return total, tokens, report | (further or {})
 
 

@@ -33,7 +33,7 @@ from cherry_megatron.objective import Objective
 from cherry_megatron.sgt.loss import Mode, Supervision
 from cherry_megatron.sgt.online import Rows
 
-PARTS = ("embedding", "attention", "ffn", "head")
+PARTS = ("embedding", "attention", "ffn", "head", "mtp")
 ALL = "all"
 
 
@@ -167,4 +167,9 @@ def answered_for(chunk: torch.nn.Module, core: bool = False) -> Iterator[tuple[s
     for name, parameter in chunk.named_parameters():
         counts = param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter, group)
         if counts and parameter.requires_grad and (not core or parameter in looped):
-            yield parts.get(parameter, "embedding" if "embedding." in name else "head"), parameter
+            yield parts.get(parameter) or _outside(name), parameter
+
+
+def _outside(name: str) -> str:
+    """The part of the model that a parameter outside the stack belongs to."""
+    return next((part for part in ("embedding", "mtp") if f"{part}." in name), "head")

@@ -18,6 +18,7 @@ from cherry_megatron.surgery.compress import Surgery, check_sizes
 from cherry_megatron.surgery.depth import check_layers, objects
 from cherry_megatron.surgery.jobs import Constant, Copy, Normal
 from cherry_megatron.surgery.layers import (
+    DEPTHS,
     EMBEDDING,
     LINEARS,
     LOOP_A,
@@ -63,9 +64,11 @@ def plan_assembly(loads: Sequence[Path], config: Path, overrides: Sequence[str],
             jobs.append(Copy((start + stored,), (Spec(start + name, found.dtype, found.shape),)))
     first = parts[expert_prefix(0)]
     jobs += _router(mixture, first, tensors[expert_prefix(0)][EMBEDDING], seed)
+    ahead = any(name.startswith(DEPTHS) for part in parts.values() for name in part.model)
     lines = [
         *(f"expert {number:<4} {part.folder}" for number, part in enumerate(parts.values())),
         f"router      new, from seed {seed}",
+        *(["prediction  of tokens behind the next one is left out: mixtures have none"] if ahead else []),
         "optimizer   its state is dropped; training starts it anew",
     ]
     details = {"config": str(config), "recurrence": asdict(recurrence), "moee": asdict(mixture), "seed": seed}
@@ -112,7 +115,7 @@ def _tensors(source: Checkpoint, recurrence: Recurrence, config: Path, megatron:
     layers = source_layers(source, looped=True)
     check_sizes(source, layers, config, megatron)
     check_layers(source, layers, recurrence)
-    found = dict(layers.top)
+    found = {name: stored for name, stored in layers.top.items() if not name.startswith(DEPTHS)}
     for layer, sublayers in enumerate(sublayer_prefixes(recurrence.parsed)):
         for place, (symbol, prefix) in enumerate(sublayers):
             names = layers.layers[layer][place].names

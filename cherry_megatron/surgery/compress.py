@@ -7,7 +7,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from cherry_megatron.config import outline
+from cherry_megatron.config import outline, outline_depths
 from cherry_megatron.errors import CherryError
 from cherry_megatron.files import new_folder
 from cherry_megatron.model.pattern import Pattern
@@ -16,6 +16,7 @@ from cherry_megatron.storage.lineage import Manifest, parent, record
 from cherry_megatron.surgery.activations import open_calibration
 from cherry_megatron.surgery.align import Alignment
 from cherry_megatron.surgery.depth import compression, expansion, objects, peak_bytes, written_bytes
+from cherry_megatron.surgery.depths import new_depths
 from cherry_megatron.surgery.grouping import METHODS, Method, Mix, make_groups, mix
 from cherry_megatron.surgery.jobs import Drawn
 from cherry_megatron.surgery.layers import EMBEDDING, FC1, FC2, HEAD, QKV, Source, source_layers
@@ -143,6 +144,8 @@ def plan_compression(
     source = open_checkpoint(load)
     layers = source_layers(source)
     check_sizes(source, layers, config, megatron)
+    depths = outline_depths(config, overrides)
+    _check_depths(source, layers, config, depths, layers.depths <= depths)
     groups = make_groups(options.groups, len(layers.layers), recurrence)
     mixes = mix(groups, options.method, options.weights, options.keep)
     gated = bool(megatron.get("swiglu"))
@@ -154,15 +157,20 @@ def plan_compression(
     moments = options.optimizer == "average"
     if moments and recurrence.loop_rank:
         raise CherryError("--optimizer average: there are no moments for recurrence.loop_rank; use drop")
-    draw = None
+    if moments and layers.depths < depths:
+        raise CherryError(
+            f"--optimizer average: there are no moments for new layers of mtp.depths {depths}; use drop"
+        )
+    draw, std = None, megatron.get("init-method-std", INIT_STD)
+    if not isinstance(std, int | float) or not 0 < std < 1e3:
+        raise CherryError(f"{config}: megatron.init-method-std must be a positive number (it is {std})")
+    output_std = std * recurrence.output_scale
     if options.method == "random":
         if recurrence.loop_rank:
             raise CherryError("--method random keeps nothing that recurrence.loop_rank could correct; set it to 0")
-        std = megatron.get("init-method-std", INIT_STD)
-        if not isinstance(std, int | float) or not 0 < std < 1e3:
-            raise CherryError(f"{config}: megatron.init-method-std must be a positive number (it is {std})")
-        draw = partial(Drawn, std=std, output_std=std * recurrence.output_scale, seed=options.seed)
+        draw = partial(Drawn, std=std, output_std=output_std, seed=options.seed)
     jobs = compression(source, layers, recurrence, mixes, alignment, moments, gated, draw)
+    jobs += new_depths(source, layers, depths, std, output_std, options.seed)
     source.check([name for job in jobs for name in job.reads])
     pattern = recurrence.parsed
     details: dict[str, Any] = {
@@ -178,9 +186,10 @@ def plan_compression(
         f"method      {options.method}, corrections of rank {recurrence.loop_rank}, alignment {options.align}"
         + (f" of {calibration.tokens:,} tokens, {calibration.folder}" if calibration else ""),
         *([_tell(found)] if found else []),
+        *([f"prediction  {layers.depths} depths taken over, {depths - layers.depths} drawn"] if depths else []),
         f"optimizer   {'its moments are averaged' if moments else 'its state is dropped; training starts it anew'}",
     ]
-    made = objects(source, pattern, moments)
+    made = objects(source, pattern, moments, depths)
     return Surgery({"": source}, jobs, made, "compress-depth", details, lines)
 
 
@@ -196,6 +205,8 @@ def plan_expansion(load: Path, config: Path, overrides: Sequence[str]) -> Surger
     source = open_checkpoint(load)
     layers = source_layers(source, looped=True)
     check_sizes(source, layers, config, megatron)
+    depths = outline_depths(config, overrides)
+    _check_depths(source, layers, config, depths, layers.depths == depths)
     dense, jobs = expansion(source, layers, recurrence)
     source.check([name for job in jobs for name in job.reads])
     lines = [
@@ -204,7 +215,7 @@ def plan_expansion(load: Path, config: Path, overrides: Sequence[str]) -> Surger
         "optimizer   its state is dropped",
     ]
     details = {"config": str(config), "recurrence": asdict(recurrence), "pattern": dense.symbols}
-    return Surgery({"": source}, jobs, objects(source, dense, False), "expand", details, lines)
+    return Surgery({"": source}, jobs, objects(source, dense, False, depths), "expand", details, lines)
 
 
 def summary(surgery: Surgery, workers: int) -> str:
@@ -274,6 +285,14 @@ def check_sizes(source: Checkpoint, layers: Source, config: Path, megatron: dict
         raise CherryError(
             f"{config}: megatron.untie-embeddings-and-output-weights is {untied}, but {source.folder} holds "
             f"{'no' if untied else 'a'} {HEAD}"
+        )
+
+
+def _check_depths(source: Checkpoint, layers: Source, config: Path, depths: int, fits: bool) -> None:
+    if not fits:
+        raise CherryError(
+            f"{config}: mtp.depths is {depths}, but {source.folder} has {layers.depths}, which are taken over; set "
+            "it so"
         )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.options import Recurrence
-from cherry_megatron.model.pattern import Pattern, unroll
+from cherry_megatron.model.pattern import AHEAD, Pattern, unroll
 from cherry_megatron.storage.checkpoint import Checkpoint
 from cherry_megatron.storage.records import DTYPES, StandIn
 from cherry_megatron.surgery.activations import file_name
@@ -16,6 +16,8 @@ from cherry_megatron.surgery.corrections import Correct, factors
 from cherry_megatron.surgery.grouping import Mix
 from cherry_megatron.surgery.jobs import Constant, Copy, Merge, Unroll
 from cherry_megatron.surgery.layers import (
+    DEPTH_EXTRA_STATES,
+    DEPTHS,
     EMBEDDING,
     EXTRA_STATES,
     LOOP_A,
@@ -201,8 +203,15 @@ def _check_loops(source: Checkpoint, names: dict[str, str], symbol: str, recurre
             )
 
 
-def objects(source: Checkpoint, pattern: Pattern, with_optimizer: bool) -> dict[str, Any]:
-    """What a checkpoint holds besides tensors: empty extra states, and Megatron's common state at iteration 0."""
+def objects(source: Checkpoint, pattern: Pattern, with_optimizer: bool, depths: int = 0) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors: empty extra states, and Megatron's common state at iteration 0.
+
+    Args:
+        source: the checkpoint that it is made of.
+        pattern: its layers.
+        with_optimizer: whether it holds the optimizer's state.
+        depths: of multi-token prediction.
+    """
     modules = [
         prefix + module
         for sublayers in sublayer_prefixes(pattern)
@@ -211,18 +220,20 @@ def objects(source: Checkpoint, pattern: Pattern, with_optimizer: bool) -> dict[
     ]
     # Megatron looks for these, also where the head is the embedding; the norm's is that of Transformer Engine.
     modules += ["output_layer", "decoder.final_norm"]
+    modules += [f"{DEPTHS}{number}.{module}" for number in range(depths) for module in DEPTH_EXTRA_STATES]
     found: dict[str, Any] = {f"{module}._extra_state/shard_0_1": [None] for module in modules}
-    return found | {"common_state/shard_0_1": [_common_state(source, pattern, with_optimizer)]}
+    return found | {"common_state/shard_0_1": [_common_state(source, pattern, with_optimizer, depths)]}
 
 
-def _common_state(source: Checkpoint, pattern: Pattern, with_optimizer: bool) -> dict[str, Any]:
+def _common_state(source: Checkpoint, pattern: Pattern, with_optimizer: bool, depths: int) -> dict[str, Any]:
     state: dict[str, Any] = source.object("common_state")[0]
     kept = {"args", "checkpoint_version", "content_metadata"}
     kept |= {"optimizer", "opt_param_scheduler"} if with_optimizer else set()
     arguments: StandIn = state["args"]
     arguments.state |= {
         "num_layers": len(pattern.symbols),
-        "hybrid_layer_pattern": pattern.symbols,
+        "hybrid_layer_pattern": pattern.symbols + f"/{AHEAD}" * depths,
+        "mtp_num_layers": depths or None,
         "consumed_train_samples": 0,
         "consumed_valid_samples": 0,
         "skipped_train_samples": 0,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cherry_megatron.errors import CherryError
-from cherry_megatron.model.pattern import ATTENTION, MLP, Pattern
+from cherry_megatron.model.pattern import AHEAD, ATTENTION, MLP, Pattern
 from cherry_megatron.storage.checkpoint import Checkpoint, Tensor
 
 EMBEDDING, FINAL_NORM, HEAD = "embedding.word_embeddings.weight", "decoder.final_norm.weight", "output_layer.weight"
@@ -34,6 +34,26 @@ LOOPED = {
     symbol: (*scales, *(f"{linear}.{factor}" for linear in LINEARS[symbol] for factor in (LOOP_A, LOOP_B)))
     for symbol, scales in LOOP_SCALES.items()
 }
+# What a depth of multi-token prediction holds.
+DEPTHS = "mtp.layers."
+_DEPTH = re.compile(rf"{re.escape(DEPTHS)}(\d+)\.(.+)")
+JOIN, DEPTH_NORMS = "eh_proj.weight", ("enorm.weight", "hnorm.weight", "final_layernorm.weight")
+
+
+def inner_prefix(place: int) -> str:
+    """What the names of a depth's sublayer begin with, behind the depth's own beginning."""
+    return f"mtp_model_layer.layers.{place}."
+
+
+_DEPTH_ROLES = (
+    JOIN,
+    *DEPTH_NORMS,
+    *(inner_prefix(k) + role for k, symbol in enumerate(AHEAD) for role in ROLES[symbol]),
+)
+DEPTH_EXTRA_STATES = (
+    JOIN.removesuffix(".weight"),
+    *(inner_prefix(k) + module for k, symbol in enumerate(AHEAD) for module in EXTRA_STATES[symbol]),
+)
 _OTHER_NAMES = {
     "input_layernorm.weight": f"{QKV}.layer_norm_weight",
     "pre_mlp_layernorm.weight": f"{FC1}.layer_norm_weight",
@@ -54,6 +74,11 @@ class Source:
 
     layers: tuple[tuple[Sublayer, ...], ...]
     top: dict[str, str]
+
+    @property
+    def depths(self) -> int:
+        """Of multi-token prediction, whose tensors are top-level ones too."""
+        return len({found[1] for name in self.top if (found := _DEPTH.fullmatch(name))})
 
 
 def sublayer_prefixes(pattern: Pattern) -> list[list[tuple[str, str]]]:
@@ -117,7 +142,13 @@ def _check_top(checkpoint: Checkpoint, top: dict[str, str]) -> None:
     for name in (EMBEDDING, FINAL_NORM):
         if name not in top:
             raise CherryError(f"{checkpoint.folder}: the tensor {name} is missing")
-    for name in top.keys() - {EMBEDDING, FINAL_NORM, HEAD}:
+    depths = {name: found for name in top if (found := _DEPTH.fullmatch(name))}
+    numbers = sorted({int(found[1]) for found in depths.values()})
+    for number, role in ((number, role) for number in range(len(numbers)) for role in _DEPTH_ROLES):
+        if f"{DEPTHS}{number}.{role}" not in top:
+            raise CherryError(f"{checkpoint.folder}: the tensor {DEPTHS}{number}.{role} is missing")
+    known = {name for name, found in depths.items() if found[2] in _DEPTH_ROLES}
+    for name in top.keys() - {EMBEDDING, FINAL_NORM, HEAD} - known:
         raise CherryError(f"{checkpoint.folder}: the tensor {name} is not known")
 
 

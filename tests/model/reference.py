@@ -50,8 +50,13 @@ def mlp(x, w):
     return (F.silu(gate) * up) @ w["mlp.linear_fc2.weight"].T
 
 
-def forward(state, tokens, walk, *, heads, groups, size, base=10000.0, injection="none", prelude=1):
-    """Logits [b, s, v] of an unrolled model.
+def forward(state, tokens, walk, **model):
+    """Logits [b, s, v] of an unrolled model; arguments as for `states`."""
+    return states(state, tokens, walk, **model) @ state["output_layer.weight"].T
+
+
+def states(state, tokens, walk, *, heads, groups, size, base=10000.0, injection="none", prelude=1):
+    """What the output layer sees of an unrolled model, [b, s, h].
 
     Args:
         state: parameter name -> tensor, names as in the model.
@@ -84,5 +89,26 @@ def forward(state, tokens, walk, *, heads, groups, size, base=10000.0, injection
             y = rms(x, weight)
             y = attention(y, w, heads, groups, size, base) if number % 2 == 0 else mlp(y, w)
             x = x + y * out
-    x = rms(x, state["decoder.final_norm.weight"])
-    return x @ state["output_layer.weight"].T
+    return rms(x, state["decoder.final_norm.weight"])
+
+
+def predicted_ahead(state, tokens, x, depths, *, heads, groups, size, base=10000.0):
+    """Logits of multi-token prediction, one [b, s - depth, v] a depth; x: [b, s, h] as of `states`.
+
+    Depth d is walked over the positions that have a token d places on, and over no others.
+    """
+    embedding, found = state["embedding.word_embeddings.weight"], []
+    for depth in range(1, depths + 1):
+        start = f"mtp.layers.{depth - 1}."
+        w = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+        inner = [
+            {k.removeprefix(f"mtp_model_layer.layers.{n}."): v for k, v in w.items() if f"layers.{n}." in k}
+            for n in (0, 1)
+        ]
+        seen = rms(embedding[tokens[:, depth:]], w["enorm.weight"])
+        x = torch.cat((seen, rms(x[:, :-1], w["hnorm.weight"])), -1) @ w["eh_proj.weight"].T
+        x = x + attention(rms(x, inner[0]["input_layernorm.weight"]), inner[0], heads, groups, size, base)
+        x = x + mlp(rms(x, inner[1]["pre_mlp_layernorm.weight"]), inner[1])
+        x = rms(x, w["final_layernorm.weight"])
+        found.append(x @ state["output_layer.weight"].T)
+    return found

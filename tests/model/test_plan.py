@@ -26,6 +26,14 @@ def test_a_boundary_inside_a_loop_replicates_the_core():
     assert [plan.holders(layer) for layer in range(4)] == [(0,), (0, 1), (0, 1), (1,)]
 
 
+def test_prediction_ahead_is_on_the_last_stage_and_costs_there():
+    without, ahead = (make_plan(Recurrence("*-[(*-)x4]x8*-"), SHAPE, 1, 2, depths) for depths in (0, 2))
+    assert ahead.megatron_pattern == without.megatron_pattern + "/*-/*-"
+    # Two depths of 4.2 layers each: their own, the joining of two states, the output layer.
+    assert [len(s) for s in ahead.stages] == [23, 11]
+    assert SHAPE.depth_flops(1) / SHAPE.forward_flops("*-", 1) == pytest.approx(4.2, abs=0.01)
+
+
 def test_sequence_order_replicates_only_the_layer_that_is_cut():
     plan = make_plan(Recurrence("*-[*-*-]x3*-", order="sequence", stages=(5, 3)), SHAPE, 1, 2)
     assert plan.held == ((0, 1, 2), (2, 3))

@@ -68,10 +68,23 @@ def test_account_is_the_models_own_count(scales, rank, tmp_path: Path):
     assert together(account(recurrence, shape, 16)).stored == counted
 
 
-def count_parameters(recurrence):
+@pytest.mark.parametrize("depths", [1, 2])
+def test_account_of_prediction_ahead_is_the_models_own_count(depths, tmp_path: Path):
+    recurrence = Recurrence("*-[*-*-]x3*-")
+    shape = Shape(hidden=32, ffn=48, heads=4, groups=2, head_size=8, vocabulary=64)
+    (counted,) = run_ranks(tmp_path, 1, count_parameters, recurrence, depths)
+    rows = {row.name: row for row in account(recurrence, shape, 16, depths=depths)}
+    assert together(list(rows.values())).stored == counted
+    # qkv, proj, fc1, fc2, what joins two states to one, and the output layer once more; causal attention
+    matmuls = 32 * (32 + 2 * 16) + 32 * 32 + 32 * 96 + 48 * 32 + 64 * 32
+    assert rows["MTP layers"].flops == depths * (6 * matmuls + 6 * 32 * 16)
+    assert rows["MTP output"].flops == depths * 6 * 32 * 64
+
+
+def count_parameters(recurrence, depths=0):
     from tests.model.test_stack import build
 
-    model, _, _ = build(recurrence)
+    model, _, _ = build(recurrence, depths=depths)
     return sum(p.numel() for p in model.parameters())
 
 
