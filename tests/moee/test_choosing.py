@@ -12,13 +12,15 @@ from tests.model.test_mixture import build, run
 ROWS, EXPERTS, TOP_K = 256, 8, 2
 
 
-def choose(mixture, tokens):
-    """`choose_experts` for one micro-batch of rows."""
+def choose(mixture, tokens, first=False):
+    """What is found before a step of one micro-batch of rows, or before the first one."""
     from cherry_megatron import choosing
 
     choosing.get_args = lambda: SimpleNamespace(micro_batch_size=len(tokens))
     choosing.get_num_microbatches = lambda: 1
     row = {"tokens": tokens}
+    if first:
+        choosing.centre_router(mixture, [row])
     choosing.choose_experts(mixture, [row])
     return row["experts"].bool()
 
@@ -46,9 +48,9 @@ def start():
     for seed in (1, 2, 1234):
         model.router = Router(model.config, options, 2000, seed).cuda()
         before = load(first)
-        choose(model, first)
+        choose(model, first, first=True)
         centre = model.router.centre.clone()
-        choose(model, others)
+        choose(model, others, first=True)
         assert torch.equal(centre, model.router.centre), "a router is centred once"
         found.append((before, load(first), load(others)))
     return found

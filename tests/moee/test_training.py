@@ -169,6 +169,18 @@ def test_an_expert_is_a_model(tmp_path: Path, single, write_config, train):
     assert not np.array_equal(mixture.read(f"experts.0.{weight}"), mixture.read(f"experts.1.{weight}"))
 
 
+def test_what_a_router_has_learned_stays(tmp_path: Path, single, write_mixture, train):
+    """One that is trained with all experts is centred too, once: not again where a mixture with a top k starts from it."""
+    from cherry_megatron.storage.checkpoint import open_checkpoint
+
+    folder, *_ = single(ALL)
+    start = {"load": str(folder / "run"), "finetune": True}
+    train(write_mixture(tmp_path, {"megatron": start}, experts=2, top_k=1), 1, STAY)
+    before, after = (open_checkpoint(run / "run" / "checkpoints").read("router.centre") for run in (folder, tmp_path))
+    assert before.any()
+    assert np.array_equal(before, after)
+
+
 def refused(path, overrides):
     from cherry_megatron.checkpoints import unloadable
     from cherry_megatron.config import load
