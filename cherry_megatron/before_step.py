@@ -1,4 +1,4 @@
-"""Before a training step: centre of a router; the first evaluation; choice of experts; alpha, online selection and probe of SGT."""
+"""Before a training step: a router's centre and choices; the first evaluation; alpha, selection and probe of SGT."""
 
 from collections.abc import Callable
 from typing import Any
