@@ -1,4 +1,4 @@
-"""Before a training step: a router's centre and choices; the first evaluation; alpha, selection and probe of SGT."""
+"""Before a training step: a router's centre and choices; the first evaluation; what SGT needs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,8 +8,8 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import RerunDataIterator
 from megatron.training import get_args
 
-from cherry_megatron.choosing import centre_router, choose_experts
 from cherry_megatron.config import Config
+from cherry_megatron.expert_choice import centre_router, choose_experts
 from cherry_megatron.model.mixture import mixture_of
 from cherry_megatron.monitor.progress import Progress
 from cherry_megatron.objective import Objective

@@ -10,10 +10,9 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training import get_args
 from torch import Tensor
 
-from cherry_megatron.data.batches import EXPERTS
+from cherry_megatron.data.batches import EXPERTS, Rows
 from cherry_megatron.model.choice import assign, top
 from cherry_megatron.model.mixture import MixtureModel
-from cherry_megatron.sgt.online import Rows
 
 
 @torch.no_grad()
