@@ -23,7 +23,7 @@ PATTERN = {"pattern": "*-[*-]x2"}
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_assembled_trained_and_taken_apart(kind, tmp_path: Path, write_config, write_mixture, train):  # noqa: F811
-    """Names of extra states fit; experts have the losses of their runs; what is taken out loads as a single model."""
+    """Names of extra states fit, experts have the losses of their runs, and what is taken out is a single model."""
     from cherry_megatron.cli import main
     from cherry_megatron.runs import read_evaluations
 
