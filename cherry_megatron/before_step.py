@@ -1,4 +1,4 @@
-"""Before a training step: the first evaluation; choice of experts; alpha, online selection and probe of SGT."""
+"""Before a training step: a router's centre and choices; the first evaluation; what SGT needs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,8 +8,8 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import RerunDataIterator
 from megatron.training import get_args
 
-from cherry_megatron.choosing import choose_experts
 from cherry_megatron.config import Config
+from cherry_megatron.expert_choice import centre_router, choose_experts
 from cherry_megatron.model.mixture import mixture_of
 from cherry_megatron.monitor.progress import Progress
 from cherry_megatron.objective import Objective
@@ -32,13 +32,15 @@ class BeforeStep:
     def __init__(
         self, config: Config, objective: Objective, progress: Progress, evaluate: Callable[..., Any]
     ) -> None:
-        self._at_start = config.evaluation.at_start and own_checkpoints(config) is None
+        self._first = own_checkpoints(config) is None  # of the run's steps
+        self._at_start = config.evaluation.at_start
         self._objective, self._progress, self._evaluate = objective, progress, evaluate
         self._probe = Probe(objective, progress, config.run)
 
     def __call__(self, data_iterator: Any, model: list[torch.nn.Module], config: Any) -> Any:
         iteration = get_args().curr_iteration
-        at_start, self._at_start = self._at_start, False
+        first, self._first = self._first, False
+        at_start = first and self._at_start
         supervision, probing = self._objective.supervision, False
         if supervision is not None:
             options = supervision.options
@@ -47,13 +49,16 @@ class BeforeStep:
         selecting = supervision is not None and supervision.options.top_loss is not None
         mixture = mixture_of(model[0])
         choosing = mixture is not None and mixture.options.routes
-        reading = selecting or probing or choosing
+        centring = mixture is not None and first
+        reading = selecting or probing or choosing or centring
         if not (reading or at_start):
             return data_iterator
         with undisturbed(model, config):
             rows = None
             if reading and data_iterator is not None:
                 rows = [next(data_iterator) for _ in range(get_num_microbatches())]
+            if mixture is not None and centring:
+                centre_router(mixture, rows)
             if mixture is not None and choosing:
                 choose_experts(mixture, rows)
             if at_start:  # with a router that has been centred

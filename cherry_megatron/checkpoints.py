@@ -15,6 +15,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from cherry_megatron.config import Config, Data
 from cherry_megatron.data.paths import data_prefixes
+from cherry_megatron.data.tokenizer import fingerprint
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.options import MultiToken
 from cherry_megatron.model.pattern import parse
@@ -33,11 +34,16 @@ _FUNCTION = ("rotary-base", "norm-epsilon", "squared-relu")
 # What a run is trained for.
 _OBJECTIVE = {
     "data": ("shuffle",), "mtp": ("weight",), "sgt": ("marks", "top_loss", "alpha", "alpha_start", "alpha_steps"),
+    "moee": ("top_k", "prefix"),
 }  # fmt: skip
 # What decides which text is held out.
 _HELD_OUT = (
     "global-batch-size", "eval-global-batch-size", "seq-length", "split", "data-path", "train-data-path",
     "valid-data-path", "data-args-path",
+)  # fmt: skip
+# What else decides what an evaluation finds.
+_EVALUATED = (
+    ("evaluation", "batches"), ("data", "shuffle"), ("sgt", "marks"), ("moee", "top_k"), ("moee", "prefix"),
 )  # fmt: skip
 
 
@@ -52,25 +58,43 @@ def unloadable(config: Config) -> list[str]:
         return []
     if own_checkpoints(config):
         return _changes(config, folder)
-    found = _missing_depths(config, folder)
+    checkpoint = Checkpoint(folder)
+    if other := _other_kind(config, checkpoint):
+        return [f"megatron.load {folder} {other}"]
+    found = _missing_depths(config, checkpoint)
     if config.value("finetune") or config.value("no-load-optim"):
         return found
-    if any(name.startswith(OPTIMIZER) for name in Checkpoint(folder).tensors):
+    if any(name.startswith(OPTIMIZER) for name in checkpoint.tensors):
         return found
     return [
         f"megatron.load {folder} holds no optimizer state; set megatron.finetune: true to start from its weights"
     ]
 
 
-def _missing_depths(config: Config, folder: Path) -> list[str]:
+def _missing_depths(config: Config, checkpoint: Checkpoint) -> list[str]:
     """Megatron's own sentence is a list of tensors."""
-    held = sum(name.startswith("mtp.") and name.endswith("eh_proj.weight") for name in Checkpoint(folder).model)
+    held = sum(name.startswith("mtp.") and name.endswith("eh_proj.weight") for name in checkpoint.model)
     if held >= config.mtp.depths:
         return []
     return [
-        f"megatron.load {folder} holds {held} of mtp.depths {config.mtp.depths}; only a compression of depth "
-        "(`cherry compress-depth`) adds some"
+        f"megatron.load {checkpoint.folder} holds {held} of mtp.depths {config.mtp.depths}; only a compression of "
+        "depth (`cherry compress-depth`) adds some"
     ]
+
+
+def _other_kind(config: Config, checkpoint: Checkpoint) -> str | None:
+    """What a checkpoint is instead of what the configuration describes, and the way out; None if it is that."""
+    stored, wanted = len(checkpoint.experts), config.moee.experts if config.moee else 0
+    if stored == wanted:
+        return None
+    if not stored:
+        return (
+            f"is a single model, and moee.experts is {wanted}: make a mixture of {wanted} by `cherry assemble-moee`"
+        )
+    extract = "take single models out of it by `cherry assemble-moee --extract`"
+    if not wanted:
+        return f"is a mixture of {stored} models, and the configuration has no section moee: {extract}"
+    return f"is a mixture of {stored} models, and moee.experts is {wanted}: {extract}, and assemble those anew"
 
 
 def _changes(config: Config, folder: Path) -> list[str]:
@@ -119,8 +143,8 @@ def _record(folder: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def other_text(config: Config) -> list[str]:
-    """The keys whose values differ from training's, so that other text is held out."""
+def other_losses(config: Config) -> list[str]:
+    """The keys whose values differ from training's, so that losses do not compare."""
     folder = checkpoint_to_load(config)
     before = None if folder is None else _record(folder)
     if before is None:
@@ -130,10 +154,12 @@ def other_text(config: Config) -> list[str]:
     ours, theirs = config.as_dict(), before
     found += [
         f"{section}.{key}"
-        for section, key in (("evaluation", "batches"), ("data", "shuffle"), ("sgt", "marks"))
+        for section, key in _EVALUATED
         if _setting(ours, section, key) != _setting(theirs, section, key)
     ]
-    return found + ["data.prefix or moee.prefix"] * (_masked_prefix(before) != config.prefix)
+    if _masked_prefix(before) != config.prefix and "moee.prefix" not in found:
+        found.append("data.prefix or moee.prefix")
+    return found
 
 
 def _setting(settings: dict[str, Any], section: str, key: str) -> Any:
@@ -242,15 +268,23 @@ def recorder(config: Config, args: Any, say: Callable[[str], None]) -> Callable[
     if config.distillation is not None and args.rank == 0 and not own:
         teacher = open_checkpoint(Path(config.distillation.load)).folder
         parents += [{**found, "role": "teacher"} for found in parents_of(teacher, False)]
+    tokenizer = _tokenizer(config)
     data = [{"path": prefix, "report": _hash(Path(f"{prefix}.json"))} for _, prefix in data_prefixes(config)]
 
     def record(folder: Path) -> None:
         iteration = int(folder.name.removeprefix("iter_"))
-        details = {"config": config.as_dict(), "config_hash": config.hash(), "data": data}
+        details = {"config": config.as_dict(), "config_hash": config.hash(), "data": data, **tokenizer}
         record_saved(folder, "pretrain", parents, iteration=iteration, **details)
         say(f"step {iteration:>7}  checkpoint written to {folder}")
 
     return record
+
+
+def _tokenizer(config: Config) -> dict[str, str]:
+    """For the record: its fingerprint, because its folder may hold another one later."""
+    if config.value("tokenizer-type") != "HuggingFaceTokenizer":
+        return {}
+    return {"tokenizer": fingerprint(Path(config.value("tokenizer-model")))}
 
 
 def _hash(path: Path) -> str | None:

@@ -4,7 +4,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 
-from cherry_megatron.checkpoints import other_text
+from cherry_megatron.checkpoints import other_losses
 from cherry_megatron.config import Config
 from cherry_megatron.errors import CherryError
 from cherry_megatron.monitor.evaluation import LoopEvaluation
@@ -31,12 +31,12 @@ def evaluate(
         raise CherryError(
             f"the run {config.run} has no checkpoint to evaluate; train it first, or set megatron.load"
         )
-    differing = other_text(config)
+    differing = other_losses(config)
     if differing:
         verb = "differs" if len(differing) == 1 else "differ"
         print(
-            f"note: {', '.join(differing)} {verb} from training: other text is held out, and the losses are not "
-            "recorded in the run",
+            f"note: {', '.join(differing)} {verb} from training: the losses do not compare with those of the run, "
+            "and are not recorded there",
             file=sys.stderr,
         )
     if loops:

@@ -39,6 +39,11 @@ def action_of(flag: str, path: Path | None = None) -> argparse.Action:
     return options[f"--{flag}"]
 
 
+def flags_starting(words: str) -> list[str]:
+    """Megatron's flags whose names begin so."""
+    return [o.removeprefix("--") for o in _parser()._option_string_actions if o.startswith(f"--{words}")]
+
+
 def megatron_arguments(values: dict[str, Any]) -> list[str]:
     """Flags and values as Megatron's command line has them."""
     arguments: list[str] = []

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cherry_megatron.errors import CherryError
-from cherry_megatron.flags import action_of
+from cherry_megatron.flags import action_of, flags_starting
 
 if TYPE_CHECKING:
     from cherry_megatron.config import Config
@@ -142,6 +142,9 @@ def check(config: "Config") -> None:
         for flag, why in _UNSUPPORTED.items():
             if config.value(flag) != action_of(flag).default:
                 raise CherryError(f"megatron.{flag}: {why}; take it out")
+        for flag in flags_starting("moe-"):
+            if config.value(flag) != action_of(flag).default:
+                raise CherryError(f"megatron.{flag} does nothing: experts are set by moee; take it out")
         _check_numbers(config)
         _check_sizes(config)
         _check_split(config)
@@ -393,14 +396,15 @@ def _check_mixture(config: "Config") -> None:
             config.value("deterministic-mode"),
             "the router's cumulative sum has no deterministic form on a GPU",
         ),
-        "megatron.fp8-recipe delayed": (
-            config.value("fp8-format") and config.value("fp8-recipe") == "delayed",
-            "its scales are shared by data-parallel ranks, which hold different experts; use tensorwise, so",
-        ),
     }
     for key, (given, why) in refused.items():
         if given:
             raise CherryError(f"{key} does not go with moee.experts: {why}; take it out")
+    if config.value("fp8-format") and config.value("fp8-recipe") == "delayed":  # Megatron's default
+        raise CherryError(
+            "megatron.fp8-format does not go with moee.experts and fp8-recipe delayed, whose scales data-parallel "
+            "ranks share over different experts; set megatron.fp8-recipe to tensorwise"
+        )
 
 
 def _check_batch(config: "Config") -> None:

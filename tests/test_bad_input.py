@@ -90,47 +90,6 @@ CONFIGS = {
     ),
     "probe": ({"sgt": {"top_loss": 0.1, "probe_interval": -1}}, [], "0 is never"),
     "probe-loops": ({"sgt": {"top_loss": 0.1, "probe_loops": True}}, [], "needs sgt.probe_interval"),
-    "one-expert": ({"moee": {"experts": 1}}, [], "moee.experts is 1; a mixture has 2 or more"),
-    "more-than-all-experts": ({"moee": {"experts": 2, "top_k": 3}}, [], "moee.top_k 3 is not from 1 to the 2"),
-    "no-prefix": ({"moee": {"experts": 2, "prefix": 0}}, [], "moee.prefix is 0; use a positive number"),
-    "all-prefix": ({"moee": {"experts": 2, "prefix": 32}}, [], "moee.prefix 32 leaves no token of the 32"),
-    "no-room": ({"moee": {"experts": 2, "capacity": 0.5}}, [], "moee.capacity 0.5 leaves no room"),
-    "balance": ({"moee": {"experts": 2, "balance": -1.0}}, [], "moee.balance -1.0 must be"),
-    "experts-over-stages": (
-        {"moee": {"experts": 2, "prefix": 8}, "megatron": {"pipeline-model-parallel-size": 2}},
-        [],
-        "an expert lies whole on its tensor-parallel ranks; set pipeline-model-parallel-size to 1",
-    ),
-    "expert-ranks-without-experts": (
-        {"megatron": {"expert-model-parallel-size": 2}},
-        [],
-        "needs experts: set moee.experts, or use 1",
-    ),
-    "too-few-ranks-for-the-experts": (
-        {"moee": {"experts": 2, "prefix": 8}, "megatron": {"expert-model-parallel-size": 2}},
-        [],
-        "start a multiple of 2 processes, or set it to 1",
-    ),
-    "experts-that-cannot-be-shared-out": (
-        {"moee": {"experts": 3, "prefix": 8}, "megatron": {"expert-model-parallel-size": 2}},
-        [],
-        "moee.experts 3 cannot be shared out evenly over expert-model-parallel-size 2",
-    ),
-    "probe-of-a-mixture": (
-        {"moee": {"experts": 2, "prefix": 8}, "sgt": {"top_loss": 0.1, "probe_interval": 5}},
-        [],
-        "sgt.probe_interval does not go with moee.experts",
-    ),
-    "deterministic-mixture": (
-        {"moee": {"experts": 2, "prefix": 8}, "megatron": {"deterministic-mode": True}},
-        [],
-        "megatron.deterministic-mode does not go with moee.experts",
-    ),
-    "delayed-scales-of-a-mixture": (
-        {"moee": {"experts": 2, "prefix": 8}, "megatron": {"fp8-format": "hybrid", "bf16": True}},
-        [],
-        "megatron.fp8-recipe delayed does not go with moee.experts",
-    ),
     "negative-prefix": ({"data": {"prefix": -1}}, [], "data.prefix -1 is negative"),
     "shuffle": ({"data": {"shuffle": "letters"}}, [], "is not one of none, tokens, words"),
     "rank-of-more-than-the-weights": (

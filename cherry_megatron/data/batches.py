@@ -17,6 +17,7 @@ from cherry_megatron.data.shuffle import Shuffle
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 SELECTED = "selected"
 EXPERTS = "experts"
+Rows = list[dict[str, Tensor]] | None  # the micro-batches of a step; None on ranks that read no data
 
 
 HELD_OUT_SEED = 1234

@@ -151,7 +151,9 @@ class MixtureModel(MegatronModule):
         gates = self.router(tokens)
         scores = self.scores(gates)
         wanted = top(scores, self.options.top_k)
-        chosen = self._agreed(wanted) if chosen is None else chosen.bool()
+        if chosen is None:
+            chosen = self._agreed(wanted) if self.options.routes else wanted
+        chosen = chosen.bool()
         log_gates = gates.masked_fill(~chosen.unsqueeze(1), float("-inf")).log_softmax(-1)
         losses = self._all_losses(tokens, position_ids, labels, chosen)
         sent = self.exchanged_bytes - before
@@ -219,6 +221,8 @@ def _expert_losses(
     """Cross-entropy of an expert for the rows that it sees, `rows` (None: all), among all of [B, s]."""
     if rows is None:
         return expert(tokens, position_ids, None, labels=labels)
+    if not len(rows) and not expert.training:
+        return torch.zeros(tokens.shape, device=tokens.device)
     # Without a row of its own it walks one that its gate leaves out: gradients and collectives stay whole.
     some = rows if len(rows) else rows.new_zeros(1)
     found = expert(tokens[some], position_ids[some], None, labels=labels[some])

@@ -169,4 +169,5 @@ class Mixture:
 
 def room(rows: int, experts: int, top_k: int, capacity: float) -> int:
     """How many of a global batch's rows an expert takes at most."""
-    return min(rows, math.ceil(capacity * top_k * rows / experts))
+    share = capacity * top_k * rows / experts
+    return min(rows, math.ceil(share - 1e-9))  # 1.05 and the like are a little more than they say

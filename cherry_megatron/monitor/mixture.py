@@ -46,12 +46,13 @@ def _left_out(steps: list[dict[str, float]], name: str, words: str) -> list[str]
     """The alarm by one kind of share: its tags are `name`/expert."""
     start = f"{name}/"
     shares = [{n.removeprefix(start): v for n, v in step.items() if n.startswith(start)} for step in steps]
+    shares = [step for step in shares if step]  # without a token with a loss there are none
     if not shares:
         return []
     limits = [LEFT_OUT * sum(step.values()) / len(step) for step in shares]
     return [
         f"expert {expert} is left out: {words.format(max(step[expert] for step in shares))} at most, in each of "
-        f"the last {len(steps)} steps; raise moee.balance, or moee.top_k"
+        f"the last {len(shares)} steps; raise moee.balance, or moee.top_k"
         for expert in shares[0]
         if all(step[expert] < limit for step, limit in zip(shares, limits, strict=True))
     ]

@@ -7,11 +7,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training import get_args
 from torch import Tensor
 
-from cherry_megatron.data.batches import SELECTED
+from cherry_megatron.data.batches import SELECTED, Rows
 from cherry_megatron.objective import Objective
 from cherry_megatron.sgt.loss import Supervision
-
-Rows = list[dict[str, Tensor]] | None  # the micro-batches of a step; None on ranks that read no data
 
 
 def select(objective: Objective, supervision: Supervision, rows: Rows, model: list[torch.nn.Module]) -> None:

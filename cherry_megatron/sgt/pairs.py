@@ -25,6 +25,7 @@ TOLERANCE = 1e-3  # nats; the loss before the first step varies by less with the
 # Flags that change no number, and whether they stand without a value.
 _LAYOUT = {
     "tensor-model-parallel-size": False, "pipeline-model-parallel-size": False, "micro-batch-size": False,
+    "expert-model-parallel-size": False, "eval-micro-batch-size": False,
     "num-distributed-optimizer-instances": False, "sequence-parallel": True, "overlap-grad-reduce": True,
     "overlap-param-gather": True,
 }  # fmt: skip

@@ -25,13 +25,13 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args
 from torch import Tensor
 
+from cherry_megatron.data.batches import Rows
 from cherry_megatron.files import append_lines
 from cherry_megatron.model.pattern import ATTENTION
 from cherry_megatron.model.stack import RecurrentStack
 from cherry_megatron.monitor.progress import Progress
 from cherry_megatron.objective import Objective
 from cherry_megatron.sgt.loss import Mode, Supervision
-from cherry_megatron.sgt.online import Rows
 
 PARTS = ("embedding", "attention", "ffn", "head", "mtp")
 ALL = "all"

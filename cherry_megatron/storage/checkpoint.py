@@ -106,6 +106,20 @@ class Checkpoint:
         """The tensors of the model, without the optimizer's."""
         return {name: tensor for name, tensor in self.tensors.items() if not name.startswith(OPTIMIZER)}
 
+    @cached_property
+    def experts(self) -> set[int]:
+        """The numbers of the whole models that a mixture holds; of a single model none."""
+        found = (re.match(r"experts\.(\d+)\.", name) for name in self.model)
+        return {int(match[1]) for match in found if match}
+
+    def under(self, start: str) -> "Checkpoint":
+        """The tensors whose names begin so, by the rest of their names, with the same objects."""
+        found = Checkpoint.__new__(Checkpoint)
+        found.folder, found.objects, found.read_hashes = self.folder, self.objects, {}
+        found.tensors = {n.removeprefix(start): t for n, t in self.tensors.items() if n.startswith(start)}
+        found.manifest = None
+        return found
+
     def check(self, names: list[str]) -> None:
         """See that all of these tensors' files are there and long enough.
 

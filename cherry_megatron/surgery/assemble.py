@@ -4,7 +4,7 @@ Tensors are taken over as they are, under other names; the router is new. All of
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from cherry_megatron.data.tokenizer import fingerprint
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.options import Mixture, Recurrence
 from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint
+from cherry_megatron.storage.lineage import chain, read_lineage
 from cherry_megatron.storage.records import StandIn
 from cherry_megatron.surgery.compress import Surgery, check_sizes
 from cherry_megatron.surgery.depth import check_layers, objects
@@ -29,6 +30,9 @@ from cherry_megatron.surgery.layers import (
     sublayer_prefixes,
 )
 from cherry_megatron.surgery.writing import Job, Spec
+
+# What of a recurrence decides what its weights compute.
+_WALK = ("pattern", "loops", "order", "injection")
 
 
 def expert_prefix(number: int) -> str:
@@ -85,19 +89,19 @@ def plan_extraction(load: Path, config: Path, overrides: Sequence[str], number: 
         number: of the expert, counted from 0.
 
     Raises:
-        CherryError: if there is no such expert.
+        CherryError: if there is no such expert, or it is not a model of the configuration.
     """
-    recurrence, _ = outline(config, overrides)
-    mixture = outline_mixture(config, overrides)
+    recurrence, megatron = outline(config, overrides)
     source, start = open_checkpoint(load), expert_prefix(number)
-    names = [name for name in source.model if name.startswith(start)]
-    if not names or not 0 <= number < mixture.experts:
-        raise CherryError(f"{source.folder} holds no expert {number}; name one from 0 to {mixture.experts - 1}")
-    source.check(names)
-    jobs: list[Job] = [
-        Copy((name,), (Spec(name.removeprefix(start), source.tensors[name].dtype, source.tensors[name].shape),))
-        for name in names
-    ]
+    if not source.experts:
+        raise CherryError(f"{source.folder} is a single model; name a mixture, or leave --extract out")
+    if number not in source.experts:
+        raise CherryError(f"{source.folder} holds no expert {number}; name one from 0 to {max(source.experts)}")
+    expert = source.under(start)
+    jobs: list[Job] = []
+    for name, stored in _tensors(expert, recurrence, config, megatron).items():
+        found = expert.tensors[stored]
+        jobs.append(Copy((start + stored,), (Spec(name, found.dtype, found.shape),)))
     lines = [f"source      {source.folder}: expert {number}", "optimizer   its state is dropped"]
     details = {"config": str(config), "recurrence": asdict(recurrence), "expert": number}
     made = objects(source, recurrence.parsed, False)
@@ -110,11 +114,12 @@ def _tensors(source: Checkpoint, recurrence: Recurrence, config: Path, megatron:
     Raises:
         CherryError: if it is not a model of this configuration.
     """
-    if any(name.startswith(("experts.", "router.")) for name in source.model):
+    if source.experts:
         raise CherryError(f"{source.folder} is a mixture; name single models, such as --extract makes of it")
     layers = source_layers(source, looped=True)
     check_sizes(source, layers, config, megatron)
     check_layers(source, layers, recurrence)
+    _check_walk(source, recurrence, config)
     found = {name: stored for name, stored in layers.top.items() if not name.startswith(DEPTHS)}
     for layer, sublayers in enumerate(sublayer_prefixes(recurrence.parsed)):
         for place, (symbol, prefix) in enumerate(sublayers):
@@ -123,6 +128,32 @@ def _tensors(source: Checkpoint, recurrence: Recurrence, config: Path, megatron:
             found |= {prefix + role: name for role, name in names.items()}
     source.check(list(found.values()))
     return found
+
+
+def _check_walk(source: Checkpoint, recurrence: Recurrence, config: Path) -> None:
+    """The layers are walked as they were in training, as far as the checkpoint's record tells.
+
+    Raises:
+        CherryError: naming the first key of the configuration that differs.
+    """
+    record = read_lineage(source.folder) or {}
+    trained = record["config"] if isinstance(record.get("config"), dict) else record
+    known = {key: value for key, value in trained.get("recurrence", {}).items() if key in _WALK}
+    if not known or record["operation"] == "expand":  # whose record has the recurrence before it
+        return
+    before = Recurrence(**known)
+    for key in _WALK:
+        old, new = _meaning(before, key), _meaning(recurrence, key)
+        if old != new:
+            raise CherryError(
+                f"{config}: recurrence.{key} is {getattr(recurrence, key)}, but {source.folder} was trained with "
+                f"{getattr(before, key)}; set it so"
+            )
+
+
+def _meaning(recurrence: Recurrence, key: str) -> Any:
+    """The loops that a pattern is written with are compared as `loops`."""
+    return replace(recurrence.parsed, loops=1) if key == "pattern" else getattr(recurrence, key)
 
 
 def _roles(recurrence: Recurrence, layer: int, symbol: str) -> set[str]:
@@ -152,7 +183,7 @@ def _check_alike(parts: list[Checkpoint], tensors: list[dict[str, str]]) -> None
     Raises:
         CherryError: naming the first that differs.
     """
-    first, tokenizer = parts[0], _tokenizer(parts[0])
+    first = parts[0]
     for part, names in zip(parts, tensors, strict=True):
         for name, stored in names.items():
             ours, theirs = part.tensors[stored], first.tensors[tensors[0][name]]
@@ -161,15 +192,27 @@ def _check_alike(parts: list[Checkpoint], tensors: list[dict[str, str]]) -> None
                     f"{part.folder}: {name} is {ours.dtype} {list(ours.shape)}, but {theirs.dtype} "
                     f"{list(theirs.shape)} in {first.folder}; experts are alike"
                 )
-        if None not in (tokenizer, _tokenizer(part)) and tokenizer != _tokenizer(part):
+    tokenizers = [(part, found) for part in parts if (found := _tokenizer(part)) is not None]
+    for part, found in tokenizers[1:]:
+        known, wanted = tokenizers[0]
+        if found != wanted:
             raise CherryError(
-                f"{part.folder} was trained with the tokenizer {_tokenizer(part)}, {first.folder} with "
-                f"{tokenizer}; experts predict the same tokens"
+                f"{part.folder} was trained with the tokenizer {found}, {known.folder} with {wanted}; experts "
+                "predict the same tokens"
             )
 
 
 def _tokenizer(part: Checkpoint) -> str | None:
-    """The fingerprint of the tokenizer that a checkpoint was trained with, if it is still there."""
+    """The fingerprint of the tokenizer that a checkpoint was trained with.
+
+    By its record, or that of what it was made from; for checkpoints of before it was recorded by the folder that
+    their arguments name, if it is still there.
+    """
+    recorded = next(
+        (r["tokenizer"] for _, r in chain(read_lineage(part.folder) or {"parents": []}) if "tokenizer" in r), None
+    )
+    if recorded is not None:
+        return str(recorded)
     folder = _arguments(part.object("common_state")[0]).get("tokenizer_model")
     if folder is None or not (Path(folder) / "tokenizer.json").is_file():
         return None

@@ -27,7 +27,10 @@ SPARE = 1 << 20  # for what is no tensor
 # Megatron's defaults.
 INIT_STD = 0.02
 # What no tensor shows and decides what they compute: flag, its name in a checkpoint's arguments, default.
-FUNCTION = (("rotary-base", "rotary_base", 10000), ("norm-epsilon", "layernorm_epsilon", 1e-5))
+FUNCTION = (
+    ("rotary-base", "rotary_base", 10000), ("norm-epsilon", "layernorm_epsilon", 1e-5),
+    ("squared-relu", "squared_relu", False),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

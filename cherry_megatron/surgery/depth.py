@@ -193,8 +193,13 @@ def _check_loops(source: Checkpoint, names: dict[str, str], symbol: str, recurre
     for role in LOOPED[symbol]:
         if role not in names:
             continue
-        first = source.tensors[names[role]].shape[0]
-        found = first // hidden if role in LOOP_SCALES[symbol] else first
+        shape = source.tensors[names[role]].shape
+        found = shape[0] // hidden if role in LOOP_SCALES[symbol] else shape[0]
+        if role.endswith(LOOP_A) and shape[1] != recurrence.loop_rank:
+            raise CherryError(
+                f"{source.folder}: {names[role]} has rank {shape[1]}, recurrence.loop_rank is "
+                f"{recurrence.loop_rank}; name the configuration that it was trained with"
+            )
         if found != recurrence.parsed.loops:
             what = "corrections" if role.endswith((LOOP_A, LOOP_B)) else "vectors"
             raise CherryError(

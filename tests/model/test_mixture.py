@@ -148,7 +148,7 @@ def test_rows_find_room(data):
     # A few different scores: ties are many.
     score = st.integers(0, 3).map(lambda n: n / 4)
     scores = data.draw(st.lists(st.lists(score, min_size=experts, max_size=experts), min_size=rows, max_size=rows))
-    capacity = data.draw(st.sampled_from([1.0, 1.25, 2.0, float(experts)]))
+    capacity = data.draw(st.sampled_from([1.0, 1.05, 1.1, 1.25, 2.0, float(experts)]))
     chosen = assign(torch.tensor(scores), k, capacity)
     limit = room(rows, experts, k, capacity)
     assert [set(row.nonzero().flatten().tolist()) for row in chosen] == share_out(scores, k, capacity)
@@ -160,12 +160,22 @@ def test_rows_find_room(data):
         assert torch.equal(chosen, top(torch.tensor(scores), k))
 
 
+def test_room_is_that_of_the_capacity_as_written():
+    from cherry_megatron.model.options import room
+
+    assert room(160, 8, 3, 1.05) == 63  # 1.05 x 60; in floating point a little more
+    assert room(8, 4, 2, 1.25) == 5
+    assert room(9, 4, 1, 1.0) == 3
+    assert room(4, 2, 1, 3.0) == 4
+
+
 def traffic(options):
-    """Bytes that leave this rank in a step, as counted by the mixture, and message by message."""
+    """Bytes that leave this rank in a step, as counted by the mixture, and message by message; broadcasts."""
     import torch
 
     model = build(options, expert_parallel=2)
-    sent = []
+    sent, broadcasts, broadcast = [], [], torch.distributed.broadcast
+    torch.distributed.broadcast = lambda *args, **kwargs: broadcasts.append(broadcast(*args, **kwargs))
     gather, exchange = torch.distributed.all_gather_into_tensor, torch.distributed.all_to_all_single
 
     def counted_gather(output, ours, group=None):
@@ -180,7 +190,7 @@ def traffic(options):
     torch.distributed.all_to_all_single = counted_exchange
     draw = torch.Generator().manual_seed(torch.distributed.get_rank())
     run(model, torch.randint(0, 32, (3, 16), generator=draw).cuda()).sum().backward()
-    return model.exchanged_bytes, [(str(kind), size) for kind, size in sent]
+    return model.exchanged_bytes, [(str(kind), size) for kind, size in sent], len(broadcasts)
 
 
 @pytest.mark.parametrize("top_k", [4, 2])
@@ -192,8 +202,9 @@ def test_ranks_exchange_ids_and_a_number_a_token(top_k, tmp_path: Path):
     expected = [("torch.int32", 4 * b * s)] * 2 + [("torch.float32", 4 * b * s * here)] * 2
     if top_k == 2:
         expected.insert(2, ("torch.uint8", 4 * b))
-    for counted, sent in run_ranks(tmp_path, 2, traffic, options):
+    for counted, sent, broadcasts in run_ranks(tmp_path, 2, traffic, options):
         assert sent == expected
+        assert broadcasts == (top_k < 4), "tensor-parallel ranks agree only where there is a choice"
         assert counted == sum(size for _, size in sent)
 
 
@@ -230,3 +241,32 @@ def test_tensor_parallel_ranks_walk_the_same_rows(tmp_path: Path):
     (first, first_wanted, _), (second, second_wanted, _) = run_ranks(tmp_path, 2, disagreeing)
     assert first_wanted != second_wanted
     assert first == second == first_wanted
+
+
+def observed():
+    """Rows that each expert's stack shows its observer, in evaluation and training; all want expert 1."""
+    import torch
+
+    from cherry_megatron.model.options import Mixture
+    from cherry_megatron.model.stack import recurrent_stacks
+
+    model = build(Mixture(experts=3, top_k=1, prefix=4))
+    model.router.centre[1] -= 9
+    tokens = torch.randint(0, 32, (3, 16), generator=torch.Generator().manual_seed(1)).cuda()
+    found = []
+    for mode in (False, True):
+        model.train(mode)
+        rows = []
+        for stack in recurrent_stacks(model):
+            stack.observe = lambda loop, before, after, rows=rows: rows.append(after.shape[1])
+        with torch.set_grad_enabled(mode):
+            loss = run(model, tokens)
+        found.append((rows, bool(loss.isfinite().all())))
+    return found
+
+
+def test_statistics_of_loops_are_of_rows_that_an_expert_sees(tmp_path: Path):
+    """Two loops. In training an expert without a row walks one, for its gradients; nothing observes it there."""
+    ((evaluated, trained),) = run_ranks(tmp_path, 1, observed)
+    assert evaluated == ([3, 3], True)
+    assert trained == ([1, 1, 3, 3, 1, 1], True)

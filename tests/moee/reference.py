@@ -1,6 +1,7 @@
 """A second implementation of the mixture in plain PyTorch: no Megatron, one process, every row by itself."""
 
 import math
+from fractions import Fraction
 
 import torch
 from torch.nn import functional as F
@@ -21,7 +22,7 @@ def router(weights, tokens):
 def share_out(scores, k, capacity):
     """The experts of each row, as sets: the best pair that is still allowed, again and again."""
     rows, experts = len(scores), len(scores[0])
-    limit = math.ceil(capacity * k * rows / experts)
+    limit = math.ceil(Fraction(str(capacity)) * k * rows / experts)
     found = [set() for _ in range(rows)]
     load = [0] * experts
     while True:

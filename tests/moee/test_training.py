@@ -40,7 +40,10 @@ def record(path, folder, flags):
 
 
 def expected(folder, options):
-    """The reference's step on the recorded rows, and its loss on the held-out ones; loss and report of both."""
+    """The reference's step on the recorded rows, and its loss on the held-out ones; loss and report of both.
+
+    Of the held-out rows, and of the others, the loss with one loop of two as well.
+    """
     import torch
 
     from cherry_megatron.model.pattern import parse, unroll
@@ -63,7 +66,12 @@ def expected(folder, options):
     # Evaluation has room for all.
     later, _, held_out_report, _ = step(state, held_out, {**options, "capacity": float(options["experts"])}, model)
     gradient = {name: value.numpy() for name, value in gradient.items()}
-    return gradient, (loss, report), (later, held_out_report)
+    model["walk"] = [(visit.layer, visit.loop) for visit in unroll(parse("*-[*-]x2"), 1, "cycle")]
+    once = [
+        step(state, rows, {**options, "capacity": float(options["experts"])}, model)[0]
+        for rows in (batch, held_out)
+    ]
+    return gradient, (loss, report), (later, held_out_report), once
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +93,13 @@ def single(tmp_path_factory, write_mixture):
     return get
 
 
-def compare(run, gradient, trained, evaluated):
+def compare(run, gradient, trained, evaluated, once):
     """The step and the evaluation that a run has recorded are the reference's."""
     from cherry_megatron.runs import read_evaluations, read_steps
 
     (step,), (evaluation,) = read_steps(run), read_evaluations(run)
     assert distance(first_gradient(run), gradient) <= TOLERANCE
+    assert evaluation["losses"]["1"] == pytest.approx(once[1], rel=TOLERANCE)
     for (loss, report), found, ours in (
         (trained, step["loss"], step["moee"]),
         (evaluated, evaluation["losses"]["2"], evaluation["moee"]["2"]),
@@ -101,20 +110,20 @@ def compare(run, gradient, trained, evaluated):
 
 
 def check(options, ranks, flags, tmp_path, single, write_mixture, train):
-    _, gradient, trained, evaluated = single(options)
+    _, gradient, trained, *evaluated = single(options)
     if options != ALL:
         _, report = trained
         assert report["displaced"] > 0, "every row found room, which tests little"
         assert len({report[f"load/{expert}"] for expert in range(options["experts"])}) > 1
         assert len({report[f"wanted/{expert}"] for expert in range(options["experts"])}) > 1
     train(write_mixture(tmp_path, **options), ranks, f"{STAY} {flags}")
-    compare(tmp_path / "run", gradient, trained, evaluated)
+    compare(tmp_path / "run", gradient, trained, *evaluated)
 
 
 EP, TP = "--expert-model-parallel-size 2", "--tensor-model-parallel-size 2 --sequence-parallel"
 OVERLAP = f"{EP} --overlap-grad-reduce --overlap-param-gather"  # of parameters from the second step on
 SAMPLE = {
-    "all-ep2": (ALL, 2, EP),
+    "all-dp2": (ALL, 2, ""),  # two ranks with the same experts
     "some-ep2": (SOME, 2, EP),
     "some-tp2": (SOME, 2, TP),
 }
@@ -169,6 +178,20 @@ def test_an_expert_is_a_model(tmp_path: Path, single, write_config, train):
     assert not np.array_equal(mixture.read(f"experts.0.{weight}"), mixture.read(f"experts.1.{weight}"))
 
 
+def test_what_a_router_has_learned_stays(tmp_path: Path, single, write_mixture, train):
+    """Trained with all experts it is centred too, and not again where a mixture with a top k starts from it."""
+    from cherry_megatron.storage.checkpoint import open_checkpoint
+
+    folder, *_ = single(ALL)
+    start = {"load": str(folder / "run"), "finetune": True}
+    train(write_mixture(tmp_path, {"megatron": start}, experts=2, top_k=1), 1, STAY)
+    before, after = (
+        open_checkpoint(run / "run" / "checkpoints").read("router.centre") for run in (folder, tmp_path)
+    )
+    assert before.any()
+    assert np.array_equal(before, after)
+
+
 def refused(path, overrides):
     from cherry_megatron.checkpoints import unloadable
     from cherry_megatron.config import load
@@ -190,20 +213,53 @@ def test_a_run_keeps_its_experts(tmp_path: Path, single):
         assert all(words in line for words, line in zip(says, found, strict=True)), found
 
 
-def test_another_prefix_is_other_text(tmp_path: Path, single):
-    """Losses of other tokens must not stand among the run's own."""
+def test_a_mixture_starts_from_one_of_as_many_experts(tmp_path: Path, single, write_config):
+    from tests.surgery.conftest import model_tensors, save
+
+    mixture = single(ALL)[0]
+    alone = save(tmp_path / "alone", model_tensors(2))
+    one = write_config(tmp_path, recurrence={"pattern": "*-[*-]x2"})
+    for path, load, further, says in (
+        (mixture / "config.yaml", alone, (), "is a single model, and moee.experts is 2: make a mixture of 2 by"),
+        (
+            mixture / "config.yaml",
+            mixture / "run",
+            ("moee.experts=4",),
+            "is a mixture of 2 models, and moee.experts",
+        ),
+        (one, mixture / "run", (), "is a mixture of 2 models, and the configuration has no section moee"),
+        (mixture / "config.yaml", mixture / "run", (), None),
+    ):
+        overrides = (f"megatron.load={load}", "megatron.finetune=true", f"run={tmp_path / 'new'}", *further)
+        ((*found,),) = run_ranks(tmp_path / "output", 1, refused, path, overrides)
+        assert len(found) == (says is not None)
+        assert all(says in line and "cherry assemble-moee" in line for line in found), found
+
+
+def test_losses_of_something_else_do_not_stand_among_the_runs_own(tmp_path: Path, single):
+    """Those of other tokens, or with another number of experts; and a run keeps to what it is trained for."""
     folder, *_ = single(ALL)
     path, evaluations = folder / "config.yaml", folder / "run" / "evaluations.jsonl"
     before = evaluations.read_text()
-    for other in ("moee.prefix=4", "data.prefix=9"):
+    for other, noted, says in (
+        ("moee.top_k=1", "moee.top_k differs from", "was trained with moee.top_k 2, not 1"),
+        ("moee.prefix=4", "moee.prefix differs from", "with moee.prefix 8, not 4"),
+        ("data.prefix=9", "data.prefix or moee.prefix differs from", "without a loss of the first 8 tokens"),
+    ):
         (said,) = run_ranks(tmp_path, 1, evaluate, path, [other])
-        assert "data.prefix or moee.prefix differs from training" in said
+        assert f"note: {noted} training" in said
         ((status, errors),) = run_ranks(
             tmp_path, 1, verb, tmp_path, ["pretrain", "--config", str(path), "--set", other]
         )
         assert status == 2
-        assert "without a loss of the first 8 tokens" in errors
+        assert says in errors
     assert evaluations.read_text() == before
+
+
+def test_random_loops_are_those_of_all_experts(tmp_path: Path, single, write_mixture, train):
+    *_, once = single(ALL)
+    (step,) = train(write_mixture(tmp_path, {"recurrence": {"random_loops": [1, 1]}}, **ALL), 1, STAY)
+    assert step["loss"] == pytest.approx(once[0], rel=TOLERANCE)
 
 
 @pytest.mark.full
@@ -211,7 +267,7 @@ def test_bf16(tmp_path: Path, single, write_mixture, train):
     """The loss is that of float32 but for rounding, and the router is centred."""
     from cherry_megatron.storage.checkpoint import open_checkpoint
 
-    _, _, (loss, _), _ = single(SOME)
+    _, _, (loss, _), *_ = single(SOME)
     (step,) = train(write_mixture(tmp_path, **SOME), 1, f"{STAY} --bf16")
     assert step["loss"] == pytest.approx(loss, rel=1e-3)
     assert np.any(open_checkpoint(tmp_path / "run" / "checkpoints").read("router.centre") != 0)
@@ -222,7 +278,8 @@ SMALL = {"global-batch-size": 4}
 LAYOUTS = {
     "single": (1, ""),
     "ep2": (2, EP),
-    "overlap": (2, OVERLAP),
+    # Some micro-batches leave an expert without a row, and overlapped reductions wait for its gradients.
+    "overlap": (2, f"{OVERLAP} --micro-batch-size 1"),
     "tp2": (2, TP),
     "tp2-ep2": (4, f"{TP} {EP}"),
     "dp2": (2, ""),
@@ -274,13 +331,20 @@ def test_selective_training_of_a_mixture(tmp_path: Path, write_mixture, train):
 
 
 def test_two_evaluations_tell_how_far_the_router_has_moved(tmp_path: Path, write_mixture, train):
-    """Not at all without a learning rate: the router is centred before the first evaluation too."""
+    """Not at all without a learning rate: the router is centred before the first evaluation too.
+
+    The micro-batches of two ranks are the halves of those of one.
+    """
     from cherry_megatron.runs import read_evaluations
 
-    drift = {}
-    for name, flags in {"still": STAY, "moving": f"{ONE_STEP} --lr 0.02"}.items():
+    drift, moving = {}, f"{ONE_STEP} --lr 0.02"
+    for name, ranks, flags in (
+        ("still", 1, STAY),
+        ("moving", 1, f"{moving} --micro-batch-size 4"),
+        ("two", 2, moving),
+    ):
         path = write_mixture(tmp_path / name, **SOME)
-        train(path, 1, flags, ("evaluation.at_start=true",))
+        train(path, ranks, flags, ("evaluation.at_start=true",))
         start, end = read_evaluations(path.parent / "run")
         assert "router-drift" not in start["moee"]["2"]
         if name == "still":
@@ -288,4 +352,5 @@ def test_two_evaluations_tell_how_far_the_router_has_moved(tmp_path: Path, write
         drift[name] = [end["moee"]["2"][value] for value in ("router-drift", "changed-choices")]
     assert drift["still"] == [0, 0]
     assert drift["moving"][0] > 0
+    assert drift["two"] == pytest.approx(drift["moving"], rel=1e-3)
     assert drift["moving"][1] in [n / 8 for n in range(1, 9)]

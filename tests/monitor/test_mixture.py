@@ -51,6 +51,19 @@ def test_an_expert_that_only_capacity_feeds_is_left_out():
     assert line.startswith("expert 0 is left out: wanted by 6.0% of the sequences at most, in each of the last 1")
 
 
+def test_a_step_without_shares_is_left_out():
+    """Without a token with a loss responsibilities are means over nothing."""
+    watch, nothing = MixtureWatch(), [math.nan] * 3
+    watch.step_ended(heard(nothing, [0.5, 0.7, 0.8]))
+    assert watch.alarms() == []
+    for shares in ([0.0, 0.04, 0.96], nothing):
+        watch.step_ended(heard(shares, [0.5, 0.7, 0.8]))
+    (line,) = watch.alarms()
+    assert line.startswith(
+        "expert 0 is left out: responsible for 0.0% of the tokens at most, in each of the last 1"
+    )
+
+
 @given(st.data())
 def test_divergence_of_gates(data):
     """Against the definition; not negative, and zero of what stands still."""

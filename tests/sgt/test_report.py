@@ -119,7 +119,8 @@ def test_a_run_of_another_layout_pairs(runs, tmp_path):
     losses = {0: 8.0, 20: 5.0}
     made = make_run(tmp_path / "wide", 1, losses, {"alpha": 0.5}, 0.1, **{"tensor-model-parallel-size": 2})
     config = yaml.safe_load((made / "config.yaml").read_text())
-    config["flags"] = ["--sequence-parallel", "--micro-batch-size", "1"]
+    config["flags"] = ["--sequence-parallel", "--micro-batch-size", "1", "--expert-model-parallel-size", "2"]
+    config["flags"] += ["--eval-micro-batch-size", "1"]
     (made / "config.yaml").write_text(yaml.safe_dump(config))
     assert "| semantic | 0.5 | 0.1 |" in report([*runs, made])
     config["flags"] = ["--clip-grad", "1"]

@@ -1,6 +1,9 @@
 """A mixture is its experts to the bit, computes what they do, and refuses what does not fit."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +12,8 @@ import yaml
 from cherry_megatron.cli import main
 from cherry_megatron.storage.ancestry import describe
 from cherry_megatron.storage.checkpoint import open_checkpoint
-from tests.surgery.conftest import model_tensors, save
+from cherry_megatron.surgery.layers import LINEARS, LOOP_SCALES
+from tests.surgery.conftest import HIDDEN, model_tensors, save
 
 
 @pytest.fixture
@@ -64,6 +68,47 @@ def _other_tokenizer(folder: Path) -> None:
         save(folder / f"run{number}", model_tensors(4), tokenizer_model=tokenizer)
 
 
+def _other_tokenizer_of_one_path(folder: Path) -> None:
+    """Made anew between the runs, which have recorded what they read."""
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer.json").write_text("now")
+    for number in range(2):
+        save(folder / f"run{number}", model_tensors(4), tokenizer_model=str(folder / "tokenizer"))
+        _record(folder, number, tokenizer=str(number))
+
+
+def _other_tokenizer_of_the_last(folder: Path) -> None:
+    _three(folder)
+    for number in (1, 2):
+        _record(folder, number, tokenizer=str(number))
+
+
+def _three(folder: Path) -> None:
+    save(folder / "run2", model_tensors(4, seed=2))
+    content = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump({**content, "moee": {"experts": 3}}))
+
+
+def _record(folder: Path, number: int, **details: object) -> None:
+    """What training has written beside a checkpoint."""
+    content = {"operation": "pretrain", "parents": [], **details}
+    (folder / f"run{number}" / "iter_0000007" / "lineage.json").write_text(json.dumps(content))
+
+
+def _walked(recurrence: dict[str, object]) -> Callable[[Path], None]:
+    """The second run has been walked in another way than the configuration says."""
+
+    def prepare(folder: Path) -> None:
+        _record(folder, 0, config={"recurrence": {"pattern": "*-[*-*-]x4*-", "loops": 4}})
+        _record(folder, 1, config={"recurrence": {"pattern": "*-[*-*-]x4*-", **recurrence}})
+
+    return prepare
+
+
+def _other_activation(folder: Path) -> None:
+    save(folder / "run1", model_tensors(4), squared_relu=True)
+
+
 def _other_type(folder: Path) -> None:
     save(folder / "run1", model_tensors(4, dtype="bfloat16"))
 
@@ -81,6 +126,28 @@ REFUSED = {
     "one-run": (None, ("run0",), (), "--load names 1 checkpoints, but"),
     "no-mixture": (None, ("run0", "run1"), ("--set", "moee=null"), "has no section moee"),
     "tokenizer": (_other_tokenizer, ("run0", "run1"), (), "experts predict the same tokens"),
+    "tokenizer-of-one-path": (
+        _other_tokenizer_of_one_path,
+        ("run0", "run1"),
+        (),
+        "experts predict the same tokens",
+    ),
+    "tokenizer-of-the-last": (
+        _other_tokenizer_of_the_last,
+        ("run0", "run1", "run2"),
+        (),
+        "run2/iter_0000007 was trained with the tokenizer 2, ",
+    ),
+    "number-of-loops": (_walked({"loops": 9}), ("run0", "run1"), (), "recurrence.loops is 4, but"),
+    "split": (
+        _walked({"pattern": "*-*-[*-]x4*-"}),
+        ("run0", "run1"),
+        (),
+        "recurrence.pattern is *-[*-*-]x4*-",
+    ),
+    "injection": (_walked({"injection": "add"}), ("run0", "run1"), (), "recurrence.injection is none, but"),
+    "order": (_walked({"order": "sequence"}), ("run0", "run1"), (), "recurrence.order is cycle, but"),
+    "activation": (_other_activation, ("run0", "run1"), (), "megatron.squared-relu is False, but"),
     "type": (_other_type, ("run0", "run1"), (), "embedding.word_embeddings.weight is bfloat16"),
     "layers": (_fewer_layers, ("run0", "run1"), (), "holds 3 layers, recurrence.pattern 4"),
     "loops": (None, ("run0", "run1"), ("--set", "recurrence.loop_scales=true"), "has a layer without"),
@@ -91,7 +158,7 @@ REFUSED = {
     "seed": (None, ("run0", "run1"), ("--seed", "-1"), "--seed -1 is negative"),
     "workers": (None, ("run0", "run1"), ("--workers", "-1"), "--workers -1 is negative"),
     "extract-two": (None, ("run0", "run1"), ("--extract", "0"), "--extract takes one mixture"),
-    "extract-of-a-model": (None, ("run0",), ("--extract", "0"), "holds no expert 0"),
+    "extract-of-a-model": (None, ("run0",), ("--extract", "0"), "is a single model; name a mixture"),
 }
 
 
@@ -105,6 +172,66 @@ def test_what_does_not_fit_is_refused(name, mixture, capsys):
     said = capsys.readouterr().err
     assert says in said and said.count("\n") == 1, said
     assert sorted(path.name for path in mixture.iterdir()) == before
+
+
+def test_a_record_that_agrees_is_no_obstacle(mixture):
+    """Loops may be written into the pattern or beside it."""
+    _walked({"pattern": "*-[*-*-]x2*-", "loops": 4})(mixture)
+    assert main(command(mixture, "run0", "run1")) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--extract", "3"), "holds no expert 3; name one from 0 to 2"),
+        (("--extract", "-1"), "holds no expert -1; name one from 0 to 2"),
+        (("--extract", "1", "--set", "recurrence.pattern=*-"), "holds 4 layers, recurrence.pattern 1"),
+        (("--extract", "1", "--set", "megatron.hidden-size=25"), "megatron.hidden-size is 25"),
+        (("--extract", "1", "--set", "recurrence.loops=2"), "recurrence.loops is 2, but"),
+    ],
+)
+def test_an_expert_is_extracted_as_what_it_is(more, says, mixture, capsys):
+    """The number of experts is that of the checkpoint, whatever the configuration says."""
+    _three(mixture)
+    assert main(command(mixture, "run0", "run1", "run2")) == 0
+    capsys.readouterr()
+    assert main(command(mixture, "mixture", save="taken", more=("--set", "moee.experts=2", *more))) == 2
+    said = capsys.readouterr().err
+    assert says in said and said.count("\n") == 1, said
+    assert not (mixture / "taken").exists()
+
+
+def _looped_tensors(loops: int, rank: int, seed: int) -> dict[str, Any]:
+    """Four layers, the two in the middle with vectors and corrections of each loop."""
+    import torch
+
+    tensors, draw = model_tensors(4, seed), torch.Generator().manual_seed(seed)
+    for sublayer in range(2, 6):
+        start = f"decoder.layers.{sublayer}."
+        norm, scale = LOOP_SCALES["-" if sublayer % 2 else "*"]
+        for name in (norm, scale):
+            tensors[start + name] = torch.randn(loops * HIDDEN, generator=draw)
+        for linear in LINEARS["-" if sublayer % 2 else "*"]:
+            rows, columns = tensors[f"{start}{linear}.weight"].shape
+            tensors[f"{start}{linear}.loop_a"] = torch.randn(loops, rank, columns, generator=draw)
+            tensors[f"{start}{linear}.loop_b"] = torch.randn(loops, rows, rank, generator=draw)
+    return tensors
+
+
+def test_what_loops_have_goes_along(mixture, capsys):
+    for number in range(2):
+        save(mixture / f"run{number}", _looped_tensors(4, 2, number))
+    looped = ("--set", "recurrence.loop_scales=true", "--set", "recurrence.loop_rank=2")
+    assert main(command(mixture, "run0", "run1", more=looped)) == 0
+    made = open_checkpoint(mixture / "mixture")
+    for number in range(2):
+        run = open_checkpoint(mixture / f"run{number}")
+        assert sum("loop" in name for name in run.model) == 24
+        for name in run.model:
+            assert run.read(name).tobytes() == made.read(f"experts.{number}.{name}").tobytes(), name
+    rank = (*looped, "--set", "recurrence.loop_rank=3")
+    assert main(command(mixture, "run0", "run1", save="second", more=rank)) == 2
+    assert "has rank 2, recurrence.loop_rank is 3" in capsys.readouterr().err
 
 
 def test_mixtures_are_not_assembled(mixture, capsys):

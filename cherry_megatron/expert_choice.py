@@ -1,4 +1,4 @@
-"""Before a training step of a mixture that routes: which experts see which sequence of the global batch.
+"""Before a training step of a mixture: a fresh router is centred, and sequences are shared out over the experts.
 
 The router reads the beginnings of all sequences, ranks exchange their scores, and every rank comes to the same
 choice (model/choice.py), whatever the split. It costs the router's pass over the prefixes, and no expert's.
@@ -10,28 +10,40 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training import get_args
 from torch import Tensor
 
-from cherry_megatron.data.batches import EXPERTS
+from cherry_megatron.data.batches import EXPERTS, Rows
 from cherry_megatron.model.choice import assign, top
 from cherry_megatron.model.mixture import MixtureModel
-from cherry_megatron.sgt.online import Rows
+
+
+@torch.no_grad()
+def centre_router(mixture: MixtureModel, rows: Rows) -> None:
+    """Centre a fresh router on the prefixes of a global batch. All ranks call it, before a run's first step.
+
+    With any `top_k`: a router that has learned without a centre would lose what it has learned to a later one.
+    One that has a centre, from a mixture that this run starts from, keeps it.
+
+    Args:
+        mixture: on this rank.
+        rows: the micro-batches of the step, on ranks that read data.
+    """
+    if mixture.router.centre.any():
+        return
+    prefixes = _prefixes(rows, mixture.options.prefix)  # [m, b, prefix]
+    found = mixture.router(prefixes.flatten(0, 1)).mean(1)  # [m * b, experts]
+    mixture.router.centre_on(_everyones(found.view(*prefixes.shape[:2], -1)).flatten(0, 2))
 
 
 @torch.no_grad()
 def choose_experts(mixture: MixtureModel, rows: Rows) -> None:
     """Give each micro-batch of a step its `experts`, and the mixture their load. All ranks call it.
 
-    A fresh router is centred on these rows first.
-
     Args:
-        mixture: on this rank.
+        mixture: on this rank, which routes.
         rows: the micro-batches of the step, on ranks that read data.
     """
-    options, router = mixture.options, mixture.router
+    options = mixture.options
     prefixes = _prefixes(rows, options.prefix)  # [m, b, prefix]
-    if not router.centre.any():
-        found = router(prefixes.flatten(0, 1)).mean(1)  # [m * b, experts]
-        router.centre_on(_everyones(found.view(*prefixes.shape[:2], -1)).flatten(0, 2))
-    scores = mixture.scores(router(prefixes.flatten(0, 1)))
+    scores = mixture.scores(mixture.router(prefixes.flatten(0, 1)))
     together = _everyones(scores.view(*prefixes.shape[:2], -1))
     wanted = top(together.flatten(0, 2), options.top_k).float().mean(0)
     # After capacity the load is nearly even however uneven the router: its loss would teach nothing.

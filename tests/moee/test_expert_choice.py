@@ -12,15 +12,17 @@ from tests.model.test_mixture import build, run
 ROWS, EXPERTS, TOP_K = 256, 8, 2
 
 
-def choose(mixture, tokens):
-    """`choose_experts` for one micro-batch of rows."""
-    from cherry_megatron import choosing
+def choose(mixture, tokens, first=False, reads=True):
+    """What is found before a step of one micro-batch of rows, or before the first one."""
+    from cherry_megatron import expert_choice
 
-    choosing.get_args = lambda: SimpleNamespace(micro_batch_size=len(tokens))
-    choosing.get_num_microbatches = lambda: 1
-    row = {"tokens": tokens}
-    choosing.choose_experts(mixture, [row])
-    return row["experts"].bool()
+    expert_choice.get_args = lambda: SimpleNamespace(micro_batch_size=len(tokens))
+    expert_choice.get_num_microbatches = lambda: 1
+    rows = [{"tokens": tokens}] if reads else None
+    if first:
+        expert_choice.centre_router(mixture, rows)
+    expert_choice.choose_experts(mixture, rows)
+    return rows and rows[0]["experts"].bool()
 
 
 def start():
@@ -46,9 +48,9 @@ def start():
     for seed in (1, 2, 1234):
         model.router = Router(model.config, options, 2000, seed).cuda()
         before = load(first)
-        choose(model, first)
+        choose(model, first, first=True)
         centre = model.router.centre.clone()
-        choose(model, others)
+        choose(model, others, first=True)
         assert torch.equal(centre, model.router.centre), "a router is centred once"
         found.append((before, load(first), load(others)))
     return found
@@ -86,3 +88,26 @@ def test_capacity_does_not_hide_that_all_want_one_expert(tmp_path: Path):
     gates = [math.exp(1), math.exp(-0.5), math.exp(-0.5)]
     best, *others = (gate / sum(gates) for gate in gates)
     assert gradient == pytest.approx([27 * best * (1 - best), *(-27 * best * other for other in others)], rel=1e-4)
+
+
+def disagreeing():
+    """Centre and load of tensor-parallel ranks whose routers differ, and what is chosen where data is read."""
+    import torch
+
+    from cherry_megatron.model.options import Mixture
+
+    model = build(Mixture(experts=4, top_k=1, prefix=4, capacity=4.0), tensor_parallel=2)
+    rank = torch.distributed.get_rank()
+    model.router.outer.data.mul_(1 - 2 * rank)  # what one wants most the other wants least
+    tokens = torch.randint(0, 32, (8, 16), generator=torch.Generator().manual_seed(1)).cuda()
+    chosen = choose(model, tokens, first=True, reads=rank == 0)
+    own = model.scores(model.router(tokens)).argmax(-1).bincount(minlength=4) / len(tokens)
+    return model.router.centre.tolist(), model.load.tolist(), own.tolist(), rank or chosen.float().mean(0).tolist()
+
+
+def test_tensor_parallel_ranks_have_one_centre_and_one_load(tmp_path: Path):
+    """Those of the first one, which reads the data."""
+    (centre, load, own, chosen), (other_centre, other_load, others, _) = run_ranks(tmp_path, 2, disagreeing)
+    assert own != others
+    assert centre == other_centre
+    assert load == other_load == own == chosen
