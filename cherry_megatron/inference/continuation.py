@@ -19,8 +19,8 @@ from cherry_megatron.inference.rows import Row
 from cherry_megatron.monitor.progress import Progress
 from cherry_megatron.platform.machine import Machine
 from cherry_megatron.pretrain import load_only, pretrain
-from cherry_megatron.rules import check_generation
 from cherry_megatron.runs import checkpoint_to_load
+from cherry_megatron.section_rules import check_generation
 
 
 def continue_prompts(
