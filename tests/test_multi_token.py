@@ -231,6 +231,7 @@ def refused(starts):
     return [" ".join(unloadable(load(*start))) for start in starts]
 
 
+@pytest.mark.full
 def test_a_model_learns_to_predict_ahead(tmp_path: Path, write_config, train):
     """More and more of it is what the model itself says; a run keeps its depths."""
     path = write_config(tmp_path, mtp={"depths": 1}, megatron={"train-iters": 20, "lr": 1e-2})

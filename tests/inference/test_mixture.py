@@ -65,7 +65,7 @@ def on_one_rank(prompts, model):
         return found, *by_probabilities(mixture, prompts)
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["top-1", "all"])
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.full)], ids=["top-1", "all"])
 def mixed(request, write_mixture, train, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("mixed")
     sections = {

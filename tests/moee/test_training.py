@@ -236,6 +236,7 @@ def test_a_mixture_starts_from_one_of_as_many_experts(tmp_path: Path, single, wr
         assert all(says in line and "cherry assemble-moee" in line for line in found), found
 
 
+@pytest.mark.full
 def test_losses_of_something_else_do_not_stand_among_the_runs_own(tmp_path: Path, single):
     """Those of other tokens, or with another number of experts; and a run keeps to what it is trained for."""
     folder, *_ = single(ALL)
@@ -330,6 +331,7 @@ def test_selective_training_of_a_mixture(tmp_path: Path, write_mixture, train):
     assert found[0]["selected_loss"] > found[0]["weighted_loss"] > found[0]["loss"]
 
 
+@pytest.mark.full
 def test_two_evaluations_tell_how_far_the_router_has_moved(tmp_path: Path, write_mixture, train):
     """Not at all without a learning rate: the router is centred before the first evaluation too.
 
