@@ -6,13 +6,14 @@ from typing import NoReturn
 
 
 def leave(status: int) -> NoReturn:
-    """End this process; after a failure in a process group, at once.
+    """End this process; one with a process group at once.
 
     The interpreter would take process group and CUDA graphs apart first. After an error that can wait for
     ever, as it did when a GPU's memory had run out: the job then keeps its GPUs, and the other ranks wait with it.
+    After a good end threads of the group's library were now and then still there, and the process was aborted.
     """
     distributed = sys.modules.get("torch.distributed")
-    if status and distributed is not None and distributed.is_initialized():
+    if distributed is not None and distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
