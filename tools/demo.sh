@@ -22,10 +22,8 @@ step pretrain --config configs/tiny_base.yaml
 step pretrain --config configs/tiny_recover.yaml
 step pretrain --config configs/tiny_branch.yaml
 [ -d $run/mixture ] || step assemble-moee --load $run/recovered $run/branch --save $run/mixture --config configs/tiny_mixture.yaml
-[ -d $run/moee/checkpoints ] || step evaluate --config configs/tiny_mixture.yaml
 step pretrain --config configs/tiny_mixture.yaml
-step evaluate --config configs/tiny_mixture.yaml
 step params configs/tiny_mixture.yaml
 step lineage $run/moee
-step generate --config configs/tiny_mixture.yaml --prompt "결제를 연동하려면" --tokens 32 --temperature 0.5 --top-p 0.9
+step generate --config configs/tiny_mixture.yaml --prompt "결제를 연동하려면" --tokens 24 --temperature 0.5 --top-p 0.9
 printf '\nTensorBoard: %s/tensorboard --logdir %s\n' "$(dirname "$cherry")" $run
