@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import pytest
-import yaml
 
-from tests.test_bad_input import check
+from tests.test_bad_input import check_configuration
 
 CONFIGS = {
     "one-expert": ({"moee": {"experts": 1}}, [], "moee.experts is 1; a mixture has 2 or more"),
@@ -62,10 +61,4 @@ CONFIGS = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configuration(name, tmp_path: Path, write_config):
-    sections, extra, says = CONFIGS[name]
-    path = write_config(tmp_path, **sections)
-    content = yaml.safe_load(path.read_text())
-    for key in set(sections) - set(content):
-        content[key] = sections[key]
-    path.write_text(yaml.safe_dump(content))
-    check(tmp_path, ["pretrain", "--config", str(path), *extra], says)
+    check_configuration(tmp_path, write_config, *CONFIGS[name])
