@@ -76,9 +76,26 @@ def on_one_rank(prompts, model):
         plain.append(tokens[len(prompt) :])
     end = plain[0][3]
     found = {"plain": plain, "end": end, "drawn": drawn, "both": greedy_and_drawn(prompts, end, model)}
+    found["passes"] = passes_of(prompts, model)
     found["one loop"] = continued(model, prompts[:2], loops=1).texts
     found["alone"] = [continued(model, [prompt]).texts[0] for prompt in prompts]
     return found
+
+
+def passes_of(prompts, model):
+    """Rows and columns of each pass over all prompts."""
+    from cherry_megatron.model.cache import Cache
+
+    seen, place = [], Cache.place
+
+    def placed(cache, counts, width):
+        seen.append((len(counts), width))
+        place(cache, counts, width)
+
+    Cache.place = placed
+    continued(model, prompts)
+    Cache.place = place
+    return seen
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +115,11 @@ def test_a_continuation_does_not_depend_on_the_other_prompts(single):
     assert single["drawn"] == single["both"][1][3:]
     assert single["drawn"] != single["plain"][3:]
     assert single["alone"] == single["both"][1]
+
+
+def test_no_pass_holds_more_than_a_micro_batch_of_training(single):
+    assert max(rows * width for rows, width in single["passes"]) <= 2 * 96
+    assert sum(width > 1 for _, width in single["passes"]) > 1, "a prompt that is read in one go is no test"
 
 
 def test_drafts_change_no_token(single):
