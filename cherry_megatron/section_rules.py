@@ -15,6 +15,7 @@ _NOT_CACHED = {
     "no-rope-freq": "it rotates in all layers",
 }
 
+_SHORTEST_IN_GRAPH = 128
 GRAPH = "full_iteration"  # of --cuda-graph-impl: forward and backward pass of a step as one CUDA graph
 
 
@@ -81,6 +82,14 @@ def _check_graph(config: "Config") -> None:
     for key, (given, why) in excluded.items():
         if given:
             raise CherryError(f"{key} does not go with megatron.cuda-graph-impl {GRAPH}: {why}; take one out")
+    length = config.value("seq-length")
+    # Seen: 32 and 64 fail, 128 does not (benchmarks/results/2026-11-22-graphs.md).
+    if length < _SHORTEST_IN_GRAPH and config.value("attention-backend").name != "unfused":
+        raise CherryError(
+            f"megatron.seq-length {length} does not go with megatron.cuda-graph-impl {GRAPH}: in a graph cuDNN's "
+            f"attention gives gradients that are not finite below {_SHORTEST_IN_GRAPH}; use longer sequences, or "
+            "megatron.attention-backend unfused"
+        )
 
 
 def _check_selective(config: "Config") -> None:

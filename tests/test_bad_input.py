@@ -68,7 +68,7 @@ CONFIGS = {
     "skipped-head-graph": (
         {
             "sgt": {"top_loss": 0.1, "alpha": 1.0, "skip_head": True},
-            "megatron": {"cuda-graph-impl": "full_iteration"},
+            "megatron": {"cuda-graph-impl": "full_iteration", "attention-backend": "unfused"},
         },
         [],
         "the number of tokens varies",
@@ -114,7 +114,12 @@ CONFIGS = {
         "has not been tried over pipeline stages",
     ),
     "graph-by-an-older-name": ({"megatron": {"enable-cuda-graph": True}}, [], "use cuda-graph-impl full_iteration"),
-    "graph-without-a-gpu": ({"megatron": {"cuda-graph-impl": "full_iteration"}}, [], "needs a GPU; take it out"),
+    "graph-of-short-sequences": ({"megatron": {"cuda-graph-impl": "full_iteration"}}, [], "use longer sequences"),
+    "graph-without-a-gpu": (
+        {"megatron": {"cuda-graph-impl": "full_iteration", "attention-backend": "unfused"}},
+        [],
+        "needs a GPU; take it out",
+    ),
     "more-loops-than-trained": ({"evaluation": {"loops": [9]}}, [], "evaluation.loops 9"),
     "random-loops-overlap": (
         {

@@ -145,10 +145,18 @@ class Experiment:
         """
         wanted = list(self.stages if only is None else only)
         for name in wanted:  # which grows meanwhile
-            if name not in self.stages:
-                raise CherryError(f"{self.source}: there is no stage {name!r}{nearest(name, self.stages)}")
-            wanted += [need for need in self.stages[name].needs if need not in wanted]
+            wanted += [need for need in self.stage(name).needs if need not in wanted]
         return [Task(stage, seed) for stage in self.stages.values() if stage.name in wanted for seed in stage.seeds]
+
+    def stage(self, name: str) -> Stage:
+        """The stage of that name.
+
+        Raises:
+            CherryError: if there is none.
+        """
+        if name not in self.stages:
+            raise CherryError(f"{self.source}: there is no stage {name!r}{nearest(name, self.stages)}")
+        return self.stages[name]
 
     def definitions(self) -> dict[str, str]:
         """Task -> twelve hex digits, others when its command, its base configuration or a task before it is."""

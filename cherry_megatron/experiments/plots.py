@@ -2,7 +2,7 @@
 
 import io
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,14 +32,15 @@ _LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _MARKERS = "osD^vP*X"
 _LOSS = "held-out loss, nats a token"
 _COUPLINGS = {"cos": "cos of the gradients", "ratio": "<g_S, g_U> / |g_S|²"}
-_WIDTH, _HEIGHT, _ENTRY = 5.0, 3.0, 0.2  # inches, of the axes and of a line of the legend
+_WIDTH, _HEIGHT, _ENTRY = 6.0, 3.6, 0.2  # inches, of the axes and of a line of the legend
 
 
-def draw(rows: list[Row], selective: list[SelectiveRow]) -> dict[str, str]:
+def draw(rows: list[Row], selective: list[SelectiveRow], plotted: Sequence[str] | None = None) -> dict[str, str]:
     """File name -> SVG. A plot without points is left out.
 
     Args:
         rows: the stages of training.
+        plotted: those in the plots over tokens, loops, parameters and FLOPs, by default all.
         selective: those of selective training, with the full ones that they are compared with.
     """
     losses: dict[str, Callable[[Axes, list[Row]], None]] = {
@@ -48,7 +49,9 @@ def draw(rows: list[Row], selective: list[SelectiveRow]) -> dict[str, str]:
         "loss-parameters.svg": _over_parameters,
         "loss-flops.svg": _over_flops,
     }
-    drawn = {name: figure(plot, rows) for name, plot in losses.items()}
+    some = [row for row in rows if plotted is None or row.stage.name in plotted]
+    drawn = {name: figure(plot, some) for name, plot in losses.items()}
+    drawn["losses.svg"] = figure(_final, rows, "", max(_HEIGHT, 0.25 * len(rows)))
     for name, label in _COUPLINGS.items():
         drawn[f"coupling-{name}.svg"] = figure(partial(_coupling, name), selective, label)
     drawn["recovered.svg"] = figure(_recovered, selective, "", max(_HEIGHT, 0.25 * len(selective)))
@@ -69,8 +72,9 @@ def figure[R](
             return None
         axes.set_ylabel(label)
         # Below, with room of its own: beside the axes long labels would leave them none.
-        made.set_figheight(height + _ENTRY * len(axes.get_legend_handles_labels()[0]))
-        made.legend(loc="outside lower left")
+        if entries := len(axes.get_legend_handles_labels()[0]):
+            made.set_figheight(height + _ENTRY * entries)
+            made.legend(loc="outside lower left")
         return made
 
 
@@ -116,6 +120,20 @@ def _over_flops(axes: Axes, rows: list[Row]) -> None:
     axes.set_xlabel("training FLOPs of the stage")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda flops, _: f"{flops:.2g}"))
     axes.xaxis.set_major_locator(MaxNLocator(4))
+
+
+def _final(axes: Axes, rows: list[Row]) -> None:
+    """A point a row, one below the other as in the table, with a bar from the lowest to the highest seed."""
+    for place, row in enumerate(rows):
+        losses = row.final()
+        if losses:
+            mean = statistics.mean(losses)
+            bar = [[mean - min(losses)], [max(losses) - mean]]
+            axes.errorbar([mean], [place], xerr=bar, linestyle="none", capsize=2, **_look(0))
+    axes.set_yticks(range(len(rows)), [row.stage.label for row in rows])
+    axes.invert_yaxis()
+    axes.grid(axis="x", linewidth=0.3)
+    axes.set_xlabel(_LOSS)
 
 
 def _coupling(name: str, axes: Axes, rows: list[SelectiveRow]) -> None:

@@ -1,5 +1,6 @@
 """`cherry experiment report`: the table and the plots of an experiment, from its records alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,11 @@ class Row:
         return _all([_loss(r, [e for e in r["evaluations"] if e["iteration"] == iteration]) for r in self.records])
 
     def curve(self) -> list[tuple[int, list[float]]]:
-        """(tokens, loss of each seed) of every evaluation that all seeds have."""
-        iterations = [evaluation["iteration"] for evaluation in self.records[0]["evaluations"]]
-        points = [(iteration * self._same("tokens_per_step"), self.at(iteration)) for iteration in iterations]
+        """(tokens, loss of each seed) over training, of the seeds that were evaluated most often."""
+        most = max(len(record["evaluations"]) for record in self.records)
+        often = Row(self.stage, [record for record in self.records if len(record["evaluations"]) == most])
+        iterations = [evaluation["iteration"] for evaluation in often.records[0]["evaluations"]]
+        points = [(iteration * self._same("tokens_per_step"), often.at(iteration)) for iteration in iterations]
         return [(tokens, losses) for tokens, losses in points if losses]
 
     def by_loops(self) -> list[tuple[int, list[float]]]:
@@ -71,13 +74,14 @@ class Row:
         return self.records[0][key]
 
 
-def report(name: str, records: Path, out: Path) -> list[Path]:
+def report(name: str, records: Path, out: Path, plotted: Sequence[str] | None = None) -> list[Path]:
     """Write table.md and the plots.
 
     Args:
         name: of the experiment, or its file.
         records: its records.jsonl.
         out: the folder to write to.
+        plotted: the stages in the plots over tokens, loops, parameters and FLOPs, by default all.
 
     Returns:
         The files that were written.
@@ -86,6 +90,8 @@ def report(name: str, records: Path, out: Path) -> list[Path]:
         CherryError: bad input, or no training is done.
     """
     experiment, found = read(find(name)), read_records(records)
+    for stage in plotted or ():
+        experiment.stage(stage)
     rows = rows_of(experiment, found)
     if not rows:
         raise CherryError(f"{records} has no finished training of a stage of {experiment.source}")
@@ -93,7 +99,7 @@ def report(name: str, records: Path, out: Path) -> list[Path]:
 
     make_folder(out)
     compared = compare(runs_of(rows))
-    files = {"table.md": table(experiment, found, rows, compared), **draw(rows, compared.rows)}
+    files = {"table.md": table(experiment, found, rows, compared), **draw(rows, compared.rows, plotted)}
     for file, text in files.items():
         write_atomically(out / file, text)
     return [out / file for file in files]

@@ -18,7 +18,7 @@ def add_experiment(verbs: argparse._SubParsersAction) -> None:
     def report(arguments: argparse.Namespace) -> None:
         from cherry_megatron.experiments.report import report
 
-        for path in report(arguments.experiment, arguments.records, arguments.out):
+        for path in report(arguments.experiment, arguments.records, arguments.out, arguments.plot):
             print(path)
 
     text = "run the stages of an experiment, or report what they found"
@@ -38,3 +38,7 @@ def add_experiment(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("experiment", metavar="NAME", help="of configs/experiments/NAME.yaml, or a file")
     parser.add_argument("--records", type=Path, required=True, help="records.jsonl of an experiment's folder")
     parser.add_argument("--out", type=Path, required=True, help="folder to write table.md and the plots to")
+    parser.add_argument(
+        "--plot", nargs="+", metavar="STAGE",
+        help="these alone in the plots over tokens, loops, parameters and FLOPs (default all)",
+    )  # fmt: skip

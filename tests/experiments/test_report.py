@@ -68,22 +68,36 @@ def test_the_table_has_the_numbers_counted_by_hand(files, tmp_path):
     assert "Trained on H100 in 2.00 hours together, commit abc." in text
 
 
-def test_curves_are_those_of_all_seeds(files):
+def test_curves_are_those_of_the_seeds_evaluated_most_often(files):
     recovered, new = rows_of(read(files[0]), read_records(files[1]))
     assert recovered.curve() == [(0, [8.0, 9.0, 10.0]), (20_000, [4.0, 4.5, 5.0])]
     assert recovered.by_loops() == [(1, [5.0, 5.5, 6.0]), (2, [4.0, 4.5, 5.0])]
     assert math.isclose(recovered.flops, 9e6 * 20 * 1000)
     assert new.curve() == [(20_000, [6.0])]
+    recovered.records[1]["evaluations"].insert(1, evaluated(10, 7.0))
+    assert recovered.curve() == [(0, [9.0]), (10_000, [7.0]), (20_000, [4.5])], "never another seed's at some point"
+    assert recovered.final() == [4.0, 4.5, 5.0]
 
 
 def test_the_same_records_give_the_same_bytes(files, tmp_path):
     first, second = (report(str(files[0]), files[1], tmp_path / name) for name in ("one", "two"))
-    names = ["table.md", "loss-tokens.svg", "loss-loops.svg", "loss-parameters.svg", "loss-flops.svg"]
+    names = ["table.md", "loss-tokens.svg", "loss-loops.svg", "loss-parameters.svg", "loss-flops.svg", "losses.svg"]
     assert [path.name for path in first] == names
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
     assert ">plain | average<" in first[1].read_text() and "<dc:date>" not in first[1].read_text()
     # `new` has no losses by loops to draw.
     assert ">new<" not in (tmp_path / "one/loss-loops.svg").read_text()
+
+
+def test_some_stages_are_plotted(files, tmp_path):
+    made = {
+        path.name: path.read_text() for path in report(str(files[0]), files[1], tmp_path / "one", ["recovered"])
+    }
+    assert ">plain | average<" in made["loss-tokens.svg"] and ">new<" not in made["loss-tokens.svg"]
+    assert ">new<" in made["losses.svg"] and "| new |" in made["table.md"]
+    with pytest.raises(CherryError, match=r"there is no stage 'recoverd'; did you mean 'recovered'"):
+        report(str(files[0]), files[1], tmp_path / "two", ["recoverd"])
+    assert not (tmp_path / "two").exists()
 
 
 @pytest.fixture
