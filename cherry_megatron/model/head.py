@@ -146,5 +146,5 @@ class RecurrentModel(HybridModel):
 
 def ahead_of(model: torch.nn.Module) -> Ahead | None:
     """What the model inside Megatron's wrappers predicted of later tokens in its last pass with labels."""
-    inner = unwrap_model(model)
-    return inner.ahead if isinstance(inner, RecurrentModel) else None
+    found: Ahead | None = getattr(unwrap_model(model), "ahead", None)
+    return found
