@@ -68,34 +68,36 @@ def by_rounds(prompts, model):
     return found
 
 
+def of_whole_text(state, text, drafted, walk, depths=DEPTHS):
+    """Logits [v] after one text, by plain PyTorch: all of it at once, every depth at all positions that it has."""
+    import torch
+
+    from tests.model import reference
+
+    sizes, tokens = {"heads": 4, "groups": 4, "size": 8}, torch.tensor([text])
+    known = len(text) - drafted - 1  # the model's states: of all but the text's last token
+    before = states = reference.states(state, tokens[:, :known], walk, injection="add", **sizes)
+    for step in range(1, drafted + 2):
+        depth = min(step, depths)
+        # The last depth goes on from what it started from, and behind that from its own last states.
+        before = states if step <= depths else torch.cat((before, states[:, -1:]), 1)
+        follows = tokens[:, depth : depth + before.shape[1]]
+        states = reference.depth_states(state, follows, before, depth, **sizes)
+    return states[0, -1] @ state["output_layer.weight"].T
+
+
 def of_whole_texts(path, texts):
-    """The same by plain PyTorch, from the checkpoint alone: each text by itself, all of it at once."""
+    """The same as `by_rounds`, from the checkpoint alone, each text by itself."""
     import torch
 
     from cherry_megatron.model.pattern import parse, unroll
     from cherry_megatron.storage.checkpoint import open_checkpoint
-    from tests.model import reference
+    from tests.model.reference import local_name
 
     checkpoint = open_checkpoint(path.parent / "run" / "checkpoints")
-    state = {
-        reference.local_name(name): torch.from_numpy(np.array(checkpoint.read(name))) for name in checkpoint.model
-    }
+    state = {local_name(name): torch.from_numpy(np.array(checkpoint.read(name))) for name in checkpoint.model}
     walk = [(visit.layer, visit.loop) for visit in unroll(parse("*-[*-*-]x3*-"), LOOPS, "cycle")]
-    model = {"heads": 4, "groups": 4, "size": 8}
-    found = []
-    for text, drafted in texts:
-        tokens = torch.tensor([text])
-        known = len(text) - drafted - 1  # the model's states: of all but the text's last token
-        states = reference.states(state, tokens[:, :known], walk, injection="add", **model)
-        before = states
-        for step in range(1, drafted + 2):
-            depth = min(step, DEPTHS)
-            # The last depth goes on from what it started from, and behind that from its own last states.
-            before = states if step <= DEPTHS else torch.cat((before, states[:, -1:]), 1)
-            follows = tokens[:, depth : depth + before.shape[1]]
-            states = reference.depth_states(state, follows, before, depth, **model)
-        found.append((states[0, -1] @ state["output_layer.weight"].T).numpy())
-    return found
+    return [of_whole_text(state, text, drafted, walk).numpy() for text, drafted in texts]
 
 
 @pytest.fixture(scope="module")

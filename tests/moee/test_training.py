@@ -306,7 +306,7 @@ EACH = 4  # steps under a layout
 def resume(layouts, tmp_path, write_mixture, train):
     """Some steps under each layout, going on from the one before, are those of a run without a stop."""
     steps = EACH * len(layouts)
-    schedule = {"megatron": {"train-iters": steps, "save-interval": EACH, **SMALL}}
+    schedule = {"megatron": {"train-iters": steps, "save-interval": EACH, **SMALL}, "mtp": {"depths": 1}}
     undisturbed = train(write_mixture(tmp_path / "undisturbed", schedule, **TWO))
     saved = f"iter_{EACH:07}"
     kept, path = "run/checkpoints", write_mixture(tmp_path / "resumed", schedule, **TWO)
@@ -317,6 +317,7 @@ def resume(layouts, tmp_path, write_mixture, train):
         found = train(path, ranks, f"{flags} --exit-interval {EACH * number}")
     assert [step["iteration"] for step in found] == list(range(EACH + 1, steps + 1))
     for ours, theirs in zip(found, undisturbed[EACH:], strict=True):
+        assert ours["mtp"] == pytest.approx(theirs["mtp"], rel=TOLERANCE)
         for value in ("loss", "grad_norm", "balance_loss"):
             assert ours[value] == pytest.approx(theirs[value], rel=TOLERANCE), (ours, theirs)
 
