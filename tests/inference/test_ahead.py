@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from tests.conftest import PROMPTS, run_ranks
-from tests.inference.test_generate import TEMPERATURE, continued, said, with_model
+from tests.inference.test_generate import TEMPERATURE, TOKENS, continued, said, with_model
 
 TOLERANCE = 1e-5
 DEPTHS, DRAFTED, ROUNDS, LOOPS = 2, 4, 5, 3
@@ -102,8 +103,8 @@ def of_whole_texts(path, texts):
 
 @pytest.fixture(scope="module")
 def single(deep, tmp_path_factory):
-    """What one process finds: of `by_rounds` and `both`."""
-    (found,) = run_ranks(tmp_path_factory.mktemp("single"), 1, with_model, deep, "", both)
+    """What one process finds."""
+    (found,) = run_ranks(tmp_path_factory.mktemp("single"), 1, with_model, deep, "", on_one_rank)
     return found
 
 
@@ -156,16 +157,19 @@ REST = {
 }
 
 
-def both(prompts, model):
-    """What depths say, and texts with drafts by them."""
+def with_drafts(prompts, model):
+    """What depths say, and texts with drafts by them, greedy and drawn."""
     from cherry_megatron.inference.draft import Drafting
 
-    drafts = [
-        continued(model, prompts, temperature, drafting=Drafting(tokens=DRAFTED)).texts
-        for temperature in (0.0, TEMPERATURE)
-    ]
+    drafts = Drafting(tokens=DRAFTED)
+    texts = [continued(model, prompts, temperature, drafting=drafts).texts for temperature in (0.0, TEMPERATURE)]
+    return by_rounds(prompts, model), texts
+
+
+def on_one_rank(prompts, model):
+    """The same, and texts without drafts."""
     plain = [continued(model, prompts, temperature).texts for temperature in (0.0, TEMPERATURE)]
-    return by_rounds(prompts, model), drafts, plain
+    return *with_drafts(prompts, model), plain
 
 
 def check(layout, deep, single, tmp_path):
@@ -173,8 +177,8 @@ def check(layout, deep, single, tmp_path):
     rounds, drafts, plain = single
     assert drafts == plain
     heard = False
-    for found, *texts in run_ranks(tmp_path, ranks, with_model, deep, flags, both):
-        assert texts == [plain, plain]
+    for found, texts in run_ranks(tmp_path, ranks, with_model, deep, flags, with_drafts):
+        assert texts == plain
         for (text, drafted, ours), (also, as_many, theirs) in zip(found, rounds, strict=False):
             assert (text, drafted) == (also, as_many)
             assert np.abs(ours - theirs).max() <= TOLERANCE * max(1, np.abs(theirs).max())
@@ -193,12 +197,12 @@ def test_layout_rest(name, deep, single, tmp_path: Path):
     check(REST[name], deep, single, tmp_path)
 
 
-def test_the_verb_drafts_and_says_how_many_were_taken(deep, tmp_path: Path):
-    given = ["--config", str(deep), "--tokens", "6", "--temperature", "0", "--prompt", *PROMPTS[:2]]
-    ((status, plain, _),) = run_ranks(tmp_path, 1, said, given)
-    ((drafted_status, drafted, errors),) = run_ranks(tmp_path, 1, said, [*given, "--draft-mtp"])
-    assert (status, drafted_status) == (0, 0)
-    assert drafted == plain
-    assert re.fullmatch(
-        r"\d+ tokens .* tokens/s; \d+ of \d+ drafted tokens accepted \(\d+%\)", errors.splitlines()[-1]
-    )
+def test_the_verb_drafts_and_says_how_many_were_taken(deep, single, data, tmp_path: Path):
+    given = ["--config", str(deep), "--tokens", str(TOKENS), "--temperature", "0", "--draft-mtp"]
+    ((status, out, errors),) = run_ranks(tmp_path, 1, said, [*given, "--prompt", *PROMPTS[:2]])
+    tokenizer = Tokenizer.from_file(str(data / "tokenizer" / "tokenizer.json"))
+    texts = [tokenizer.decode(text, skip_special_tokens=False) for text in single[2][0]]
+    assert status == 0
+    assert out == "".join(f"> {prompt}\n{text}\n\n" for prompt, text in zip(PROMPTS[:2], texts, strict=False))
+    speed = r"12 tokens .* tokens/s; \d+ of \d+ drafted tokens accepted \(\d+%\)"
+    assert re.fullmatch(speed, errors.splitlines()[-1])

@@ -35,8 +35,10 @@ def said(prompts, model):
     from cherry_megatron.inference.mixture import MixtureReader
 
     mixture = sharpen(model)
+    # A text that ends leaves the batch, and its experts.
+    end = continued(model, prompts, 0.0, loops=LOOPS, tokens=5).texts[0][4]
     texts = [
-        continued(model, prompts, temperature, loops=LOOPS, drafting=drafting, tokens=12)
+        continued(model, prompts, temperature, loops=LOOPS, end=end, drafting=drafting, tokens=12)
         for drafting in (None, Drafting(tokens=DRAFTED))
         for temperature in (0.0, 0.8)
     ]
@@ -99,6 +101,7 @@ def test_drafts_are_of_summed_probabilities_and_change_no_token(mixed, single, t
     texts, share, found = single
     assert texts[2:] == texts[:2]
     assert texts[0] != texts[1]
+    assert len({len(text) for text in texts[0]}) > 1
     assert 0.02 < share < 0.98, "drafts that are all wrong, or all right, are no test"
     prompts = [text[:-1] for text, drafted, _ in found[: len(texts[0])]]
     ((wanted, asked),) = run_ranks(tmp_path, 1, by_sums, mixed, prompts, [each[:2] for each in found])

@@ -132,7 +132,6 @@ EP, TP = "--expert-model-parallel-size 2", "--tensor-model-parallel-size 2 --seq
 OVERLAP = f"{EP} --overlap-grad-reduce --overlap-param-gather"  # of parameters from the second step on
 SAMPLE = {
     "all-dp2": (ALL, 2, ""),  # two ranks with the same experts
-    "some-ep2": (SOME, 2, EP),
     "some-tp2": (SOME, 2, TP),
     "some-ahead-ep2": ({**SOME, "depths": 2}, 2, EP),
 }
