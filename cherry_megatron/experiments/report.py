@@ -147,7 +147,8 @@ def table(experiment: Experiment, records: dict[str, Record], rows: list[Row], c
     lines = [
         f"# {experiment.about}",
         "",
-        "| | stored parameters | GFLOP a token | tokens | loss at step 0 | same, 1 loop | final loss | same, 1 loop |",
+        "| | stored parameters | GFLOP a token | tokens "
+        "| loss at step 0 | loss at step 0, 1 loop | final loss | final loss, 1 loop |",
         "|---|---|---|---|---|---|---|---|",
         *map(_line, rows),
         "",
