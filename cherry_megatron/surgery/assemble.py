@@ -71,7 +71,7 @@ def plan_assembly(loads: Sequence[Path], config: Path, overrides: Sequence[str],
         *(["prediction  of tokens behind the next one is left out: mixtures have none"] if ahead else []),
         "optimizer   its state is dropped; training starts it anew",
     ]
-    details = {**configuration(config, recurrence, megatron), "moee": asdict(mixture), "seed": seed}
+    details = {**configuration(config, overrides, recurrence), "moee": asdict(mixture), "seed": seed}
     return Surgery(parts, jobs, _objects(first, recurrence, list(parts)), "assemble-moee", details, lines)
 
 
@@ -99,7 +99,7 @@ def plan_extraction(load: Path, config: Path, overrides: Sequence[str], number: 
         found = expert.tensors[stored]
         jobs.append(Copy((start + stored,), (Spec(name, found.dtype, found.shape),)))
     lines = [f"source      {source.folder}: expert {number}", "optimizer   its state is dropped"]
-    details = {**configuration(config, recurrence, megatron), "expert": number}
+    details = {**configuration(config, overrides, recurrence), "expert": number}
     made = objects(source, recurrence.parsed, False)
     return Surgery({"": source}, jobs, made, "extract-expert", details, lines)
 

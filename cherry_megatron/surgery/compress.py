@@ -7,7 +7,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from cherry_megatron.config import outline, outline_depths
+from cherry_megatron.config import outline, outline_depths, read_with
 from cherry_megatron.errors import CherryError
 from cherry_megatron.files import new_folder
 from cherry_megatron.model.options import Recurrence
@@ -164,7 +164,7 @@ def plan_compression(
     source.check([name for job in jobs for name in job.reads])
     calibration = alignment and alignment.calibration
     details: dict[str, Any] = {
-        **configuration(config, recurrence, megatron),
+        **configuration(config, overrides, recurrence),
         "options": {**asdict(options), "calibration": calibration and calibration.record()},
         "plan": [{"layers": mixed.members, "weights": mixed.weights} for mixed in mixes],
         **({"search": asdict(found)} if found else {}),
@@ -216,9 +216,9 @@ def _initial_std(config: Path, megatron: dict[str, Any]) -> float:
     return std
 
 
-def configuration(config: Path, recurrence: Recurrence, megatron: dict[str, Any]) -> dict[str, Any]:
+def configuration(config: Path, overrides: Sequence[str], recurrence: Recurrence) -> dict[str, Any]:
     """What a record keeps of a configuration, overrides included, because its file may change."""
-    return {"config": str(config), "recurrence": asdict(recurrence), "megatron": megatron}
+    return {"config": str(config), "settings": read_with(config, overrides), "recurrence": asdict(recurrence)}
 
 
 def plan_expansion(load: Path, config: Path, overrides: Sequence[str]) -> Surgery:
@@ -243,7 +243,7 @@ def plan_expansion(load: Path, config: Path, overrides: Sequence[str]) -> Surger
         f"target      {len(dense.layers)} layers, pattern {dense.symbols}",
         "optimizer   its state is dropped",
     ]
-    details = {**configuration(config, recurrence, megatron), "pattern": dense.symbols}
+    details = {**configuration(config, overrides, recurrence), "pattern": dense.symbols}
     return Surgery({"": source}, jobs, objects(source, dense, False, depths), "expand", details, lines)
 
 

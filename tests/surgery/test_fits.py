@@ -121,7 +121,8 @@ def test_the_record_has_the_configuration_that_made_it(tmp_path, config):
     overrides = ["megatron.init-method-std=0.5"]
     compress.plan_compression(tmp_path / "deep", config(), overrides, options).run(tmp_path / "small", 2)
     record = json.loads((tmp_path / "small/iter_0000000/lineage.json").read_text())
-    assert record["megatron"]["init-method-std"] == 0.5 and record["megatron"]["hidden-size"] == 24
+    assert record["settings"]["megatron"]["init-method-std"] == 0.5
+    assert record["settings"]["megatron"]["hidden-size"] == 24
 
 
 def test_layers_in_no_group_are_named(tmp_path, config):
