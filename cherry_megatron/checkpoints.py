@@ -79,7 +79,7 @@ def _missing_depths(config: Config, checkpoint: Checkpoint) -> list[str]:
         return []
     return [
         f"megatron.load {checkpoint.folder} holds {held} of mtp.depths {config.mtp.depths}; only a compression of "
-        "depth (`cherry compress-depth`) adds some, to single models"
+        "depth (`cherry compress-depth`) adds some, and a mixture has its experts' (`cherry assemble-moee`)"
     ]
 
 

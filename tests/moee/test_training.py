@@ -230,7 +230,7 @@ def test_a_run_keeps_its_experts(tmp_path: Path, single):
 def test_a_mixture_starts_from_one_of_as_many_experts(tmp_path: Path, single, write_config):
     from tests.surgery.conftest import model_tensors, save
 
-    mixture = single(ALL)[0]
+    mixture, deep = single(ALL)[0], single({**SOME, "depths": 2})[0]
     alone = save(tmp_path / "alone", model_tensors(2))
     one = write_config(tmp_path, recurrence={"pattern": "*-[*-]x2"})
     for path, load, further, says in (
@@ -243,6 +243,9 @@ def test_a_mixture_starts_from_one_of_as_many_experts(tmp_path: Path, single, wr
         ),
         (one, mixture / "run", (), "is a mixture of 2 models, and the configuration has no section moee"),
         (mixture / "config.yaml", mixture / "run", (), None),
+        (mixture / "config.yaml", mixture / "run", ("mtp.depths=1",), "holds 0 of mtp.depths 1"),
+        (deep / "config.yaml", deep / "run", (), None),
+        (deep / "config.yaml", deep / "run", ("mtp.depths=3",), "holds 2 of mtp.depths 3"),
     ):
         overrides = (f"megatron.load={load}", "megatron.finetune=true", f"run={tmp_path / 'new'}", *further)
         ((*found,),) = run_ranks(tmp_path / "output", 1, refused, path, overrides)
