@@ -73,12 +73,13 @@ def unloadable(config: Config) -> list[str]:
 
 def _missing_depths(config: Config, checkpoint: Checkpoint) -> list[str]:
     """Megatron's own sentence is a list of tensors."""
-    held = sum(name.startswith("mtp.") and name.endswith("eh_proj.weight") for name in checkpoint.model)
+    start = f"experts.{min(checkpoint.experts)}.mtp." if checkpoint.experts else "mtp."
+    held = sum(name.startswith(start) and name.endswith("eh_proj.weight") for name in checkpoint.model)
     if held >= config.mtp.depths:
         return []
     return [
         f"megatron.load {checkpoint.folder} holds {held} of mtp.depths {config.mtp.depths}; only a compression of "
-        "depth (`cherry compress-depth`) adds some"
+        "depth (`cherry compress-depth`) adds some, and a mixture has its experts' (`cherry assemble-moee`)"
     ]
 
 

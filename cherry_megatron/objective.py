@@ -74,13 +74,14 @@ class Objective:
                 rows, arguments["partly"] = selected * batch["loss_mask"], True
         if mixture is None:
             output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], rows=rows)
-            if (ahead := ahead_of(model)) is not None:
-                assert batch["loss_mask"] is not None
-                arguments.update(ahead=ahead, further=_tagged(MTP, ahead.report(batch["loss_mask"])))
         else:
             inputs = batch["tokens"], batch["position_ids"]
             output = model(*inputs, None, labels=batch["labels"], chosen=batch[EXPERTS])
             arguments.update(_of_mixture(mixture, batch["loss_mask"], choosing))
+        if (ahead := ahead_of(model)) is not None:
+            assert batch["loss_mask"] is not None
+            report = _tagged(MTP, ahead.report(batch["loss_mask"]))
+            arguments.update(ahead=ahead, further=report | arguments.get("further", {}))
         if teacher is not None and teacher.divergence is not None:
             arguments.update(divergence=teacher.take(), share=teacher.weight)
         if self.scores is not None and mpu.is_pipeline_last_stage():

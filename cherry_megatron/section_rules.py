@@ -43,7 +43,6 @@ def _check_ahead(config: "Config") -> None:
         )
     stages = config.value("pipeline-model-parallel-size")
     refused = {
-        "moee.experts": (config.moee, "it has been built for single models; take mtp out"),
         "sgt.skip_head": (config.sgt and config.sgt.skip_head, "every depth needs the outputs of all tokens"),
         "megatron.cuda-graph-impl": (config.value("cuda-graph-impl") != "none", "it has not been tried in a graph"),
         "megatron.untie-embeddings-and-output-weights false": (

@@ -205,11 +205,6 @@ CONFIGS = {
     "mtp-negative": ({"mtp": {"depths": -1}}, [], "mtp.depths is -1; use a positive number"),
     "mtp-without-weight": ({"mtp": {"depths": 1, "weight": 0}}, [], "to go without: mtp.depths 0"),
     "mtp-too-deep": ({"mtp": {"depths": 32}}, [], "mtp.depths 32 is not less than seq-length 32; use fewer"),
-    "mtp-of-a-mixture": (
-        {"mtp": {"depths": 1}, "moee": {"experts": 2, "prefix": 4}},
-        [],
-        "moee.experts does not go with mtp.depths 1",
-    ),
     "mtp-without-a-head": (
         {"mtp": {"depths": 1}, "sgt": {"marks": "some", "alpha": 1.0, "skip_head": True}},
         [],

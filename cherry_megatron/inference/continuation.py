@@ -43,7 +43,7 @@ def continue_prompts(
         options: keys of the `generation` section, in place of the configuration's.
         seed: of the draws.
         loops: of the model; more than the trained number is allowed.
-        drafting: with fewer loops.
+        drafting: how drafts are made, if any are.
         stream: print while texts grow.
         show_all: show Megatron's own output too.
 
@@ -55,7 +55,7 @@ def continue_prompts(
         raise CherryError(f"--loops {loops} must be a positive number")
     loops = loops or config.recurrence.loops
     if drafting is not None:
-        drafting.check(loops)
+        drafting.check(loops, config.mtp.depths)
     check_generation(config)
     prompts = encode_prompts(config, texts, chosen.tokens, "--prompt")
     if checkpoint_to_load(config) is None:

@@ -14,7 +14,7 @@ from megatron.core import mpu
 from megatron.training import get_args
 
 from cherry_megatron.config import Generation
-from cherry_megatron.inference.draft import Drafter, Drafting, FewerLoops, NoDrafts
+from cherry_megatron.inference.draft import Depths, Drafter, Drafting, FewerLoops, NoDrafts
 from cherry_megatron.inference.mixture import readers
 from cherry_megatron.inference.prompts import check_fit
 from cherry_megatron.inference.reader import Reads
@@ -69,7 +69,7 @@ def generate(
         loops: how often the core is walked.
         seed: of the draws.
         end: the token that ends a text.
-        drafting: with fewer loops.
+        drafting: how drafts are made, if any are.
         heard: called with each text of this replica whenever it has grown.
 
     Returns:
@@ -84,12 +84,18 @@ def generate(
     replicas = replicas or mpu.get_data_parallel_group()
     mine = range(replicas.rank(), len(prompts), replicas.size())
     rows = [Row(number, prompts[number], options.tokens, end) for number in mine]
-    room = max(map(len, prompts)) + options.tokens + (min(drafting.tokens, options.tokens) if drafting else 0)
+    depths = get_args().mtp_num_layers or 0
+    drafted_at_once = min(drafting.most(depths), options.tokens) if drafting else 0
+    room = max(map(len, prompts)) + options.tokens + drafted_at_once
     chooser = Chooser(options, seed)
-    reader = read(len(rows), room, loops)
     drafter: Drafter = NoDrafts()
-    if drafting is not None:
-        drafter = FewerLoops(read(len(rows), room, drafting.loops), chooser, drafting.tokens)
+    if drafting is not None and drafting.loops is None:
+        reader = read(len(rows), room, loops, min(depths, drafted_at_once))
+        drafter = Depths(reader, chooser, drafted_at_once)
+    else:
+        reader = read(len(rows), room, loops)
+    if drafting is not None and drafting.loops is not None:
+        drafter = FewerLoops(read(len(rows), room, drafting.loops), chooser, drafted_at_once)
     with _evaluating(model):
         drafted, accepted = _grow(rows, reader, chooser, drafter, heard or (lambda _: None))
     found: list[Any] = [None] * replicas.size()

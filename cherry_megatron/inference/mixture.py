@@ -22,11 +22,11 @@ class MixtureReader:
 
     Args:
         mixture: on this rank.
-        rows, longest, loops: as Reader's.
+        rows, longest, loops, depths: as Reader's.
     """
 
-    def __init__(self, mixture: MixtureModel, rows: int, longest: int, loops: int) -> None:
-        self._mixture, self._longest, self._loops = mixture, longest, loops
+    def __init__(self, mixture: MixtureModel, rows: int, longest: int, loops: int, depths: int = 0) -> None:
+        self._mixture, self._sizes, self._depths = mixture, (longest, loops, depths), depths
         self._chosen: Tensor | None = None  # [n, experts]
         self._readers: dict[int, Reader] = {}
         self._places: dict[int, list[int]] = {}  # of the texts that an expert here reads
@@ -36,16 +36,15 @@ class MixtureReader:
         gates = self._gates(texts)
         if self._chosen is None:
             self._choose(gates, [len(text) - count + 1 for text in texts])
-        assert self._chosen is not None
         last = torch.stack([of[len(text) - count : len(text)] for of, text in zip(gates, texts, strict=True)])
-        log_gates = last.masked_fill(~self._chosen.unsqueeze(1), float("-inf")).log_softmax(-1)
-        found = last.new_full((len(texts), count, get_args().padded_vocab_size), float("-inf"))
-        for expert, places in self._places.items():
-            logits = self._readers[expert].logits_after([texts[place] for place in places], count)
-            assert logits is not None  # there are no pipeline stages
-            likely = logits.log_softmax(-1) + log_gates[places, :, expert, None]
-            found[places] = found[places].logaddexp(likely)
-        return self._together(found)
+        return self._mixed(last, texts, lambda reader, theirs: reader.logits_after(theirs, count))
+
+    def logits_ahead(self, texts: Sequence[Sequence[int]], drafted: int) -> Tensor:
+        """As Reader's; log-probabilities, with the gates of the position that predicts, as in training."""
+        back = min(drafted + 1, self._depths)
+        gates = self._gates(texts)
+        last = torch.stack([of[len(text) - 1 - back] for of, text in zip(gates, texts, strict=True)])
+        return self._mixed(last.unsqueeze(1), texts, lambda reader, theirs: reader.logits_ahead(theirs, drafted))
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with some texts alone."""
@@ -59,6 +58,29 @@ class MixtureReader:
                 self._readers[expert].keep(staying)
             else:
                 del self._places[expert], self._readers[expert]
+
+    def _mixed(
+        self,
+        gates: Tensor,
+        texts: Sequence[Sequence[int]],
+        logits_of: Callable[[Reader, list[Sequence[int]]], Tensor | None],
+    ) -> Tensor:
+        """Log-probabilities of the mixture, [n, count, v].
+
+        Args:
+            gates: [n, count, experts], logarithms, of all experts.
+            texts: all rows.
+            logits_of: what an expert says of its texts, [its rows, count, v].
+        """
+        assert self._chosen is not None
+        log_gates = gates.masked_fill(~self._chosen.unsqueeze(1), float("-inf")).log_softmax(-1)
+        found = gates.new_full((*gates.shape[:2], get_args().padded_vocab_size), float("-inf"))
+        for expert, places in self._places.items():
+            logits = logits_of(self._readers[expert], [texts[place] for place in places])
+            assert logits is not None  # there are no pipeline stages
+            likely = logits.log_softmax(-1) + log_gates[places, :, expert, None]
+            found[places] = found[places].logaddexp(likely)
+        return self._together(found)
 
     def _gates(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """Logarithms of the gates, [n, longest text, experts]; the same on all tensor-parallel ranks."""
@@ -79,7 +101,7 @@ class MixtureReader:
             places = self._chosen[:, int(name)].nonzero().flatten().tolist()
             if places:
                 self._places[int(name)] = places
-                self._readers[int(name)] = Reader([expert], len(places), self._longest, self._loops)
+                self._readers[int(name)] = Reader([expert], len(places), *self._sizes)
 
     def _together(self, found: Tensor) -> Tensor:
         """With what the experts on other ranks say."""
@@ -93,7 +115,7 @@ class MixtureReader:
 
 def readers(
     model: list[torch.nn.Module],
-) -> tuple[Callable[[int, int, int], Reads], torch.distributed.ProcessGroup | None]:
+) -> tuple[Callable[..., Reads], torch.distributed.ProcessGroup | None]:
     """What reads texts with this model, from the arguments of Reader but the model.
 
     Returns:

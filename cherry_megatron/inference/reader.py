@@ -1,6 +1,5 @@
 """Texts through the model under its parallel layout, each token once."""
 
-import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -9,18 +8,20 @@ import torch
 from megatron.core import mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-from megatron.training import get_args
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from cherry_megatron.inference.ahead import DepthReader
+from cherry_megatron.inference.passes import filled, in_pieces, placed
 from cherry_megatron.model.cache import Cache
-
-FP8_MULTIPLE = 32  # of the tokens of a pass: 16 is enough for all recipes but MXFP8
 
 
 class Reads(Protocol):
     """What reads growing texts, see Reader."""
 
     def logits_after(self, texts: Sequence[Sequence[int]], count: int) -> Tensor | None: ...
+
+    def logits_ahead(self, texts: Sequence[Sequence[int]], drafted: int) -> Tensor | None: ...
 
     def keep(self, rows: Sequence[int]) -> None: ...
 
@@ -33,10 +34,14 @@ class Reader:
         rows: texts.
         longest: tokens that one of them can have at most.
         loops: how often the core is walked.
+        depths: of multi-token prediction, so many are asked by `logits_ahead`.
     """
 
-    def __init__(self, model: list[torch.nn.Module], rows: int, longest: int, loops: int) -> None:
-        self._model, self._cache = model, Cache(rows, longest, loops)
+    def __init__(self, model: list[torch.nn.Module], rows: int, longest: int, loops: int, depths: int = 0) -> None:
+        self._model, self._cache = model, Cache(rows, longest, loops, keeps_states=depths > 0)
+        self._ahead: DepthReader | None = None
+        if depths and mpu.is_pipeline_last_stage():
+            self._ahead = DepthReader(unwrap_model(model[-1]), self._cache, depths)
 
     def logits_after(self, texts: Sequence[Sequence[int]], count: int) -> Tensor | None:
         """What may follow each of the last tokens. Every rank of the replica calls it, with the same values.
@@ -48,37 +53,39 @@ class Reader:
         Returns:
             Logits [n, count, v] on the last pipeline stage.
         """
-        held = self._cache.held
-        held[:] = [min(known, len(text) - count) for known, text in zip(held, texts, strict=True)]
-        left = max(len(text) - known for known, text in zip(held, texts, strict=True))
-        # A pass holds no more tokens than a micro-batch of training, whose activations fit.
-        args = get_args()
-        piece = max(args.micro_batch_size * args.seq_length // len(texts), count)
+        cache = self._cache
+        cache.held = [min(known, len(text) - count) for known, text in zip(cache.held, texts, strict=True)]
         logits = None
-        while left > 0:
-            width = (left - 1) % piece + 1
-            parts = [
-                text[max(len(text) - left, known) : max(len(text) - left + width, known)]
-                for known, text in zip(self._cache.held, texts, strict=True)
-            ]
+        for width, spans in in_pieces(cache.held, [len(text) for text in texts], count):
+            parts = [text[span.start : span.stop] for text, span in zip(texts, spans, strict=True)]
             logits = self._pass(parts, width, count)
-            left -= width
         return logits
+
+    def logits_ahead(self, texts: Sequence[Sequence[int]], drafted: int) -> Tensor | None:
+        """What may follow each text, by multi-token prediction; called after `logits_after`.
+
+        Args:
+            texts: all rows; their last `drafted` tokens are drafts, and the one before them is not read yet.
+            drafted: counts up from 0 from call to call.
+
+        Returns:
+            Logits [n, 1, v] on the last pipeline stage.
+        """
+        return None if self._ahead is None else self._ahead.logits(texts, drafted)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with some texts alone."""
         self._cache.keep(rows)
+        if self._ahead is not None:
+            self._ahead.keep(rows)
 
     def _pass(self, parts: list[Sequence[int]], width: int, count: int) -> Tensor | None:
         """Read a part of each text, which stands in the last columns; the logits of the last `count` columns."""
-        width = self._filled(width, len(parts))
-        filled = torch.zeros(len(parts), width, dtype=torch.long)
-        for row, part in zip(filled, parts, strict=True):
-            row[width - len(part) :] = torch.tensor(part, dtype=torch.long)
+        width = filled(width, len(parts))
         self._cache.place([len(part) for part in parts], width)
         found = get_forward_backward_func()(
             forward_step_func=partial(_forward_step, self._cache, count),
-            data_iterator=iter([filled.to(torch.cuda.current_device())]),
+            data_iterator=iter([placed(parts, width)]),
             model=self._model,
             num_microbatches=1,
             seq_length=width,
@@ -91,14 +98,6 @@ class Reader:
         # Each rank has its part of the vocabulary.
         logits: Tensor = gather_from_tensor_model_parallel_region(found[0])
         return logits
-
-    def _filled(self, width: int, rows: int) -> int:
-        """Columns that sequence parallelism can cut and FP8 can multiply."""
-        args = get_args()
-        ranks = args.tensor_model_parallel_size if args.sequence_parallel else 1
-        fp8 = FP8_MULTIPLE // math.gcd(FP8_MULTIPLE, rows) if args.fp8 else 1
-        multiple = math.lcm(ranks, fp8)
-        return -(-width // multiple) * multiple
 
 
 def _forward_step(

@@ -1,16 +1,19 @@
 """The model's head: an output layer that can be left out for tokens without a loss, and multi-token prediction."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from cherry_megatron.model.cache import Cache
 from cherry_megatron.model.multi_token import Ahead, ahead, likeliest
 
 
@@ -48,6 +51,41 @@ class RecurrentModel(HybridModel):
             return super().forward(*args, labels=labels, **kwargs)
         finally:
             self.mtp_process = predicts_ahead
+
+    def walk_depth(self, depth: int, states: Tensor, tokens: Tensor, cache: Cache) -> Tensor:
+        """One depth of multi-token prediction at the positions that a cache has placed, without a gradient.
+
+        Args:
+            depth: counted from 1.
+            states: [s, b, h], of the depth before at these positions; of the model for depth 1.
+            tokens: [b, s], the token `depth` places behind each position.
+            cache: keys and values of the depth at earlier positions, which these join.
+
+        Returns:
+            Its states, [s, b, h].
+        """
+        layer: Any = self.mtp.layers[depth - 1]
+        attention = layer.mtp_model_layer.layers[0].self_attention.core_attention
+        cache.take_angles(self.rotary_pos_emb(cache.max_sequence_length))
+        if self.config.sequence_parallel:
+            states = scatter_to_sequence_parallel_region(states, group=self.pg_collection.tp)
+        attention.lookup = partial(cache.attend, depth, self.config)
+        found: Tensor = layer.forward_single_position(states, tokens, None, self.embedding)
+        attention.lookup = None  # or it would hold the cache's memory
+        if self.config.sequence_parallel:
+            found = gather_from_sequence_parallel_region(found, group=self.pg_collection.tp)
+        return found
+
+    def last_logits(self, states: Tensor) -> Tensor:
+        """What the output layer makes of the last of some states, [s, b, h] to [b, 1, v], in single precision."""
+        if self.config.sequence_parallel:
+            # Each rank gives one position of as many as there are ranks.
+            ranks = self.pg_collection.tp.size()
+            last = scatter_to_sequence_parallel_region(states[-ranks:], group=self.pg_collection.tp)
+        else:
+            last = states[-1:]
+        logits: Tensor = gather_from_tensor_model_parallel_region(self._logits(last), group=self.pg_collection.tp)
+        return logits[-1:].transpose(0, 1).float()
 
     def _hidden(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the output layer gets, [s, b, h]; of multi-token prediction [(1 + depths) * s, b, h]."""
@@ -108,5 +146,5 @@ class RecurrentModel(HybridModel):
 
 def ahead_of(model: torch.nn.Module) -> Ahead | None:
     """What the model inside Megatron's wrappers predicted of later tokens in its last pass with labels."""
-    inner = unwrap_model(model)
-    return inner.ahead if isinstance(inner, RecurrentModel) else None
+    found: Ahead | None = getattr(unwrap_model(model), "ahead", None)
+    return found

@@ -4,6 +4,9 @@ Every expert has its own embedding and head. Of a token each gives one number, t
 loss is -logsumexp_e(log g_e - CE_e). Experts lie on expert-parallel ranks, which exchange token ids, choices and
 cross-entropies, never hidden states. The gradient that an expert gets for a token is its responsibility, the
 posterior probability of the expert given the target.
+
+With multi-token prediction every expert has depths of its own, and what is predicted ahead is a mixture too: of
+depth d at position t, -logsumexp_e(log g_e - CE_e,d) with the gates of position t.
 """
 
 from dataclasses import dataclass
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from cherry_megatron.model.choice import top
 from cherry_megatron.model.head import RecurrentModel
+from cherry_megatron.model.multi_token import Ahead
 from cherry_megatron.model.options import Mixture
 from cherry_megatron.model.router import Router
 
@@ -103,6 +107,7 @@ class MixtureModel(MegatronModule):
             mixture that routes, to be set before each training step.
         balance: [b] of the last forward pass, a sequence's part in the loss that keeps the choices even.
         seen: what the last forward pass found.
+        ahead: what it found by multi-token prediction; None without.
         exchanged_bytes: bytes that this rank has sent to other expert-parallel ranks so far.
     """
 
@@ -124,6 +129,7 @@ class MixtureModel(MegatronModule):
         self.load = torch.full((options.experts,), 1 / options.experts, device=torch.cuda.current_device())
         self.balance: Tensor | None = None
         self.seen: Seen | None = None
+        self.ahead: Ahead | None = None
         self.exchanged_bytes = 0
 
     def set_input_tensor(self, input_tensor: Any) -> None:
@@ -155,11 +161,15 @@ class MixtureModel(MegatronModule):
             chosen = self._agreed(wanted) if self.options.routes else wanted
         chosen = chosen.bool()
         log_gates = gates.masked_fill(~chosen.unsqueeze(1), float("-inf")).log_softmax(-1)
-        losses = self._all_losses(tokens, position_ids, labels, chosen)
+        losses, *later = self._all_losses(tokens, position_ids, labels, chosen)
         sent = self.exchanged_bytes - before
         # Switch transformer (Fedus et al. 2022), equations 4 to 6, with the load of the whole global batch.
         self.balance = self.options.balance * self.options.experts * (scores * self.load).sum(-1)
         self.seen = Seen(gates.detach(), log_gates.detach(), losses.detach(), chosen, wanted, sent)
+        if later:
+            ahead = mixture_loss(log_gates, torch.stack(later))
+            # What the mixture itself finds likeliest no rank knows.
+            self.ahead = Ahead(ahead, None, self.config.mtp_loss_scaling_factor)
         return mixture_loss(log_gates, losses)
 
     def scores(self, log_gates: Tensor) -> Tensor:
@@ -173,8 +183,8 @@ class MixtureModel(MegatronModule):
         return found.bool()
 
     def _all_losses(self, tokens: Tensor, position_ids: Tensor, labels: Tensor, chosen: Tensor) -> Tensor:
-        """Cross-entropy of every expert for this rank's rows, [b, s, experts]."""
-        group, (b, s) = self.pg_collection.ep, tokens.shape
+        """Cross-entropy of every expert for this rank's rows, and of its depths, [1 + depths, b, s, experts]."""
+        group, b = self.pg_collection.ep, len(tokens)
         tokens, labels = self._gather(tokens.int()).long(), self._gather(labels.int()).long()  # [ep * b, s]
         if self.options.routes:
             chosen = self._gather(chosen.to(torch.uint8)).bool()  # [ep * b, experts]
@@ -183,9 +193,9 @@ class MixtureModel(MegatronModule):
         for number, expert in self.experts.items():
             rows = chosen[:, int(number)].nonzero().flatten() if self.options.routes else None
             found.append(_expert_losses(expert, tokens, position_ids, labels, rows))
-        # [experts here, ep * b, s]: to each rank the losses of its rows.
-        mine = torch.stack(found).float().view(len(found), group.size(), b, s).transpose(0, 1).contiguous()
-        theirs: Tensor = all_to_all(group, mine)  # [ep, experts of that rank, b, s]
+        # [experts here, 1 + depths, ep * b, s]: to each rank the losses of its rows.
+        mine = torch.stack(found).float().unflatten(2, (group.size(), b)).movedim(2, 0).contiguous()
+        theirs: Tensor = all_to_all(group, mine)  # [ep, experts of that rank, 1 + depths, b, s]
         # A rank's own part stays with it; the gradient goes the same way back.
         passes = 2 if theirs.requires_grad else 1
         self.exchanged_bytes += passes * (mine.nbytes - mine.nbytes // group.size())
@@ -216,17 +226,30 @@ class MixtureModel(MegatronModule):
 
 
 def _expert_losses(
-    expert: torch.nn.Module, tokens: Tensor, position_ids: Tensor, labels: Tensor, rows: Tensor | None
+    expert: Any, tokens: Tensor, position_ids: Tensor, labels: Tensor, rows: Tensor | None
 ) -> Tensor:
-    """Cross-entropy of an expert for the rows that it sees, `rows` (None: all), among all of [B, s]."""
+    """Cross-entropy of an expert, and of its depths, for the rows that it sees, [1 + depths, B, s].
+
+    Args:
+        expert: a RecurrentModel.
+        tokens, position_ids, labels: [B, s].
+        rows: numbers of those that it sees, 0 for all others; None: all.
+    """
+    all_rows = (1 + (expert.config.mtp_num_layers or 0), *tokens.shape)
     if rows is None:
-        return expert(tokens, position_ids, None, labels=labels)
+        return _with_ahead(expert, expert(tokens, position_ids, None, labels=labels))
     if not len(rows) and not expert.training:
-        return torch.zeros(tokens.shape, device=tokens.device)
+        return torch.zeros(all_rows, device=tokens.device)
     # Without a row of its own it walks one that its gate leaves out: gradients and collectives stay whole.
     some = rows if len(rows) else rows.new_zeros(1)
-    found = expert(tokens[some], position_ids[some], None, labels=labels[some])
-    return torch.zeros(tokens.shape, device=found.device).index_add(0, some, found.float())
+    found = _with_ahead(expert, expert(tokens[some], position_ids[some], None, labels=labels[some]))
+    return torch.zeros(all_rows, device=found.device).index_add(1, some, found.float())
+
+
+def _with_ahead(expert: Any, losses: Tensor) -> Tensor:
+    """The losses of an expert's last pass, [b, s], with those of its depths, [1 + depths, b, s]."""
+    losses = losses.unsqueeze(0)
+    return losses if expert.ahead is None else torch.cat((losses, expert.ahead.losses))
 
 
 def mixture_of(model: torch.nn.Module) -> MixtureModel | None:

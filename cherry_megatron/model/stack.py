@@ -142,6 +142,8 @@ class RecurrentStack(HybridStack):
                     self.observe(loop, before if self._begins_walk(visits[0]) else None, hidden)
         if self.post_process:
             hidden = self.final_norm(hidden)
+            if self._cache is not None and self._cache.keeps_states:
+                self._cache.take_states(self._whole(hidden))
         if hidden is received:
             # All visits of this stage were skipped; the schedule needs an output of its own.
             hidden = hidden.clone()
@@ -150,6 +152,13 @@ class RecurrentStack(HybridStack):
             assert injected is not None
             hidden = torch.cat((hidden, injected))
         return make_viewless_tensor(inp=hidden, requires_grad=hidden.requires_grad, keep_graph=True)
+
+    def _whole(self, hidden: Tensor) -> Tensor:
+        """All of a sequence that sequence parallelism cuts, [s, b, h]."""
+        if not self.config.sequence_parallel:
+            return hidden
+        whole: Tensor = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=self.tp_group)
+        return whole
 
     def _starts_core(self, visit: Visit) -> bool:
         return visit.layer == len(self.plan.pattern.prelude)

@@ -3,7 +3,7 @@
 import os
 
 from cherry_megatron.config import Config
-from cherry_megatron.monitor.accounting import Layout, Part, account, memory, most_rows, together
+from cherry_megatron.monitor.accounting import Layout, account, memory, most_rows, together
 
 _MODEL_PARALLEL = ("tensor-model-parallel-size", "pipeline-model-parallel-size", "context-parallel-size")
 
@@ -15,7 +15,7 @@ def params_table(config: Config) -> str:
     lines = [
         f"{config.source}: {config.recurrence.pattern}, {len(config.recurrence.parsed.layers)} stored layers, "
         f"{len(config.plan().visits)} effective",
-        *_mixture_lines(config, together(rows)),
+        *_mixture_lines(config),
         "",
         f"{'part':<14}{'stored':>12}{'active':>12}{'effective':>12}{'GFLOP/token':>14}",
     ]
@@ -34,15 +34,19 @@ def params_table(config: Config) -> str:
     return "\n".join(lines)
 
 
-def _mixture_lines(config: Config, whole: Part) -> list[str]:
+def _mixture_lines(config: Config) -> list[str]:
     if config.moee is None:
         return []
-    ahead = together(account(config.recurrence, config.shape, config.value("seq-length"), config.moee, depths=1))
+    depths = config.mtp.depths or 1
+    without, ahead = (
+        together(account(config.recurrence, config.shape, config.value("seq-length"), config.moee, of))
+        for of in (0, depths)
+    )
     return [
         f"mixture of {config.moee.experts} such models, top {config.moee.top_k}; the table is of all of them",
-        f"total parameters:  {_millions(whole.stored)}, without multi-token prediction",
-        f"active parameters: {_millions(whole.active)}, without multi-token prediction",
-        f"with a depth of it in each expert, which is not built: {_millions(ahead.stored)}, "
+        f"total parameters:  {_millions(without.stored)}, without multi-token prediction",
+        f"active parameters: {_millions(without.active)}, without multi-token prediction",
+        f"with mtp.depths {depths}{'' if config.mtp.depths else ', which is not set'}: {_millions(ahead.stored)}, "
         f"{_millions(ahead.active)} active",
     ]
 

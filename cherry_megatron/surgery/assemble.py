@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cherry_megatron.config import outline, outline_mixture
+from cherry_megatron.config import outline, outline_depths, outline_mixture
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.options import Mixture, Recurrence
 from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint
@@ -49,13 +49,13 @@ def plan_assembly(loads: Sequence[Path], config: Path, overrides: Sequence[str],
         CherryError: if something does not fit, naming the difference.
     """
     recurrence, megatron = outline(config, overrides)
-    mixture = outline_mixture(config, overrides)
+    mixture, depths = outline_mixture(config, overrides), outline_depths(config, overrides)
     if seed < 0:
         raise CherryError(f"--seed {seed} is negative; use 0 or more")
     if len(loads) != mixture.experts:
         raise CherryError(f"--load names {len(loads)} checkpoints, but {config} has moee.experts {mixture.experts}")
     parts = {expert_prefix(number): open_checkpoint(load) for number, load in enumerate(loads)}
-    tensors = {start: _tensors(part, recurrence, config, megatron) for start, part in parts.items()}
+    tensors = {start: _tensors(part, recurrence, config, megatron, depths) for start, part in parts.items()}
     _check_alike(list(parts.values()), list(tensors.values()))
     jobs: list[Job] = []
     for start, part in parts.items():
@@ -64,15 +64,15 @@ def plan_assembly(loads: Sequence[Path], config: Path, overrides: Sequence[str],
             jobs.append(Copy((start + stored,), (Spec(start + name, found.dtype, found.shape),)))
     first = parts[expert_prefix(0)]
     jobs += _router(mixture, first, tensors[expert_prefix(0)][EMBEDDING], seed)
-    ahead = any(name.startswith(DEPTHS) for part in parts.values() for name in part.model)
+    ahead = not depths and any(name.startswith(DEPTHS) for part in parts.values() for name in part.model)
     lines = [
         *(f"expert {number:<4} {part.folder}" for number, part in enumerate(parts.values())),
         f"router      new, from seed {seed}",
-        *(["prediction  of tokens behind the next one is left out: mixtures have none"] if ahead else []),
+        *(["prediction  of tokens behind the next one is left out: mtp.depths is 0"] if ahead else []),
         "optimizer   its state is dropped; training starts it anew",
     ]
     details = {**configuration(config, overrides, recurrence), "moee": asdict(mixture), "seed": seed}
-    return Surgery(parts, jobs, _objects(first, recurrence, list(parts)), "assemble-moee", details, lines)
+    return Surgery(parts, jobs, _objects(first, recurrence, list(parts), depths), "assemble-moee", details, lines)
 
 
 def plan_extraction(load: Path, config: Path, overrides: Sequence[str], number: int) -> Surgery:
@@ -87,7 +87,7 @@ def plan_extraction(load: Path, config: Path, overrides: Sequence[str], number: 
     Raises:
         CherryError: if there is no such expert, or it is not a model of the configuration.
     """
-    recurrence, megatron = outline(config, overrides)
+    (recurrence, megatron), depths = outline(config, overrides), outline_depths(config, overrides)
     source, start = open_checkpoint(load), expert_prefix(number)
     if not source.experts:
         raise CherryError(f"{source.folder} is a single model; name a mixture, or leave --extract out")
@@ -95,17 +95,19 @@ def plan_extraction(load: Path, config: Path, overrides: Sequence[str], number: 
         raise CherryError(f"{source.folder} holds no expert {number}; name one from 0 to {max(source.experts)}")
     expert = source.under(start)
     jobs: list[Job] = []
-    for name, stored in _tensors(expert, recurrence, config, megatron).items():
+    for name, stored in _tensors(expert, recurrence, config, megatron, depths).items():
         found = expert.tensors[stored]
         jobs.append(Copy((start + stored,), (Spec(name, found.dtype, found.shape),)))
     lines = [f"source      {source.folder}: expert {number}", "optimizer   its state is dropped"]
     details = {**configuration(config, overrides, recurrence), "expert": number}
-    made = objects(source, recurrence.parsed, False)
+    made = objects(source, recurrence.parsed, False, depths)
     return Surgery({"": source}, jobs, made, "extract-expert", details, lines)
 
 
-def _tensors(source: Checkpoint, recurrence: Recurrence, config: Path, megatron: dict[str, Any]) -> dict[str, str]:
-    """An expert's tensors: the name that it needs -> the one that the checkpoint has.
+def _tensors(
+    source: Checkpoint, recurrence: Recurrence, config: Path, megatron: dict[str, Any], depths: int
+) -> dict[str, str]:
+    """An expert's tensors, with so many depths: the name that it needs -> the one that the checkpoint has.
 
     Raises:
         CherryError: if it is not a model of this configuration.
@@ -116,7 +118,12 @@ def _tensors(source: Checkpoint, recurrence: Recurrence, config: Path, megatron:
     check_fit(source, layers, config, megatron)
     check_layers(source, layers, recurrence)
     check_walk(source, recurrence, config, (*WALK, "loops"))
-    found = {name: stored for name, stored in layers.top.items() if not name.startswith(DEPTHS)}
+    if depths not in (0, layers.depths):
+        raise CherryError(
+            f"{config}: mtp.depths is {depths}, but {source.folder} has {layers.depths}; set it so, or to 0 to go "
+            "without"
+        )
+    found = {name: stored for name, stored in layers.top.items() if depths or not name.startswith(DEPTHS)}
     for layer, sublayers in enumerate(sublayer_prefixes(recurrence.parsed)):
         for place, (symbol, prefix) in enumerate(sublayers):
             names = layers.layers[layer][place].names
@@ -183,9 +190,9 @@ def _router(mixture: Mixture, source: Checkpoint, embedding: str, seed: int) -> 
     ]
 
 
-def _objects(source: Checkpoint, recurrence: Recurrence, starts: list[str]) -> dict[str, Any]:
+def _objects(source: Checkpoint, recurrence: Recurrence, starts: list[str], depths: int) -> dict[str, Any]:
     """What a mixture's checkpoint holds besides tensors: one common state, and what each expert has."""
-    one: dict[str, Any] = objects(source, recurrence.parsed, False)
+    one: dict[str, Any] = objects(source, recurrence.parsed, False, depths)
     common = {name: value for name, value in one.items() if name.startswith("common_state")}
     for (state,) in common.values():
         state["args"].state["hybrid_layer_pattern"] = None  # as training leaves it for a mixture

@@ -89,7 +89,7 @@ def add_generate(verbs: argparse._SubParsersAction) -> None:
             {name: value for name, value in given.items() if value is not None},
             arguments.seed,
             arguments.loops,
-            drafting(arguments.draft_loops, arguments.draft_tokens),
+            drafting(arguments.draft_loops, arguments.draft_mtp, arguments.draft_tokens),
             arguments.stream,
             show_all=arguments.verbose,
         )
@@ -116,6 +116,11 @@ def add_generate(verbs: argparse._SubParsersAction) -> None:
         type=int,
         help="draft with so few loops, which changes the speed and, but for rounding, not the text",
     )
-    parser.add_argument("--draft-tokens", type=int, help="tokens of a draft (default 2)")
+    parser.add_argument(
+        "--draft-mtp", action="store_true", help="draft by multi-token prediction (mtp.depths), likewise"
+    )
+    parser.add_argument(
+        "--draft-tokens", type=int, help="tokens of a draft (default 2, or with --draft-mtp the number of depths)"
+    )
     parser.add_argument("--verbose", action="store_true", help="show Megatron's own output too")
     add_config(parser)

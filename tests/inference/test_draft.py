@@ -54,17 +54,28 @@ def test_right_drafts_save_passes(speaking: Path, tmp_path: Path):
 
 
 def test_asked_for():
-    assert drafting(None, None) is None
-    assert drafting(2, None) == Drafting(2, 2)
-    assert drafting(2, 7) == Drafting(2, 7)
-    Drafting(2, 1).check(3)
-    for loops, tokens, of, says in (
-        (3, 1, 3, "--draft-loops 3 must be from 1 to 2"),
-        (0, 1, 3, "--draft-loops 0 must be from 1 to 2"),
-        (1, 0, 3, "--draft-tokens 0 must be at least 1"),
-        (1, 1, 1, "a model of one loop has none to leave out"),
+    assert drafting(None, False, None) is None
+    for loops, ahead, tokens, depths, most in (
+        (2, False, None, 0, 2),
+        (2, False, 7, 0, 7),
+        (2, False, None, 3, 2),
+        (None, True, None, 3, 3),
+        (None, True, 7, 3, 7),
+    ):
+        found = drafting(loops, ahead, tokens)
+        found.check(3, depths)
+        assert (found.loops, found.most(depths)) == (loops, most)
+    for loops, tokens, of, depths, says in (
+        (3, 1, 3, 0, "--draft-loops 3 must be from 1 to 2"),
+        (0, 1, 3, 0, "--draft-loops 0 must be from 1 to 2"),
+        (1, 0, 3, 0, "--draft-tokens 0 must be at least 1"),
+        (1, 1, 1, 0, "a model of one loop has none to leave out"),
+        (None, 1, 3, 0, "--draft-mtp: the model has no multi-token prediction"),
+        (None, 0, 1, 1, "--draft-tokens 0 must be at least 1"),
     ):
         with pytest.raises(CherryError, match=says):
-            Drafting(loops, tokens).check(of)
+            Drafting(loops, tokens).check(of, depths)
     with pytest.raises(CherryError, match="--draft-tokens 3 needs --draft-loops"):
-        drafting(None, 3)
+        drafting(None, False, 3)
+    with pytest.raises(CherryError, match="--draft-loops 2 and --draft-mtp are two ways to draft"):
+        drafting(2, True, None)

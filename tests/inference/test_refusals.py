@@ -59,6 +59,7 @@ def test_prompts(prompts, says, tmp_path: Path, write_config):
         (["--prompt", "서울", "--draft-loops", "3"], "--draft-loops 3 must be from 1 to 2"),
         (["--prompt", "서울", "--draft-loops", "1", "--draft-tokens", "0"], "--draft-tokens 0 must be at least 1"),
         (["--prompt", "서울", "--draft-tokens", "2"], "--draft-tokens 2 needs --draft-loops"),
+        (["--prompt", "서울", "--draft-mtp"], "--draft-mtp: the model has no multi-token prediction"),
         (["--prompt", "서울", "--", "--softmax-type", "off-by-one"], "softmax-type does not go with generation"),
     ],
 )

@@ -97,18 +97,23 @@ def predicted_ahead(state, tokens, x, depths, *, heads, groups, size, base=10000
 
     Depth d is walked over the positions that have a token d places on, and over no others.
     """
-    embedding, found = state["embedding.word_embeddings.weight"], []
+    found = []
     for depth in range(1, depths + 1):
-        start = f"mtp.layers.{depth - 1}."
-        w = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
-        inner = [
-            {k.removeprefix(f"mtp_model_layer.layers.{n}."): v for k, v in w.items() if f"layers.{n}." in k}
-            for n in (0, 1)
-        ]
-        seen = rms(embedding[tokens[:, depth:]], w["enorm.weight"])
-        x = torch.cat((seen, rms(x[:, :-1], w["hnorm.weight"])), -1) @ w["eh_proj.weight"].T
-        x = x + attention(rms(x, inner[0]["input_layernorm.weight"]), inner[0], heads, groups, size, base)
-        x = x + mlp(rms(x, inner[1]["pre_mlp_layernorm.weight"]), inner[1])
-        x = rms(x, w["final_layernorm.weight"])
+        x = depth_states(state, tokens[:, depth:], x[:, :-1], depth, heads, groups, size, base)
         found.append(x @ state["output_layer.weight"].T)
     return found
+
+
+def depth_states(state, tokens, x, depth, heads, groups, size, base=10000.0):
+    """What a depth makes of the states x of the depth before and the tokens that go with them, [b, n, h]."""
+    start = f"mtp.layers.{depth - 1}."
+    w = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+    inner = [
+        {k.removeprefix(f"mtp_model_layer.layers.{n}."): v for k, v in w.items() if f"layers.{n}." in k}
+        for n in (0, 1)
+    ]
+    seen = rms(state["embedding.word_embeddings.weight"][tokens], w["enorm.weight"])
+    x = torch.cat((seen, rms(x, w["hnorm.weight"])), -1) @ w["eh_proj.weight"].T
+    x = x + attention(rms(x, inner[0]["input_layernorm.weight"]), inner[0], heads, groups, size, base)
+    x = x + mlp(rms(x, inner[1]["pre_mlp_layernorm.weight"]), inner[1])
+    return rms(x, w["final_layernorm.weight"])

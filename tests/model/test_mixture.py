@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.conftest import run_ranks
 
 
-def build(options, expert_parallel=1, tensor_parallel=1):
+def build(options, expert_parallel=1, tensor_parallel=1, depths=0):
     """A tiny mixture on this rank, its groups made."""
     from cherry_megatron.platform.machine import prepare
 
@@ -22,10 +22,10 @@ def build(options, expert_parallel=1, tensor_parallel=1):
     torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     mpu.initialize_model_parallel(tensor_parallel, expert_model_parallel_size=expert_parallel)
     model_parallel_cuda_manual_seed(1)
-    return make(options, tensor_parallel)
+    return make(options, tensor_parallel, depths=depths)
 
 
-def make(options, tensor_parallel=1, seed=3):
+def make(options, tensor_parallel=1, seed=3, depths=0):
     import torch
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer import TransformerConfig
@@ -43,9 +43,10 @@ def make(options, tensor_parallel=1, seed=3):
         hidden_dropout=0.0, attention_dropout=0.0, use_cpu_initialization=True, masked_softmax_fusion=False,
         gradient_accumulation_fusion=False, transformer_impl="local", bias_dropout_fusion=False,
         is_hybrid_model=True, init_method_std=0.3, tensor_model_parallel_size=tensor_parallel,
+        mtp_num_layers=depths or None,
     )  # fmt: skip
     model = build_mixture(
-        options, prepare_config(config, recurrence), recurrence, shape, make_plan(recurrence, shape, 16, 1),
+        options, prepare_config(config, recurrence), recurrence, shape, make_plan(recurrence, shape, 16, 1, depths),
         ProcessGroupCollection.use_mpu_process_groups(), sequence_length=16, rotary_base=10000, seed=seed,
         pre_process=True, post_process=True,
     )  # fmt: skip
@@ -169,11 +170,11 @@ def test_room_is_that_of_the_capacity_as_written():
     assert room(4, 2, 1, 3.0) == 4
 
 
-def traffic(options):
+def traffic(options, depths):
     """Bytes that leave this rank in a step, as counted by the mixture, and message by message; broadcasts."""
     import torch
 
-    model = build(options, expert_parallel=2)
+    model = build(options, expert_parallel=2, depths=depths)
     sent, broadcasts, broadcast = [], [], torch.distributed.broadcast
     torch.distributed.broadcast = lambda *args, **kwargs: broadcasts.append(broadcast(*args, **kwargs))
     gather, exchange = torch.distributed.all_gather_into_tensor, torch.distributed.all_to_all_single
@@ -193,16 +194,16 @@ def traffic(options):
     return model.exchanged_bytes, [(str(kind), size) for kind, size in sent], len(broadcasts)
 
 
-@pytest.mark.parametrize("top_k", [4, 2])
-def test_ranks_exchange_ids_and_a_number_a_token(top_k, tmp_path: Path):
+@pytest.mark.parametrize(("top_k", "depths"), [(4, 0), (2, 0), (2, 2)])
+def test_ranks_exchange_ids_and_a_number_a_token_and_depth(top_k, depths, tmp_path: Path):
     from cherry_megatron.model.options import Mixture
 
     options = Mixture(experts=4, top_k=top_k, prefix=4)
     b, s, here = 3, 16, 2
-    expected = [("torch.int32", 4 * b * s)] * 2 + [("torch.float32", 4 * b * s * here)] * 2
+    expected = [("torch.int32", 4 * b * s)] * 2 + [("torch.float32", 4 * b * s * here * (1 + depths))] * 2
     if top_k == 2:
         expected.insert(2, ("torch.uint8", 4 * b))
-    for counted, sent, broadcasts in run_ranks(tmp_path, 2, traffic, options):
+    for counted, sent, broadcasts in run_ranks(tmp_path, 2, traffic, options, depths):
         assert sent == expected
         assert broadcasts == (top_k < 4), "tensor-parallel ranks agree only where there is a choice"
         assert counted == sum(size for _, size in sent)

@@ -45,11 +45,12 @@ def step(state, batch, options, model):
     Args:
         state: name -> tensor of the mixture's checkpoint.
         batch: tokens, labels, loss_mask, [rows, s] of the global batch.
-        options: experts, top_k, prefix, balance, capacity.
+        options: experts, top_k, prefix, balance, capacity; depths and weight of multi-token prediction.
         model: walk, heads, groups, size of an expert.
 
     Returns:
-        Mean loss without the balance, the gradient by name of the whole, what is reported, the experts of each row.
+        Mean loss without the balance and what is predicted ahead, the gradient by name of the whole, what is
+        reported of the mixture, the experts of each row, and the mean loss of each depth.
     """
     state = {name: value.double() for name, value in state.items()}
     trained = {name: value.requires_grad_() for name, value in state.items() if name != "router.centre"}
@@ -72,13 +73,15 @@ def step(state, batch, options, model):
     load = torch.tensor([sum(e in row for row in wanted) for e in range(experts)], dtype=torch.float64)
     load /= load.sum()  # of what the router wants, whether there is room or not
     total = added = 0.0
+    later = [0.0] * options["depths"]
     seen = []  # the row, the gates over its experts, their losses, of each token with a loss
     for row, mask in enumerate(batch["loss_mask"].double()):
-        likelihoods = {}
-        for e in sorted(chosen[row]):
-            logits = reference.forward(models[e], batch["tokens"][row : row + 1], **model)[0]
-            likelihoods[e] = F.softmax(logits, -1).gather(1, batch["labels"][row][:, None])[:, 0]
+        found = {e: _likelihoods(models[e], batch, row, len(later), model) for e in sorted(chosen[row])}
+        likelihoods = {e: of_depths[0] for e, of_depths in found.items()}
         weight = sum(gates[row][:, e] for e in likelihoods)
+        for depth in range(1, len(later) + 1):
+            together = sum((gates[row][:, e] / weight)[:-depth] * p[depth] for e, p in found.items())
+            later[depth - 1] = later[depth - 1] - (mask[depth:] * together.log()).sum()
         likelihood = sum(gates[row][:, e] / weight * p for e, p in likelihoods.items())
         total = total - (mask * likelihood.log()).sum()
         if k < experts:
@@ -87,9 +90,20 @@ def step(state, batch, options, model):
             g = {e: float(gates[row][t, e] / weight[t]) for e in likelihoods}
             seen.append((row, g, {e: float(p[t]) for e, p in likelihoods.items()}))
     tokens = batch["loss_mask"].sum()
-    ((total + added) / tokens).backward()
+    ahead = sum(later) * options["weight"] / len(later) if later else 0.0
+    ((total + added + ahead) / tokens).backward()
     report = _report(seen, chosen, wanted, experts)
-    return float(total / tokens), {name: value.grad for name, value in trained.items()}, report, chosen
+    means = [float(of / batch["loss_mask"][:, depth:].sum()) for depth, of in enumerate(later, start=1)]
+    return float(total / tokens), {name: value.grad for name, value in trained.items()}, report, chosen, means
+
+
+def _likelihoods(weights, batch, row, depths, model):
+    """What an expert and its depths give the targets of a row: one [s - depth] each."""
+    tokens, labels = batch["tokens"][row : row + 1], batch["labels"][row]
+    sizes = {key: value for key, value in model.items() if key != "walk"}
+    x = reference.states(weights, tokens, **model)
+    logits = [x @ weights["output_layer.weight"].T, *reference.predicted_ahead(weights, tokens, x, depths, **sizes)]
+    return [F.softmax(each[0], -1).gather(1, labels[depth:, None])[:, 0] for depth, each in enumerate(logits)]
 
 
 def _report(seen, chosen, wanted, experts):

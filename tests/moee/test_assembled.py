@@ -5,23 +5,31 @@ from pathlib import Path
 import pytest
 
 from cherry_megatron.cli import main
+from cherry_megatron.storage.checkpoint import open_checkpoint
 
 TOLERANCE = 1e-6
 
 
-def test_experts_compute_what_their_runs_do(tmp_path: Path, write_config, write_mixture, train):
-    """Each expert has the loss of its run; a mixture of one run has that run's loss, whoever sees a sequence."""
+AHEAD = {"mtp": {"depths": 1}}
+
+
+def test_experts_compute_what_their_runs_do(tmp_path: Path, write_config, write_mixture, train, capsys):
+    """Each expert has the loss of its run; a mixture of one run has that run's loss, whoever sees a sequence.
+
+    So have their depths.
+    """
     from cherry_megatron.runs import read_evaluations
 
-    loss = {}
+    loss, ahead = {}, {}
     for run in ("first", "second"):
-        path = write_config(tmp_path / run, recurrence={"pattern": "*-[*-]x2"}, data={"prefix": 8})
+        path = write_config(tmp_path / run, recurrence={"pattern": "*-[*-]x2"}, data={"prefix": 8}, **AHEAD)
         train(path, 1, f"--train-iters 3 --lr 0.01 --lr-warmup-iters 0 --seed {len(run)}")
-        loss[run] = read_evaluations(tmp_path / run / "run")[-1]["losses"]["2"]
+        evaluation = read_evaluations(tmp_path / run / "run")[-1]
+        loss[run], ahead[run] = evaluation["losses"]["2"], evaluation["mtp"]["2"]["loss/1"]
     assert loss["first"] != pytest.approx(loss["second"], rel=1e-4)
     for name, runs, top_k in (("both", ["first", "second"], 2), ("alike", ["first", "first"], 1)):
         start = {"load": str(tmp_path / name / "assembled"), "finetune": True, "train-iters": 1}
-        path = write_mixture(tmp_path / name, {"megatron": start}, experts=2, top_k=top_k)
+        path = write_mixture(tmp_path / name, {"megatron": start, **AHEAD}, experts=2, top_k=top_k)
         loads = [str(tmp_path / run / "run") for run in runs]
         save_to = str(tmp_path / name / "assembled")
         assert main(["assemble-moee", "--load", *loads, "--save", save_to, "--config", str(path)]) == 0
@@ -32,8 +40,10 @@ def test_experts_compute_what_their_runs_do(tmp_path: Path, write_config, write_
             for expert, run in enumerate(runs):
                 assert report[f"loss/{expert}"] == pytest.approx(loss[run], rel=TOLERANCE)
             assert found["losses"]["2"] < sum(loss.values()) / 2 * (1 + TOLERANCE)
+            assert found["mtp"]["2"]["loss/1"] < sum(ahead.values()) / 2 * (1 + TOLERANCE)
         else:
             assert found["losses"]["2"] == pytest.approx(loss["first"], rel=TOLERANCE)
+            assert found["mtp"]["2"] == {"loss/1": pytest.approx(ahead["first"], rel=TOLERANCE)}
             assert 0 < report["load/0"] < 1, "all sequences went one way, which tests little"
     # And back: the second run's model, out of the mixture that was trained (with a learning rate of 0).
     mixed, taken = tmp_path / "both", tmp_path / "taken"
@@ -48,6 +58,15 @@ def test_experts_compute_what_their_runs_do(tmp_path: Path, write_config, write_
     ]
     assert main([*extract, "--save", str(taken / "expert")]) == 0
     start = {"load": str(taken / "expert"), "finetune": True, "train-iters": 1}
-    path = write_config(taken, recurrence={"pattern": "*-[*-]x2"}, data={"prefix": 8}, megatron=start)
+    path = write_config(taken, recurrence={"pattern": "*-[*-]x2"}, data={"prefix": 8}, megatron=start, **AHEAD)
     train(path, 1, "--lr 0 --lr-warmup-iters 0")
-    assert read_evaluations(taken / "run")[-1]["losses"]["2"] == pytest.approx(loss["second"], rel=TOLERANCE)
+    evaluation = read_evaluations(taken / "run")[-1]
+    assert evaluation["losses"]["2"] == pytest.approx(loss["second"], rel=TOLERANCE)
+    assert evaluation["mtp"]["2"]["loss/1"] == pytest.approx(ahead["second"], rel=TOLERANCE)
+    # A configuration without depths leaves them out; one with others cannot have them.
+    assert main([*extract, "--save", str(taken / "plain"), "--set", "mtp.depths=0"]) == 0
+    assert not any("mtp." in name for name in open_checkpoint(taken / "plain").model)
+    capsys.readouterr()
+    assert main([*extract, "--save", str(taken / "deeper"), "--set", "mtp.depths=2"]) == 2
+    assert "mtp.depths is 2, but" in capsys.readouterr().err
+    assert not (taken / "deeper").exists()

@@ -16,6 +16,14 @@ ALL = {"experts": 2}
 SOME = {"experts": 4, "top_k": 2, "capacity": 1.25, "balance": 0.5}
 # No room over an even share, and micro-batches that leave an expert without a row.
 ONE = {"experts": 3, "top_k": 1, "capacity": 1.0, "balance": 0.1}
+WEIGHT = 0.3  # of what is predicted ahead
+
+
+def written(write_mixture, folder, options):
+    """A configuration; `depths` is of multi-token prediction, the other options are keys of `moee`."""
+    keys = {key: value for key, value in options.items() if key != "depths"}
+    sections = {"mtp": {"depths": options["depths"], "weight": WEIGHT}} if "depths" in options else None
+    return write_mixture(folder, sections, **keys)
 
 
 def record(path, folder, flags):
@@ -40,7 +48,7 @@ def record(path, folder, flags):
 
 
 def expected(folder, options):
-    """The reference's step on the recorded rows, and its loss on the held-out ones; loss and report of both.
+    """The reference's step on the recorded rows, and its loss on the held-out ones; loss and reports of both.
 
     Of the held-out rows, and of the others, the loss with one loop of two as well.
     """
@@ -58,20 +66,18 @@ def expected(folder, options):
         assert rows["loss_mask"][:, 7:].all()
     walk = [(visit.layer, visit.loop) for visit in unroll(parse("*-[*-]x2"), 2, "cycle")]
     model = {"walk": walk, "heads": 4, "groups": 4, "size": 8}
-    options = {"top_k": options["experts"], "prefix": 8, **options}
-    loss, gradient, report, chosen = step(state, batch, options, model)
+    options = {"top_k": options["experts"], "prefix": 8, "depths": 0, "weight": WEIGHT, **options}
+    loss, gradient, report, chosen, ahead = step(state, batch, options, model)
     if "experts" in batch:
         assert [set(row.nonzero().flatten().tolist()) for row in batch["experts"]] == chosen
         assert (batch["experts"].sum(0) > 0).all()
     # Evaluation has room for all.
-    later, _, held_out_report, _ = step(state, held_out, {**options, "capacity": float(options["experts"])}, model)
+    roomy = {**options, "capacity": float(options["experts"])}
+    later, _, held_out_report, _, later_ahead = step(state, held_out, roomy, model)
     gradient = {name: value.numpy() for name, value in gradient.items()}
     model["walk"] = [(visit.layer, visit.loop) for visit in unroll(parse("*-[*-]x2"), 1, "cycle")]
-    once = [
-        step(state, rows, {**options, "capacity": float(options["experts"])}, model)[0]
-        for rows in (batch, held_out)
-    ]
-    return gradient, (loss, report), (later, held_out_report), once
+    once = [step(state, rows, roomy, model)[0] for rows in (batch, held_out)]
+    return gradient, (loss, report, ahead), (later, held_out_report, later_ahead), once
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +89,7 @@ def single(tmp_path_factory, write_mixture):
         key = str(options)
         if key not in done:
             folder = tmp_path_factory.mktemp("single")
-            path = write_mixture(folder, **options)
+            path = written(write_mixture, folder, options)
             run_ranks(folder / "output", 1, record, path, folder, STAY)
             (wanted,) = run_ranks(folder / "reference", 1, expected, folder, options)
             done[key] = (folder, *wanted)
@@ -100,10 +106,12 @@ def compare(run, gradient, trained, evaluated, once):
     (step,), (evaluation,) = read_steps(run), read_evaluations(run)
     assert distance(first_gradient(run), gradient) <= TOLERANCE
     assert evaluation["losses"]["1"] == pytest.approx(once[1], rel=TOLERANCE)
-    for (loss, report), found, ours in (
-        (trained, step["loss"], step["moee"]),
-        (evaluated, evaluation["losses"]["2"], evaluation["moee"]["2"]),
+    for (loss, report, ahead), found, ours, later in (
+        (trained, step["loss"], step["moee"], step.get("mtp")),
+        (evaluated, evaluation["losses"]["2"], evaluation["moee"]["2"], evaluation.get("mtp", {}).get("2")),
     ):
+        wanted = {f"loss/{depth}": value for depth, value in enumerate(ahead, start=1)}
+        assert (later or {}) == pytest.approx(wanted, rel=TOLERANCE)
         assert found == pytest.approx(loss, rel=TOLERANCE)
         del ours["bytes-per-token"]
         assert ours == pytest.approx(report, rel=TOLERANCE, abs=1e-6)
@@ -111,12 +119,12 @@ def compare(run, gradient, trained, evaluated, once):
 
 def check(options, ranks, flags, tmp_path, single, write_mixture, train):
     _, gradient, trained, *evaluated = single(options)
-    if options != ALL:
-        _, report = trained
+    if options["experts"] > 2:
+        _, report, _ = trained
         assert report["displaced"] > 0, "every row found room, which tests little"
         assert len({report[f"load/{expert}"] for expert in range(options["experts"])}) > 1
         assert len({report[f"wanted/{expert}"] for expert in range(options["experts"])}) > 1
-    train(write_mixture(tmp_path, **options), ranks, f"{STAY} {flags}")
+    train(written(write_mixture, tmp_path, options), ranks, f"{STAY} {flags}")
     compare(tmp_path / "run", gradient, trained, *evaluated)
 
 
@@ -124,12 +132,18 @@ EP, TP = "--expert-model-parallel-size 2", "--tensor-model-parallel-size 2 --seq
 OVERLAP = f"{EP} --overlap-grad-reduce --overlap-param-gather"  # of parameters from the second step on
 SAMPLE = {
     "all-dp2": (ALL, 2, ""),  # two ranks with the same experts
-    "some-ep2": (SOME, 2, EP),
     "some-tp2": (SOME, 2, TP),
+    "some-ahead-ep2": ({**SOME, "depths": 2}, 2, EP),
 }
 REST = {
     f"{name}-{layout}": (options, *split)
-    for name, options in {"all": ALL, "some": SOME, "one": ONE}.items()
+    for name, options in {
+        "all": ALL,
+        "some": SOME,
+        "one": ONE,
+        "all-ahead": {**ALL, "depths": 1},
+        "some-ahead": {**SOME, "depths": 2},
+    }.items()
     for layout, split in {
         "ep2": (2, EP),
         "tp2": (2, TP),
@@ -216,7 +230,7 @@ def test_a_run_keeps_its_experts(tmp_path: Path, single):
 def test_a_mixture_starts_from_one_of_as_many_experts(tmp_path: Path, single, write_config):
     from tests.surgery.conftest import model_tensors, save
 
-    mixture = single(ALL)[0]
+    mixture, deep = single(ALL)[0], single({**SOME, "depths": 2})[0]
     alone = save(tmp_path / "alone", model_tensors(2))
     one = write_config(tmp_path, recurrence={"pattern": "*-[*-]x2"})
     for path, load, further, says in (
@@ -229,6 +243,9 @@ def test_a_mixture_starts_from_one_of_as_many_experts(tmp_path: Path, single, wr
         ),
         (one, mixture / "run", (), "is a mixture of 2 models, and the configuration has no section moee"),
         (mixture / "config.yaml", mixture / "run", (), None),
+        (mixture / "config.yaml", mixture / "run", ("mtp.depths=1",), "holds 0 of mtp.depths 1"),
+        (deep / "config.yaml", deep / "run", (), None),
+        (deep / "config.yaml", deep / "run", ("mtp.depths=3",), "holds 2 of mtp.depths 3"),
     ):
         overrides = (f"megatron.load={load}", "megatron.finetune=true", f"run={tmp_path / 'new'}", *further)
         ((*found,),) = run_ranks(tmp_path / "output", 1, refused, path, overrides)
@@ -268,7 +285,7 @@ def test_bf16(tmp_path: Path, single, write_mixture, train):
     """The loss is that of float32 but for rounding, and the router is centred."""
     from cherry_megatron.storage.checkpoint import open_checkpoint
 
-    _, _, (loss, _), *_ = single(SOME)
+    _, _, (loss, *_), *_ = single(SOME)
     (step,) = train(write_mixture(tmp_path, **SOME), 1, f"{STAY} --bf16")
     assert step["loss"] == pytest.approx(loss, rel=1e-3)
     assert np.any(open_checkpoint(tmp_path / "run" / "checkpoints").read("router.centre") != 0)
@@ -291,7 +308,7 @@ EACH = 4  # steps under a layout
 def resume(layouts, tmp_path, write_mixture, train):
     """Some steps under each layout, going on from the one before, are those of a run without a stop."""
     steps = EACH * len(layouts)
-    schedule = {"megatron": {"train-iters": steps, "save-interval": EACH, **SMALL}}
+    schedule = {"megatron": {"train-iters": steps, "save-interval": EACH, **SMALL}, "mtp": {"depths": 1}}
     undisturbed = train(write_mixture(tmp_path / "undisturbed", schedule, **TWO))
     saved = f"iter_{EACH:07}"
     kept, path = "run/checkpoints", write_mixture(tmp_path / "resumed", schedule, **TWO)
@@ -302,6 +319,7 @@ def resume(layouts, tmp_path, write_mixture, train):
         found = train(path, ranks, f"{flags} --exit-interval {EACH * number}")
     assert [step["iteration"] for step in found] == list(range(EACH + 1, steps + 1))
     for ours, theirs in zip(found, undisturbed[EACH:], strict=True):
+        assert ours["mtp"] == pytest.approx(theirs["mtp"], rel=TOLERANCE)
         for value in ("loss", "grad_norm", "balance_loss"):
             assert ours[value] == pytest.approx(theirs[value], rel=TOLERANCE), (ours, theirs)
 
