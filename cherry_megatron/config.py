@@ -268,7 +268,7 @@ def load(path: Path, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -
     Raises:
         CherryError: one sentence that names file and key, with the nearest valid name.
     """
-    data = _read_with(path, overrides)
+    data = read_with(path, overrides)
     run, given = data.get("run"), data.get("flags", [])
     if not isinstance(run, str) or not run:
         said = "" if run is None else f", as text (it is {run!r})"
@@ -294,7 +294,7 @@ def outline(path: Path, overrides: Sequence[str] = ()) -> tuple[Recurrence, dict
     Raises:
         CherryError: as `load`, but Megatron's flags are not looked at.
     """
-    data = _read_with(path, overrides)
+    data = read_with(path, overrides)
     flags = rules.by_flag(path, data.get("megatron", {}))
     return _section(path, "recurrence", Recurrence, data.get("recurrence", {})), flags
 
@@ -305,7 +305,7 @@ def outline_mixture(path: Path, overrides: Sequence[str] = ()) -> Mixture:
     Raises:
         CherryError: if it has none.
     """
-    section = _read_with(path, overrides).get("moee")
+    section = read_with(path, overrides).get("moee")
     if section is None:
         raise CherryError(f"{path} has no section moee; name the configuration of the mixture")
     mixture: Mixture = _section(path, "moee", Mixture, section)
@@ -314,11 +314,16 @@ def outline_mixture(path: Path, overrides: Sequence[str] = ()) -> Mixture:
 
 def outline_depths(path: Path, overrides: Sequence[str] = ()) -> int:
     """A configuration's depths of multi-token prediction, likewise."""
-    section: MultiToken = _section(path, "mtp", MultiToken, _read_with(path, overrides).get("mtp", {}))
+    section: MultiToken = _section(path, "mtp", MultiToken, read_with(path, overrides).get("mtp", {}))
     return section.depths
 
 
-def _read_with(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+def read_with(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """A configuration's sections as they stand in the file and what it extends, with overrides.
+
+    Raises:
+        CherryError: if it cannot be read, or a top-level key is unknown.
+    """
     data = read_file(path)
     for override in overrides:
         _override(data, override)
