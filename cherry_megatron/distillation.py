@@ -4,7 +4,7 @@
 
 with both distributions at the temperature (Hinton et al. 2015, arXiv 1503.02531). The teacher lives whole on the
 ranks of the last pipeline stage, with the student's tensor-parallel size; its checkpoint may have been saved under
-any layout.
+any layout. A mixture's experts are compared one by one, see model/mixture.py.
 """
 
 import copy
@@ -22,6 +22,7 @@ from cherry_megatron.config import Config, Distillation, load
 from cherry_megatron.data.tokenizer import fingerprint
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.build import build_model, prepare_config
+from cherry_megatron.model.mixture import mixture_of
 from cherry_megatron.model.plan import make_plan
 from cherry_megatron.shares import shares
 from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint
@@ -48,7 +49,8 @@ class Teacher:
     def __init__(self, options: Distillation, student: Config, args: Any) -> None:
         self.weight, self._temperature = options.weight, options.temperature
         self.divergence: Tensor | None = None
-        self._logits: Tensor | None = None
+        self._seen: Tensor | None = None  # logits of the teacher's last pass, [s, b, v/tp]
+        self._logits: Tensor | None = None  # those that the student's next pass is compared with
         self._model: torch.nn.Module | None = None
         self._watched = False
         alone, _ = torch.distributed.new_subgroups(1)
@@ -58,18 +60,37 @@ class Teacher:
             self._model.requires_grad_(False).eval().to(torch.cuda.current_device())
 
     def see(self, student: torch.nn.Module, tokens: Tensor | None, position_ids: Tensor | None) -> None:
-        """Get ready for the student's forward pass of a micro-batch; tokens, position_ids: [b, s]."""
+        """Get ready for the student's forward pass of a micro-batch; tokens, position_ids: [b, s].
+
+        A mixture, whose ranks exchange their rows first, looks and expects by itself.
+        """
         if self._model is None:
             return
+        mixture = mixture_of(student)
         if not self._watched:
-            get_attr_wrapped_model(student, "output_layer").register_forward_hook(self._compare)
+            for model in [student] if mixture is None else mixture.experts.values():
+                get_attr_wrapped_model(model, "output_layer").register_forward_hook(self._compare)
             self._watched = True
+        if mixture is not None:
+            mixture.teacher = self
+            return
+        self.look(tokens, position_ids)
+        self.expect()
+
+    def look(self, tokens: Tensor | None, position_ids: Tensor | None) -> None:
+        """The teacher reads rows, [b, s]."""
+        assert self._model is not None
         with torch.no_grad():
             # [b, s, v/tp]; the output layer's own are [s, b, v/tp].
-            self._logits = self._model(tokens, position_ids, None).transpose(0, 1)
+            self._seen = self._model(tokens, position_ids, None).transpose(0, 1)
+
+    def expect(self, rows: Tensor | None = None) -> None:
+        """The next pass is over these of the rows that the teacher has read; None: over all."""
+        assert self._seen is not None
+        self._logits = self._seen if rows is None else self._seen[:, rows]
 
     def take(self) -> Tensor:
-        """The divergence of the micro-batch that the student has just seen, [b, s]."""
+        """The divergence of the rows of the last pass, [b, s]."""
         found, self.divergence = self.divergence, None
         assert found is not None
         return found
@@ -164,6 +185,7 @@ def _build(teacher: Config, args: Any, alone: Any) -> torch.nn.Module:
     args.num_layers = len(teacher.recurrence.parsed.symbols)
     args.pipeline_model_parallel_size, args.recompute_granularity, args.fp8 = 1, None, None
     args.mtp_num_layers = None  # a teacher's next token is what counts
+    args.expert_model_parallel_size = 1  # a teacher has none
     groups = ProcessGroupCollection.use_mpu_process_groups()
     groups.pp = alone
     model = build_model(

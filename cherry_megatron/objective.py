@@ -82,7 +82,10 @@ class Objective:
             assert batch["loss_mask"] is not None
             report = _tagged(MTP, ahead.report(batch["loss_mask"]))
             arguments.update(ahead=ahead, further=report | arguments.get("further", {}))
-        if teacher is not None and teacher.divergence is not None:
+        if teacher is not None and mixture is not None:
+            arguments.update(divergence=mixture.divergence, share=teacher.weight)
+            mixture.teacher = None  # evaluations have none
+        elif teacher is not None and teacher.divergence is not None:
             arguments.update(divergence=teacher.take(), share=teacher.weight)
         if self.scores is not None and mpu.is_pipeline_last_stage():
             self.scores.append(output.detach())

@@ -154,7 +154,6 @@ def _check_mixture(config: "Config") -> None:
             "a loss; use a smaller one"
         )
     refused = {
-        "distillation": (config.distillation is not None, "a teacher compares the outputs of one model"),
         "sgt.skip_head": (config.sgt and config.sgt.skip_head, "the mixture needs every expert's loss"),
         "sgt.probe_interval": (config.sgt and config.sgt.probe_interval, "gradients lie on different ranks"),
         "megatron.cuda-graph-impl": (

@@ -7,10 +7,14 @@ posterior probability of the expert given the target.
 
 With multi-token prediction every expert has depths of its own, and what is predicted ahead is a mixture too: of
 depth d at position t, -logsumexp_e(log g_e - CE_e,d) with the gates of position t.
+
+With a teacher every expert is compared with it, and their divergences are mixed by the gates. KL is convex, so that
+KL(teacher || sum_e g_e p_e) <= sum_e g_e KL(teacher || p_e): what is made small is a bound of the mixture's own
+divergence, which would need every expert's distribution on one rank.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -92,6 +96,16 @@ class Seen:
         return report
 
 
+class Comparing(Protocol):
+    """A teacher, see distillation.py."""
+
+    def look(self, tokens: Tensor, position_ids: Tensor) -> None: ...
+
+    def expect(self, rows: Tensor | None = None) -> None: ...
+
+    def take(self) -> Tensor: ...
+
+
 class MixtureModel(MegatronModule):
     """The experts of this rank and the router, which every rank has.
 
@@ -108,6 +122,8 @@ class MixtureModel(MegatronModule):
         balance: [b] of the last forward pass, a sequence's part in the loss that keeps the choices even.
         seen: what the last forward pass found.
         ahead: what it found by multi-token prediction; None without.
+        teacher: to be compared with in the next forward pass, or None.
+        divergence: from the teacher, [b, s], of the last forward pass with one.
         exchanged_bytes: bytes that this rank has sent to other expert-parallel ranks so far.
     """
 
@@ -130,6 +146,8 @@ class MixtureModel(MegatronModule):
         self.balance: Tensor | None = None
         self.seen: Seen | None = None
         self.ahead: Ahead | None = None
+        self.teacher: Comparing | None = None
+        self.divergence: Tensor | None = None
         self.exchanged_bytes = 0
 
     def set_input_tensor(self, input_tensor: Any) -> None:
@@ -166,6 +184,8 @@ class MixtureModel(MegatronModule):
         # Switch transformer (Fedus et al. 2022), equations 4 to 6, with the load of the whole global batch.
         self.balance = self.options.balance * self.options.experts * (scores * self.load).sum(-1)
         self.seen = Seen(gates.detach(), log_gates.detach(), losses.detach(), chosen, wanted, sent)
+        if self.teacher is not None:
+            self.divergence = (log_gates.exp() * later.pop()).sum(-1)
         if later:
             ahead = mixture_loss(log_gates, torch.stack(later))
             # What the mixture itself finds likeliest no rank knows.
@@ -183,19 +203,21 @@ class MixtureModel(MegatronModule):
         return found.bool()
 
     def _all_losses(self, tokens: Tensor, position_ids: Tensor, labels: Tensor, chosen: Tensor) -> Tensor:
-        """Cross-entropy of every expert for this rank's rows, and of its depths, [1 + depths, b, s, experts]."""
+        """What every expert finds for this rank's rows, [numbers, b, s, experts]; see `_numbers`."""
         group, b = self.pg_collection.ep, len(tokens)
         tokens, labels = self._gather(tokens.int()).long(), self._gather(labels.int()).long()  # [ep * b, s]
         if self.options.routes:
             chosen = self._gather(chosen.to(torch.uint8)).bool()  # [ep * b, experts]
         position_ids = position_ids[:1].expand_as(tokens)
+        if self.teacher is not None:
+            self.teacher.look(tokens, position_ids)
         found = []
         for number, expert in self.experts.items():
             rows = chosen[:, int(number)].nonzero().flatten() if self.options.routes else None
-            found.append(_expert_losses(expert, tokens, position_ids, labels, rows))
-        # [experts here, 1 + depths, ep * b, s]: to each rank the losses of its rows.
+            found.append(_numbers(expert, tokens, position_ids, labels, rows, self.teacher))
+        # [experts here, numbers, ep * b, s]: to each rank those of its rows.
         mine = torch.stack(found).float().unflatten(2, (group.size(), b)).movedim(2, 0).contiguous()
-        theirs: Tensor = all_to_all(group, mine)  # [ep, experts of that rank, 1 + depths, b, s]
+        theirs: Tensor = all_to_all(group, mine)  # [ep, experts of that rank, numbers, b, s]
         # A rank's own part stays with it; the gradient goes the same way back.
         passes = 2 if theirs.requires_grad else 1
         self.exchanged_bytes += passes * (mine.nbytes - mine.nbytes // group.size())
@@ -225,31 +247,50 @@ class MixtureModel(MegatronModule):
         return state
 
 
-def _expert_losses(
-    expert: Any, tokens: Tensor, position_ids: Tensor, labels: Tensor, rows: Tensor | None
+def _numbers(
+    expert: Any,
+    tokens: Tensor,
+    position_ids: Tensor,
+    labels: Tensor,
+    rows: Tensor | None,
+    teacher: Comparing | None,
 ) -> Tensor:
-    """Cross-entropy of an expert, and of its depths, for the rows that it sees, [1 + depths, B, s].
+    """Numbers of each token by an expert, [numbers, B, s]: its cross-entropy, those of its depths, its divergence.
 
     Args:
         expert: a RecurrentModel.
         tokens, position_ids, labels: [B, s].
         rows: numbers of those that it sees, 0 for all others; None: all.
+        teacher: that it is compared with, which has read the tokens; None: it is not.
     """
-    all_rows = (1 + (expert.config.mtp_num_layers or 0), *tokens.shape)
     if rows is None:
-        return _with_ahead(expert, expert(tokens, position_ids, None, labels=labels))
+        return _pass(expert, tokens, position_ids, labels, None, teacher)
+    count = 1 + (expert.config.mtp_num_layers or 0) + (teacher is not None)
     if not len(rows) and not expert.training:
-        return torch.zeros(all_rows, device=tokens.device)
+        return torch.zeros((count, *tokens.shape), device=tokens.device)
     # Without a row of its own it walks one that its gate leaves out: gradients and collectives stay whole.
     some = rows if len(rows) else rows.new_zeros(1)
-    found = _with_ahead(expert, expert(tokens[some], position_ids[some], None, labels=labels[some]))
-    return torch.zeros(all_rows, device=found.device).index_add(1, some, found.float())
+    found = _pass(expert, tokens[some], position_ids[some], labels[some], some, teacher)
+    return torch.zeros((count, *tokens.shape), device=found.device).index_add(1, some, found)
 
 
-def _with_ahead(expert: Any, losses: Tensor) -> Tensor:
-    """The losses of an expert's last pass, [b, s], with those of its depths, [1 + depths, b, s]."""
-    losses = losses.unsqueeze(0)
-    return losses if expert.ahead is None else torch.cat((losses, expert.ahead.losses))
+def _pass(
+    expert: Any,
+    tokens: Tensor,
+    position_ids: Tensor,
+    labels: Tensor,
+    rows: Tensor | None,
+    teacher: Comparing | None,
+) -> Tensor:
+    """The numbers of the rows that are given, whose places among the teacher's are `rows`."""
+    if teacher is not None:
+        teacher.expect(rows)
+    found = [expert(tokens, position_ids, None, labels=labels).float().unsqueeze(0)]
+    if expert.ahead is not None:
+        found.append(expert.ahead.losses.float())
+    if teacher is not None:
+        found.append(teacher.take().float().unsqueeze(0))
+    return torch.cat(found)
 
 
 def mixture_of(model: torch.nn.Module) -> MixtureModel | None:

@@ -45,7 +45,8 @@ def step(state, batch, options, model):
     Args:
         state: name -> tensor of the mixture's checkpoint.
         batch: tokens, labels, loss_mask, [rows, s] of the global batch.
-        options: experts, top_k, prefix, balance, capacity; depths and weight of multi-token prediction.
+        options: experts, top_k, prefix, balance, capacity; depths and weight of multi-token prediction;
+            `teacher`: its weights and its own `model`, the share and the temperature of its divergence, or None.
         model: walk, heads, groups, size of an expert.
 
     Returns:
@@ -55,7 +56,7 @@ def step(state, batch, options, model):
     state = {name: value.double() for name, value in state.items()}
     trained = {name: value.requires_grad_() for name, value in state.items() if name != "router.centre"}
     of_router = {name.removeprefix("router."): value for name, value in state.items() if "router." in name}
-    experts, k = options["experts"], options["top_k"]
+    experts, k, teacher = options["experts"], options["top_k"], options.get("teacher")
     models = [
         {
             reference.local_name(name.removeprefix(f"experts.{e}.")): value
@@ -72,7 +73,7 @@ def step(state, batch, options, model):
     wanted = [set(sorted(range(experts), key=lambda e: -row[e])[:k]) for row in scores.tolist()]
     load = torch.tensor([sum(e in row for row in wanted) for e in range(experts)], dtype=torch.float64)
     load /= load.sum()  # of what the router wants, whether there is room or not
-    total = added = 0.0
+    total = added = apart = 0.0
     later = [0.0] * options["depths"]
     seen = []  # the row, the gates over its experts, their losses, of each token with a loss
     for row, mask in enumerate(batch["loss_mask"].double()):
@@ -84,6 +85,9 @@ def step(state, batch, options, model):
             later[depth - 1] = later[depth - 1] - (mask[depth:] * together.log()).sum()
         likelihood = sum(gates[row][:, e] / weight * p for e, p in likelihoods.items())
         total = total - (mask * likelihood.log()).sum()
+        if teacher is not None:
+            mixed = {e: gates[row][:, e] / weight for e in found}
+            apart = apart + (mask * _divergence(mixed, models, teacher, batch["tokens"][row], model)).sum()
         if k < experts:
             added = added + options["balance"] * experts * (load * scores[row]).sum() * mask.sum()
         for t in mask.nonzero().flatten().tolist():
@@ -91,7 +95,8 @@ def step(state, batch, options, model):
             seen.append((row, g, {e: float(p[t]) for e, p in likelihoods.items()}))
     tokens = batch["loss_mask"].sum()
     ahead = sum(later) * options["weight"] / len(later) if later else 0.0
-    ((total + added + ahead) / tokens).backward()
+    share = 0.0 if teacher is None else teacher["share"]
+    (((1 - share) * total + share * apart + added + ahead) / tokens).backward()
     report = _report(seen, chosen, wanted, experts)
     means = [float(of / batch["loss_mask"][:, depth:].sum()) for depth, of in enumerate(later, start=1)]
     return float(total / tokens), {name: value.grad for name, value in trained.items()}, report, chosen, means
@@ -104,6 +109,18 @@ def _likelihoods(weights, batch, row, depths, model):
     x = reference.states(weights, tokens, **model)
     logits = [x @ weights["output_layer.weight"].T, *reference.predicted_ahead(weights, tokens, x, depths, **sizes)]
     return [F.softmax(each[0], -1).gather(1, labels[depth:, None])[:, 0] for depth, each in enumerate(logits)]
+
+
+def _divergence(gates, models, teacher, tokens, model):
+    """The experts' divergences from the teacher mixed by their gates, [s], which bound the mixture's own."""
+    degree = teacher["temperature"]
+    theirs = F.log_softmax(reference.forward(teacher["state"], tokens[None], **teacher["model"])[0] / degree, -1)
+    logits = {e: reference.forward(models[e], tokens[None], **model)[0] / degree for e in gates}
+    apart = {e: (theirs.exp() * (theirs - F.log_softmax(of, -1))).sum(-1) for e, of in logits.items()}
+    bound = sum(gates[e] * apart[e] for e in gates)
+    together = sum(gates[e][:, None] * F.softmax(of, -1) for e, of in logits.items()).log()
+    assert ((theirs.exp() * (theirs - together)).sum(-1) <= bound + 1e-12).all()
+    return degree**2 * bound
 
 
 def _report(seen, chosen, wanted, experts):
