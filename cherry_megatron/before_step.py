@@ -1,4 +1,4 @@
-"""Before a training step: the first evaluation; choice of experts; alpha, online selection and probe of SGT."""
+"""Before a training step: first evaluation; choice and load of experts; alpha, online selection, probe of SGT."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +8,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import RerunDataIterator
 from megatron.training import get_args
 
+from cherry_megatron.balancing import balance_over_global_batch
 from cherry_megatron.choosing import choose_experts
 from cherry_megatron.config import Config
 from cherry_megatron.model.mixture import mixture_of
@@ -33,6 +34,7 @@ class BeforeStep:
         self, config: Config, objective: Objective, progress: Progress, evaluate: Callable[..., Any]
     ) -> None:
         self._at_start = config.evaluation.at_start and own_checkpoints(config) is None
+        self._has_experts = config.has_experts
         self._objective, self._progress, self._evaluate = objective, progress, evaluate
         self._probe = Probe(objective, progress, config.run)
 
@@ -47,13 +49,15 @@ class BeforeStep:
         selecting = supervision is not None and supervision.options.top_loss is not None
         mixture = mixture_of(model[0])
         choosing = mixture is not None and mixture.options.routes
-        reading = selecting or probing or choosing
+        reading = selecting or probing or choosing or self._has_experts
         if not (reading or at_start):
             return data_iterator
         with undisturbed(model, config):
             rows = None
             if reading and data_iterator is not None:
                 rows = [next(data_iterator) for _ in range(get_num_microbatches())]
+            if self._has_experts:
+                balance_over_global_batch(self._objective, rows, model)
             if mixture is not None and choosing:
                 choose_experts(mixture, rows)
             if at_start:  # with a router that has been centred

@@ -30,6 +30,7 @@ from cherry_megatron.data.shuffle import Shuffle
 from cherry_megatron.errors import CherryError
 from cherry_megatron.flags import action_of, megatron_arguments, nearest, parse_flags
 from cherry_megatron.model.options import Mixture, Recurrence
+from cherry_megatron.model.pattern import MOE
 from cherry_megatron.model.plan import Plan, make_plan
 from cherry_megatron.model.shape import Shape
 from cherry_megatron.sgt.options import Selective
@@ -205,7 +206,29 @@ class Config:
             vocabulary=self.positive("padded-vocab-size"),
             gated=bool(self.value("swiglu")),
             tied=not self.value("untie-embeddings-and-output-weights"),
+            **self._experts,
         )
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether there are experts inside layers."""
+        return MOE in self.recurrence.parsed.symbols
+
+    @property
+    def balance(self) -> float:
+        """Coefficient of the load-balancing loss of experts inside layers."""
+        (found,) = self.value("moe-aux-loss-coeff")
+        return float(found)
+
+    @property
+    def _experts(self) -> dict[str, int]:
+        if not self.has_experts:
+            return {}
+        return {
+            "experts": self.positive("num-experts"),
+            "top_k": self.positive("moe-router-topk"),
+            "expert_ffn": self.value("moe-ffn-hidden-size") or self.positive("ffn-hidden-size"),
+        }
 
     def positive(self, flag: str) -> int:
         """The value of a flag that must be a positive whole number."""

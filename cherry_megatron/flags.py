@@ -39,6 +39,11 @@ def action_of(flag: str, path: Path | None = None) -> argparse.Action:
     return options[f"--{flag}"]
 
 
+def known_flags() -> list[str]:
+    """The names of Megatron's flags, one of each."""
+    return [action.option_strings[0].removeprefix("--") for action in _parser()._actions]
+
+
 def megatron_arguments(values: dict[str, Any]) -> list[str]:
     """Flags and values as Megatron's command line has them."""
     arguments: list[str] = []

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cherry_megatron.errors import CherryError
+from cherry_megatron.expert_rules import EXPERT_DEFAULTS, check_layer_experts
 from cherry_megatron.flags import action_of
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ _UNSUPPORTED = {
     "rotary-percent": "the rotary embedding takes rotary-base alone",
     "use-rope-scaling": "the rotary embedding takes rotary-base alone",
     "rotary-seq-len-interpolation-factor": "the rotary embedding takes rotary-base alone",
-    "num-experts": "experts are whole models, set by moee.experts",
     "mtp-num-layers": "multi-token prediction is not built yet",
     "multi-latent-attention": "the attention is built with queries, keys and values of their own",
     "apply-layernorm-1p": "the norms are built with plain weights",
@@ -101,7 +101,8 @@ def fill_in(path: Path, values: Any) -> dict[str, Any]:
     fixed = {key: value for key, (value, _) in _FIXED.items()}
     # Megatron's check reads the loss back inside what a graph records.
     unchecked = {"no-check-for-nan-in-loss-and-grad": True} if given.get("cuda-graph-impl") == GRAPH else {}
-    return {**_DEFAULTS, **unchecked, **given, **fixed}
+    experts = EXPERT_DEFAULTS if given.get("num-experts") is not None else {}
+    return {**_DEFAULTS, **experts, **unchecked, **given, **fixed}
 
 
 def by_flag(path: Path, values: Any) -> dict[str, Any]:
@@ -138,6 +139,7 @@ def check(config: "Config") -> None:
         _check_loops(config)
         _check_graph(config)
         _check_selective(config)
+        check_layer_experts(config)
         _check_mixture(config)
         _check_batch(config)
         _check_schedule(config)
@@ -234,12 +236,13 @@ def _check_loops(config: "Config") -> None:
             "megatron.recompute-granularity full recomputes a loop at a time: set recompute-method uniform and "
             "recompute-num-layers 1"
         )
-    looped = recurrence.loop_scales or recurrence.loop_rank
+    looped = recurrence.loop_scales or recurrence.loop_rank or config.has_experts
     again = set(config.value("recompute-modules") or ()) - {"core_attn"}
     if looped and again and config.value("recompute-granularity") == "selective":
         raise CherryError(
             f"megatron.recompute-modules {', '.join(sorted(again))}: recomputed one by one, modules would use the "
-            "last loop's vectors and corrections; use core_attn, or recompute-granularity full, a loop at a time"
+            "last loop's vectors, corrections and routers; use core_attn, or recompute-granularity full, a loop at "
+            "a time"
         )
     # Megatron starts a bucket's reduction after as many gradients as the first step had.
     varies = recomputes or config.value("pipeline-model-parallel-size") > 1
@@ -306,7 +309,7 @@ def _check_mixture(config: "Config") -> None:
     expert, tensor = config.value("expert-model-parallel-size"), config.value("tensor-model-parallel-size")
     mixture = config.moee
     if mixture is None:
-        if expert > 1:
+        if expert > 1 and not config.has_experts:
             raise CherryError(
                 f"megatron.expert-model-parallel-size {expert} needs experts: set moee.experts, or use 1"
             )

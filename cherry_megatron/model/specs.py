@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -18,9 +19,11 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayerSubmodules
 
 from cherry_megatron.model.corrections import corrected_column, corrected_row
+from cherry_megatron.model.experts import LoopRouter, draw_experts
 from cherry_megatron.model.loops import LoopNorm, LoopResidual, RMSNorm
 from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.plan import Plan
@@ -62,10 +65,21 @@ class StoredMLP(_StoredLayer, MLPLayer):
     """The MLP sublayer `-`."""
 
 
+class StoredExperts(_StoredLayer, MoETransformerLayer):
+    """The sublayer of experts `E`."""
+
+    mlp: MoELayer
+
+    def __init__(self, *, plan: Plan, seed: int, layer_number: int, pg_collection: Any, **kwargs: Any) -> None:
+        super().__init__(plan=plan, seed=seed, layer_number=layer_number, pg_collection=pg_collection, **kwargs)
+        name = f"layers.{plan.stored_index[layer_number - 1]}"
+        draw_experts(self.mlp.experts, self.config, pg_collection, seed, name, self.mlp.local_expert_indices)
+
+
 def stack_submodules(
     implementation: str, config: TransformerConfig, plan: Plan, seed: int, recurrence: Recurrence
 ) -> HybridStackSubmodules:
-    """The specs of the sublayers `*` and `-`.
+    """The specs of the sublayers `*`, `-` and `E`.
 
     Args:
         implementation: `transformer_engine` or `local`, as in --transformer-impl.
@@ -81,12 +95,15 @@ def stack_submodules(
             TELayerNormColumnParallelLinear,
             TERowParallelLinear,
         )
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
+        experts = TESpecProvider().grouped_mlp_modules(True)
         norm, norm_linear, column = IdentityOp, TELayerNormColumnParallelLinear, TEColumnParallelLinear
         row, attention = TERowParallelLinear, TEDotProductAttention
     else:
         norm, norm_linear, column = RMSNorm, ColumnParallelLinear, ColumnParallelLinear
         row, attention = RowParallelLinear, DotProductAttention
+        experts = LocalSpecProvider().grouped_mlp_modules(False)
 
     def mlp(fc1: Any, fc2: Any = row) -> Any:
         return partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=fc2))
@@ -125,8 +142,17 @@ def stack_submodules(
             mlp_bda=loop_add, sharded_state_dict_keys_map=_NORM_KEYS,
         )  # fmt: skip
 
+    def routed(loops: int, walks: int) -> Any:
+        router = partial(LoopRouter, loops=loops, walks=walks)
+        return partial(MoELayer, submodules=MoESubmodules(experts=experts, router=router))
+
+    def looped_experts(submodules: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
+        return replace(
+            submodules, pre_mlp_layernorm=loop_norm, mlp_bda=loop_add,
+            mlp=routed(loops if recurrence.loop_routers else 1, recurrence.loops),
+        )  # fmt: skip
+
     def layer(cls: type, submodules: TransformerLayerSubmodules, looped: Callable[..., Any]) -> ModuleSpec:
-        looped = looped if scales or rank else lambda unchanged: unchanged
         return ModuleSpec(cls, params={"plan": plan, "seed": seed, "looped": looped}, submodules=submodules)
 
     keys = {} if norm is IdentityOp else _NORM_KEYS
@@ -139,7 +165,7 @@ def stack_submodules(
                 self_attn_bda=get_bias_dropout_add,
                 sharded_state_dict_keys_map=keys,
             ),
-            looped_attention,
+            looped_attention if scales or rank else _as_it_is,
         ),
         mlp_layer=layer(
             StoredMLP,
@@ -149,6 +175,18 @@ def stack_submodules(
                 mlp_bda=get_bias_dropout_add,
                 sharded_state_dict_keys_map=keys,
             ),
-            looped_mlp,
+            looped_mlp if scales or rank else _as_it_is,
+        ),
+        moe_layer=layer(
+            StoredExperts,
+            # Behind the norm are router and experts, so it is fused with neither.
+            TransformerLayerSubmodules(
+                pre_mlp_layernorm=RMSNorm, mlp=routed(loops=1, walks=1), mlp_bda=get_bias_dropout_add
+            ),
+            looped_experts,
         ),
     )
+
+
+def _as_it_is(submodules: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
+    return submodules

@@ -35,10 +35,22 @@ def params_table(config: Config) -> str:
 
 
 def _mixture_lines(config: Config, whole: Part) -> list[str]:
+    if config.has_experts:
+        shape = config.shape
+        return [
+            f"{shape.experts} experts of {shape.expert_ffn} in each layer 'E', top {shape.top_k}",
+            *_totals(whole),
+        ]
     if config.moee is None:
         return []
     return [
         f"mixture of {config.moee.experts} such models, top {config.moee.top_k}; the table is of all of them",
+        *_totals(whole),
+    ]
+
+
+def _totals(whole: Part) -> list[str]:
+    return [
         f"total parameters:  {_millions(whole.stored)}, without multi-token prediction",
         f"active parameters: {_millions(whole.active)}, without multi-token prediction",
     ]
@@ -60,6 +72,7 @@ def _memory_lines(config: Config) -> list[str]:
         sequence_parallel=bool(config.value("sequence-parallel")),
         recompute=config.value("recompute-granularity") == "full",
         expert=expert,
+        expert_tensor=config.value("expert-tensor-parallel-size") or config.value("tensor-model-parallel-size"),
     )
     stages = memory(config.plan(), config.shape, layout, config.recurrence, config.moee)
     lines = [
