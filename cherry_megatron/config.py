@@ -254,6 +254,18 @@ class Config:
         if self.moee is not None:
             raise CherryError(f"{self.source}: {what} takes one model, and moee makes a mixture; take moee out")
 
+    def require_no_experts(self, what: str) -> None:
+        """Refuse a model with experts inside layers.
+
+        Args:
+            what: does not take one.
+
+        Raises:
+            CherryError: if this is one.
+        """
+        if self.has_experts:
+            raise CherryError(f"{self.source}: {what} takes layers '*' and '-', and recurrence.pattern has an 'E'")
+
     def plan(self) -> Plan:
         """The unrolled model over the configured pipeline stages."""
         stages = self.value("pipeline-model-parallel-size")

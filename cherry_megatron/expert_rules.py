@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from cherry_megatron.errors import CherryError
 from cherry_megatron.flags import action_of, known_flags
+from cherry_megatron.model.pattern import MOE
 
 if TYPE_CHECKING:
     from cherry_megatron.config import Config
@@ -58,6 +59,7 @@ def check_layer_experts(config: "Config") -> None:
     if config.value("moe-token-dispatcher-type") != "alltoall":
         raise CherryError("megatron.moe-token-dispatcher-type must be alltoall: the others are not tried")
     _check_expert_layout(config, experts)
+    _check_stages(config)
     refused = {
         "distillation": (config.distillation is not None, "a teacher or student with experts is not tried"),
         "sgt.probe_interval": (config.sgt and config.sgt.probe_interval, "experts lie on different ranks"),
@@ -89,6 +91,7 @@ def _given(config: "Config") -> list[str]:
 
 
 def _check_expert_layout(config: "Config", experts: int) -> None:
+    """How experts are shared out and cut."""
     tensor, over = config.value("tensor-model-parallel-size"), config.positive("expert-model-parallel-size")
     within = config.value("expert-tensor-parallel-size") or tensor
     if experts % over:
@@ -109,3 +112,14 @@ def _check_expert_layout(config: "Config", experts: int) -> None:
             "megatron.tensor-model-parallel-size: a layer 'E' shares out tokens, not only weights; set "
             "sequence-parallel"
         )
+
+
+def _check_stages(config: "Config") -> None:
+    """Megatron has an optimizer of experts where there are some; a resume needs as many on every rank."""
+    plan = config.plan()
+    for stage, held in enumerate(plan.held):
+        if not any(MOE in plan.pattern.layers[layer] for layer in held):
+            raise CherryError(
+                f"pipeline stage {stage} of {len(plan.held)} would hold no layer 'E', and its optimizer state "
+                "would resume under no other layout; set recurrence.stages so that each holds one, or use fewer stages"
+            )

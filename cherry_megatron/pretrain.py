@@ -147,12 +147,14 @@ def initialize(config: Config, machine: Machine, extra: dict[str, Any]) -> Any:
     Raises:
         CherryError: what Megatron's validation says of them, or that ranks are missing for the experts.
     """
-    expert = config.value("expert-model-parallel-size")
-    ranks, world = config.value("tensor-model-parallel-size") * expert, int(os.environ["WORLD_SIZE"])
+    expert, world = config.value("expert-model-parallel-size"), int(os.environ["WORLD_SIZE"])
+    within = config.value("expert-tensor-parallel-size") or config.value("tensor-model-parallel-size")
+    ranks = within * expert * config.value("pipeline-model-parallel-size")
     if expert > 1 and world % ranks:  # Megatron would see it when the run's folder is made
         raise CherryError(
-            f"{config.source}: {world} processes cannot hold tensor-model-parallel-size x "
-            f"expert-model-parallel-size {expert}; start a multiple of {ranks} processes, or set it to 1"
+            f"{config.source}: {world} processes cannot hold experts cut in {within} on each of "
+            f"expert-model-parallel-size {expert} in each pipeline stage; start a multiple of {ranks} processes, "
+            "or set it to 1"
         )
     run = config.run.absolute()
     values = {

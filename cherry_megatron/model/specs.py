@@ -73,6 +73,10 @@ class StoredExperts(_StoredLayer, MoETransformerLayer):
     def __init__(self, *, plan: Plan, seed: int, layer_number: int, pg_collection: Any, **kwargs: Any) -> None:
         super().__init__(plan=plan, seed=seed, layer_number=layer_number, pg_collection=pg_collection, **kwargs)
         name = f"layers.{plan.stored_index[layer_number - 1]}"
+        for parameter in self.mlp.experts.parameters():
+            # Where each rank has all experts Megatron would count them among the other weights, in an optimizer
+            # state of another form, which does not go on over expert-parallel ranks.
+            parameter.allreduce = False  # type: ignore[attr-defined]
         draw_experts(self.mlp.experts, self.config, pg_collection, seed, name, self.mlp.local_expert_indices)
 
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from cherry_megatron.platform.uneven import allow_uneven_messages
+
 _CPU = torch.device("cpu")
 _FACTORIES = (
     "arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones",
@@ -46,7 +48,7 @@ def activate() -> None:
     _redirect_device()
     _redirect_cuda_module()
     _redirect_rng()
-    _plain_split_sizes()
+    allow_uneven_messages()
     _patch_megatron()
     _active = True
 
@@ -164,21 +166,6 @@ def _redirect_rng() -> None:
     megatron_random._set_cuda_rng_state = put
     # One generator for both roles: the warning that the CPU state changed says nothing here.
     logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
-
-
-def _plain_split_sizes() -> None:
-    """Megatron's dispatcher of experts keeps as tensors what it would have brought to the host from a GPU."""
-    exchange = torch.distributed.all_to_all_single
-
-    @functools.wraps(exchange)
-    def all_to_all_single(
-        output: torch.Tensor, input: torch.Tensor, output_split_sizes: Any = None, input_split_sizes: Any = None,
-        **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        sizes = (s.tolist() if isinstance(s, torch.Tensor) else s for s in (output_split_sizes, input_split_sizes))
-        return exchange(output, input, *sizes, **kwargs)
-
-    torch.distributed.all_to_all_single = all_to_all_single
 
 
 def _patch_megatron() -> None:

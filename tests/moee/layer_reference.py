@@ -1,4 +1,4 @@
-"""A second implementation of a stack with experts inside layers, in plain PyTorch: one process, every token by itself."""
+"""A second implementation of experts inside layers, in plain PyTorch: one process, every token by itself."""
 
 import torch
 from torch.nn import functional as F

@@ -1,6 +1,5 @@
 """A training step of a stack with experts inside layers is that of plain PyTorch, under every layout."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -145,3 +144,58 @@ def test_step_is_that_of_plain_pytorch(name, tmp_path: Path, single, write_confi
 @pytest.mark.parametrize("name", REST)
 def test_step_is_that_of_plain_pytorch_rest(name, tmp_path: Path, single, write_config, train):
     check(*REST[name], tmp_path, single, write_config, train)
+
+
+LAYOUTS = {
+    "single": (1, ""),
+    "ep2": (2, EP),
+    "tp2-ep2": (4, f"{TP} {EP}"),
+    "tp2-whole-experts": (2, f"{TP} --expert-tensor-parallel-size 1"),
+    "pp2-ep2": (4, f"{PP} {EP}"),
+    "dp2": (2, ""),
+}
+EACH = 3  # steps under a layout
+
+
+def resume(layouts, tmp_path, write_config, train):
+    """Some steps under each layout, going on from the one before, are those of a run without a stop."""
+    sections = {
+        "recurrence": {"pattern": PATTERN, "loop_routers": True, "random_loops": [1, 2]},
+        "megatron": {"train-iters": EACH * len(layouts), "save-interval": EACH, "global-batch-size": 4},
+        "sgt": {"top_loss": 0.2},
+    }
+    undisturbed = train(write(write_config, tmp_path / "undisturbed", sections))
+    path = write(write_config, tmp_path / "resumed", sections)
+    for number, layout in enumerate(layouts, start=1):
+        ranks, flags = LAYOUTS[layout]
+        found = train(path, ranks, f"{flags} --exit-interval {EACH * number}")
+    assert [step["iteration"] for step in found] == list(range(1, EACH * len(layouts) + 1))[-len(found) :]
+    for ours, theirs in zip(found, undisturbed[-len(found) :], strict=True):
+        for value in ("loss", "selected_loss", "grad_norm", "balance_loss"):
+            assert ours[value] == pytest.approx(theirs[value], rel=TOLERANCE), (ours, theirs)
+        assert ours["moee"] == pytest.approx(theirs["moee"], rel=1e-4)
+
+
+def test_resume_under_another_layout(tmp_path: Path, write_config, train):
+    """With as many loops as each step draws, and the tokens of the highest loss selected."""
+    resume(["ep2", "single"], tmp_path, write_config, train)
+
+
+@pytest.mark.full
+def test_resume_under_every_layout(tmp_path: Path, write_config, train):
+    resume(["single", "tp2-ep2", "pp2-ep2", "dp2", "tp2-whole-experts", "ep2"], tmp_path, write_config, train)
+
+
+def test_a_run_keeps_its_experts(tmp_path: Path, write_config, train):
+    from tests.moee.test_training import refused
+
+    path = write(write_config, tmp_path, SHARED)
+    train(path, 1, STAY)
+    for override, says in {
+        "megatron.num-experts=8": "megatron.num-experts 4, not 8",
+        "megatron.moe-ffn-hidden-size=32": "megatron.moe-ffn-hidden-size 24, not 32",
+        "recurrence.loop_routers=true": "recurrence.loop_routers False, not True",
+    }.items():
+        ((*found,),) = run_ranks(tmp_path / "refused", 1, refused, path, [override])
+        assert any(says in line for line in found), found
+    assert run_ranks(tmp_path / "free", 1, refused, path, ["megatron.moe-router-topk=3"]) == [[]]
