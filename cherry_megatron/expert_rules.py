@@ -121,5 +121,5 @@ def _check_stages(config: "Config") -> None:
         if not any(MOE in plan.pattern.layers[layer] for layer in held):
             raise CherryError(
                 f"pipeline stage {stage} of {len(plan.held)} would hold no layer 'E', and its optimizer state "
-                "would resume under no other layout; set recurrence.stages so that each holds one, or use fewer stages"
+                "would resume under no other layout; set recurrence.stages so that each holds one, or fewer stages"
             )

@@ -10,7 +10,7 @@ from tests.sgt.conftest import ONE_STEP, distance, first_gradient
 
 TOLERANCE = 1e-5
 STAY = f"{ONE_STEP} --lr 0 --weight-decay 0"  # the checkpoint holds the weights of before the step
-PATTERN, PARTS = "*E[*E*-]x2*-", (["*E"], ["*E", "*-"], ["*-"])
+PATTERN, PARTS = "*-[*E*-]x2*E", (["*-"], ["*E", "*-"], ["*E"])
 EXPERTS = {
     "num-experts": 4, "moe-router-topk": 2, "moe-ffn-hidden-size": 24, "moe-aux-loss-coeff": 0.5, "lr": 1e-3,
 }  # fmt: skip
