@@ -51,7 +51,7 @@ CONFIGS = {
             "megatron": {"recompute-granularity": "selective", "recompute-modules": ["mlp"]},
         },
         [],
-        "would use the last loop's vectors and corrections",
+        "would use the last loop's vectors, corrections and routers",
     ),
     "negative-rank": ({"recurrence": {"loop_rank": -1}}, [], "recurrence.loop_rank is -1"),
     "nothing-selects": (
