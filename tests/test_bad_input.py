@@ -291,7 +291,6 @@ CONFIGS = {
             ("init-method-xavier-uniform", (), "initial weights"),
             ("full-validation", (), "the held-out loss"),
             ("yaml-cfg", ("x",), "a configuration is"),
-            ("num-experts", ("4",), "experts are whole models, set by moee.experts"),
             ("mtp-num-layers", ("1",), "multi-token prediction is not built"),
             ("multi-latent-attention", (), "the attention is built"),
             ("apply-layernorm-1p", (), "the norms are built"),

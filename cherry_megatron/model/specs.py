@@ -76,7 +76,7 @@ class StoredExperts(_StoredLayer, MoETransformerLayer):
         for parameter in self.mlp.experts.parameters():
             # Where each rank has all experts Megatron would count them among the other weights, in an optimizer
             # state of another form, which does not go on over expert-parallel ranks.
-            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.allreduce = False
         draw_experts(self.mlp.experts, self.config, pg_collection, seed, name, self.mlp.local_expert_indices)
 
 

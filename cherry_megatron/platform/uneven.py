@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 def allow_uneven_messages() -> None:
     """Teach torch.distributed's calls of this process, which must use gloo."""
-    exchange, gather, scatter = dist.all_to_all_single, dist.all_gather, dist.reduce_scatter
+    calls: Any = dist
+    exchange, gather, scatter = calls.all_to_all_single, calls.all_gather, calls.reduce_scatter
 
     @functools.wraps(exchange)
     def all_to_all_single(
@@ -45,7 +46,7 @@ def allow_uneven_messages() -> None:
                 output.copy_(total)
         return None
 
-    dist.all_to_all_single, dist.all_gather, dist.reduce_scatter = all_to_all_single, all_gather, reduce_scatter
+    calls.all_to_all_single, calls.all_gather, calls.reduce_scatter = all_to_all_single, all_gather, reduce_scatter
 
 
 def _even(tensors: list[torch.Tensor]) -> bool:
