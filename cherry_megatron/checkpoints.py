@@ -17,7 +17,7 @@ from cherry_megatron.config import Config, Data
 from cherry_megatron.data.paths import data_prefixes
 from cherry_megatron.data.tokenizer import fingerprint
 from cherry_megatron.errors import CherryError
-from cherry_megatron.model.options import MultiToken
+from cherry_megatron.model.options import MultiToken, Recurrence
 from cherry_megatron.model.pattern import parse
 from cherry_megatron.runs import checkpoint_to_load, own_checkpoints
 from cherry_megatron.storage.ancestry import parents_of, record_saved
@@ -29,6 +29,7 @@ _SHAPE = {
     "hidden": "megatron.hidden-size", "ffn": "megatron.ffn-hidden-size", "heads": "megatron.num-attention-heads",
     "groups": "megatron.num-query-groups", "head_size": "megatron.kv-channels", "gated": "megatron.swiglu",
     "vocabulary": "megatron.padded-vocab-size", "tied": "tied embedding and output",
+    "experts": "megatron.num-experts", "expert_ffn": "megatron.moe-ffn-hidden-size",
 }  # fmt: skip
 _FUNCTION = ("rotary-base", "norm-epsilon", "squared-relu")
 # What a run is trained for.
@@ -102,14 +103,19 @@ def _changes(config: Config, folder: Path) -> list[str]:
     before = _record(folder)
     if before is None:
         return []
-    # Runs of before there were corrections have no word of them.
-    ours, theirs = asdict(config.recurrence), {"loop_rank": 0, **before["recurrence"]}
+    # Runs of before there were corrections, or routers, of each loop have no word of them.
+    ours, theirs = asdict(config.recurrence), {"loop_rank": 0, "loop_routers": False, **before["recurrence"]}
     found = [
         (f"recurrence.{key}", theirs[key], ours[key])
-        for key in ("loop_scales", "loop_rank", "pattern", "order", "injection")
+        for key in ("loop_scales", "loop_rank", "loop_routers", "pattern", "order", "injection")
         if _meaning(theirs, key) != _meaning(ours, key)
     ]
-    trained = replace(config, megatron=before["megatron"], flags=tuple(before["flags"]))
+    trained = replace(
+        config,
+        recurrence=Recurrence(before["recurrence"]["pattern"]),
+        megatron=before["megatron"],
+        flags=tuple(before["flags"]),
+    )
     found += [(name, getattr(trained.shape, key), getattr(config.shape, key)) for key, name in _SHAPE.items()]
     found += [(f"megatron.{flag}", trained.value(flag), config.value(flag)) for flag in _FUNCTION]
     found += [("mtp.depths", _setting(before, "mtp", "depths"), config.mtp.depths)]
@@ -134,7 +140,8 @@ def _meaning(recurrence: dict[str, Any], key: str) -> Any:
     if key != "pattern":
         return recurrence[key]
     pattern = parse(recurrence[key])
-    return pattern if recurrence["loop_scales"] or recurrence["loop_rank"] else replace(pattern, loops=1)
+    of_loops = any(recurrence[kind] for kind in ("loop_scales", "loop_rank", "loop_routers"))
+    return pattern if of_loops else replace(pattern, loops=1)
 
 
 def _record(folder: Path) -> dict[str, Any] | None:

@@ -119,6 +119,7 @@ def teacher_config(options: Distillation, student: Config) -> Config:
     overrides += [f"megatron.max-position-embeddings={student.value('max-position-embeddings')}"]
     found = load(Path(options.config), [*overrides, "megatron.pipeline-model-parallel-size=1"])
     found.require_one_model("distillation.config")
+    found.require_no_experts("distillation.config")
     if found.shape.vocabulary != student.shape.vocabulary:
         raise CherryError(
             f"distillation.config {options.config} has a vocabulary of {found.shape.vocabulary}, the student one "

@@ -10,7 +10,7 @@ from tests.conftest import run_ranks
 TOLERANCE = 1e-6
 
 
-def build(recurrence, recompute=False, implementation="local", groups=2, seed=3, depths=0):
+def build(recurrence, recompute=False, implementation="local", groups=2, seed=3, depths=0, further=None):
     """A tiny model on this rank with perturbed norms and loop parameters, its plan, and a batch."""
     from cherry_megatron.platform.machine import prepare
 
@@ -37,7 +37,7 @@ def build(recurrence, recompute=False, implementation="local", groups=2, seed=3,
         normalization="RMSNorm", add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0,
         use_cpu_initialization=True, gradient_accumulation_fusion=False, transformer_impl=implementation,
         masked_softmax_fusion=False, bias_dropout_fusion=False, is_hybrid_model=True, init_method_std=0.1,
-        mtp_num_layers=depths or None, **(extra if recompute else {}),
+        mtp_num_layers=depths or None, **(extra if recompute else {}), **(further or {}),
     )  # fmt: skip
     config = prepare_config(config, recurrence)
     plan = make_plan(recurrence, shape, 16, 1, depths)
