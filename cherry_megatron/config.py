@@ -333,15 +333,11 @@ def outline(path: Path, overrides: Sequence[str] = ()) -> tuple[Recurrence, dict
     return section_of(path, "recurrence", Recurrence, data.get("recurrence", {})), flags
 
 
-def outline_mixture(path: Path, overrides: Sequence[str] = ()) -> Mixture:
-    """A configuration's mixture, likewise.
-
-    Raises:
-        CherryError: if it has none.
-    """
+def outline_mixture(path: Path, overrides: Sequence[str] = ()) -> Mixture | None:
+    """A configuration's mixture of models, likewise; None if it has none."""
     section = _read_with(path, overrides).get("moee")
     if section is None:
-        raise CherryError(f"{path} has no section moee; name the configuration of the mixture")
+        return None
     mixture: Mixture = section_of(path, "moee", Mixture, section)
     return mixture
 

@@ -148,7 +148,7 @@ def plan_compression(
     layers = source_layers(source)
     check_sizes(source, layers, config, megatron)
     depths = outline_depths(config, overrides)
-    _check_depths(source, layers, config, depths, layers.depths <= depths)
+    check_depths(source, layers, config, depths, layers.depths <= depths)
     groups = make_groups(options.groups, len(layers.layers), recurrence)
     mixes = mix(groups, options.method, options.weights, options.keep)
     gated = bool(megatron.get("swiglu"))
@@ -156,7 +156,7 @@ def plan_compression(
     if options.calibration is not None:
         calibration = open_calibration(options.calibration)
         calibration.check(source, layers)
-    alignment = None if options.align == "none" else Alignment(*_heads(config, megatron), gated, calibration)
+    alignment = None if options.align == "none" else Alignment(*heads_of(config, megatron), gated, calibration)
     moments = options.optimizer == "average"
     if moments and recurrence.loop_rank:
         raise CherryError("--optimizer average: there are no moments for recurrence.loop_rank; use drop")
@@ -164,9 +164,7 @@ def plan_compression(
         raise CherryError(
             f"--optimizer average: there are no moments for new layers of mtp.depths {depths}; use drop"
         )
-    draw, std = None, megatron.get("init-method-std", INIT_STD)
-    if not isinstance(std, int | float) or not 0 < std < 1e3:
-        raise CherryError(f"{config}: megatron.init-method-std must be a positive number (it is {std})")
+    draw, std = None, initial_std(config, megatron)
     output_std = std * recurrence.output_scale
     if options.method == "random":
         if recurrence.loop_rank:
@@ -209,7 +207,7 @@ def plan_expansion(load: Path, config: Path, overrides: Sequence[str]) -> Surger
     layers = source_layers(source, looped=True)
     check_sizes(source, layers, config, megatron)
     depths = outline_depths(config, overrides)
-    _check_depths(source, layers, config, depths, layers.depths == depths)
+    check_depths(source, layers, config, depths, layers.depths == depths)
     dense, jobs = expansion(source, layers, recurrence)
     source.check([name for job in jobs for name in job.reads])
     lines = [
@@ -265,7 +263,7 @@ def check_sizes(source: Checkpoint, layers: Source, config: Path, megatron: dict
                 f"{mlps[0].names[f'{FC1}.weight']} has {rows} rows for {neurons} neurons"
             )
     if "num-attention-heads" in megatron:
-        heads, groups = _heads(config, megatron)
+        heads, groups = heads_of(config, megatron)
         size = megatron.get("kv-channels") or hidden // heads
         rows = source.tensors[attention.names[f"{QKV}.weight"]].shape[0]
         if rows != (heads + 2 * groups) * size:
@@ -291,7 +289,7 @@ def check_sizes(source: Checkpoint, layers: Source, config: Path, megatron: dict
         )
 
 
-def _check_depths(source: Checkpoint, layers: Source, config: Path, depths: int, fits: bool) -> None:
+def check_depths(source: Checkpoint, layers: Source, config: Path, depths: int, fits: bool) -> None:
     if not fits:
         raise CherryError(
             f"{config}: mtp.depths is {depths}, but {source.folder} has {layers.depths}, which are taken over; set "
@@ -299,7 +297,19 @@ def _check_depths(source: Checkpoint, layers: Source, config: Path, depths: int,
         )
 
 
-def _heads(config: Path, megatron: dict[str, Any]) -> tuple[int, int]:
+def initial_std(config: Path, megatron: dict[str, Any]) -> float:
+    """The standard deviation of initial weights.
+
+    Raises:
+        CherryError: if it is none.
+    """
+    std = megatron.get("init-method-std", INIT_STD)
+    if not isinstance(std, int | float) or not 0 < std < 1e3:
+        raise CherryError(f"{config}: megatron.init-method-std must be a positive number (it is {std})")
+    return std
+
+
+def heads_of(config: Path, megatron: dict[str, Any]) -> tuple[int, int]:
     """Query heads and query groups.
 
     Raises:

@@ -48,7 +48,7 @@ def build(recurrence, recompute=False, implementation="local", groups=2, seed=3,
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randint(0, 64, (2, 16), generator=generator)
     for name, parameter in model.named_parameters():
-        if "norm" in name or "loop_" in name:
+        if "norm" in name or "loop_" in name or "router" in name:
             size = 0.3 if parameter.dim() == 1 else 0.05  # of corrections: about as large as the weights
             parameter.data += size * torch.randn(parameter.shape, generator=generator)
     return model.cuda(), plan, tokens
