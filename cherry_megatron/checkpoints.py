@@ -87,7 +87,7 @@ def _other_kind(config: Config, checkpoint: Checkpoint) -> str | None:
     """What a checkpoint is instead of what the configuration describes, and the way out; None if it is that."""
     stored, wanted = len(checkpoint.experts), config.moee.experts if config.moee else 0
     if stored == wanted:
-        return None
+        return _other_layers(config, checkpoint)
     if not stored:
         return (
             f"is a single model, and moee.experts is {wanted}: make a mixture of {wanted} by `cherry assemble-moee`"
@@ -96,6 +96,19 @@ def _other_kind(config: Config, checkpoint: Checkpoint) -> str | None:
     if not wanted:
         return f"is a mixture of {stored} models, and the configuration has no section moee: {extract}"
     return f"is a mixture of {stored} models, and moee.experts is {wanted}: {extract}, and assemble those anew"
+
+
+def _other_layers(config: Config, checkpoint: Checkpoint) -> str | None:
+    """The same of experts inside layers."""
+    stored, wanted = checkpoint.experts_inside, config.shape.experts
+    if stored == wanted:
+        return None
+    if not stored:
+        return (
+            f"has no experts inside layers, and megatron.num-experts is {wanted}: `cherry assemble-moee` makes "
+            f"them of {wanted} such models"
+        )
+    return f"has {stored} experts in each layer 'E', and the configuration {wanted or 'none'}; name another"
 
 
 def _changes(config: Config, folder: Path) -> list[str]:

@@ -138,6 +138,8 @@ def _build(teacher: Config, args: Any, alone: Any) -> torch.nn.Module:
     args.num_layers = len(teacher.recurrence.parsed.symbols)
     args.pipeline_model_parallel_size, args.recompute_granularity, args.fp8 = 1, None, None
     args.mtp_num_layers = None  # a teacher's next token is what counts
+    args.num_experts = args.moe_ffn_hidden_size = None  # a teacher has none, on whatever ranks the student's lie
+    args.expert_model_parallel_size = 1
     groups = ProcessGroupCollection.use_mpu_process_groups()
     groups.pp = alone
     model = build_model(

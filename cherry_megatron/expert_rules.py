@@ -61,8 +61,11 @@ def check_layer_experts(config: "Config") -> None:
     _check_expert_layout(config, experts)
     _check_stages(config)
     refused = {
-        "distillation": (config.distillation is not None, "a teacher or student with experts is not tried"),
         "sgt.probe_interval": (config.sgt and config.sgt.probe_interval, "experts lie on different ranks"),
+        "megatron.overlap-moe-expert-parallel-comm": (
+            config.value("overlap-moe-expert-parallel-comm"),
+            "its schedule knows no loops",
+        ),
         "megatron.cuda-graph-impl": (
             config.value("cuda-graph-impl") != "none",
             "the number of tokens of an expert varies",
@@ -101,6 +104,12 @@ def _check_expert_layout(config: "Config", experts: int) -> None:
     if within not in (1, tensor):
         raise CherryError(
             f"megatron.expert-tensor-parallel-size {within} must be 1 or tensor-model-parallel-size {tensor}"
+        )
+    if within * over % tensor and tensor % (within * over):
+        raise CherryError(
+            f"megatron.expert-model-parallel-size {over} with experts cut in {within} and "
+            f"tensor-model-parallel-size {tensor}: the ranks that share out the experts must be whole "
+            "tensor-parallel groups, or the other way round"
         )
     if config.shape.expert_ffn % within:
         raise CherryError(

@@ -156,6 +156,7 @@ class Progress:
             self._bar.refresh()
         if iteration % args.log_interval == 0 or iteration == args.train_iters:
             self._report(iteration)
+        self._heard.clear()  # a step of fewer loops says nothing of the others
 
     def _report(self, iteration: int) -> None:
         args = self._args

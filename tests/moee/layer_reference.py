@@ -26,7 +26,10 @@ def experts(x, w, loop, top_k, pre_softmax):
     return torch.stack(out).view_as(x), scores, chosen
 
 
-def step(state, batch, pattern, loops, *, coefficient, top_k, pre_softmax=False):
+def step(
+    state, batch, pattern, loops, *, coefficient, top_k, pre_softmax=False, depths=0, ahead=0.0, teacher=None,
+    share=0.0,
+):  # fmt: skip
     """Loss, load-balancing loss, gradients and report of a training step on the whole global batch.
 
     Args:
@@ -36,6 +39,8 @@ def step(state, batch, pattern, loops, *, coefficient, top_k, pre_softmax=False)
         loops: of the core.
         coefficient: of the load-balancing loss.
         top_k, pre_softmax: of the router.
+        depths, ahead: of multi-token prediction, and its weight.
+        teacher, share: logits [rows, s, v], and the share of the divergence from them in the loss.
     """
     trained = {name: value.double().requires_grad_() for name, value in state.items()}
     state = {reference.local_name(name): value for name, value in trained.items()}
@@ -69,9 +74,18 @@ def step(state, batch, pattern, loops, *, coefficient, top_k, pre_softmax=False)
             else:
                 y = reference.attention(y, w, 4, 4, 8, 10000.0) if symbol == "*" else reference.mlp(y, w)
             x = x + y * out
-    logits = reference.rms(x, state["decoder.final_norm.weight"]) @ state["output_layer.weight"].T
-    losses = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
-    mask = batch["loss_mask"].double().flatten()
+    x = reference.rms(x, state["decoder.final_norm.weight"])
+    logits = x @ state["output_layer.weight"].T
+    losses = F.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none")
+    mask = batch["loss_mask"].double()
     loss = (losses * mask).sum() / mask.sum()
-    (loss + balance).backward()
+    further = 0.0
+    predicted = reference.predicted_ahead(state, batch["tokens"], x, depths, heads=4, groups=4, size=8)
+    for depth, later in enumerate(predicted, start=1):
+        missed = F.cross_entropy(later.transpose(1, 2), batch["labels"][:, depth:], reduction="none")
+        further = further + ahead / depths * (missed * mask[:, depth:]).sum() / mask.sum()
+    if teacher is not None:
+        apart = F.kl_div(logits.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+        further = share * ((apart * mask).sum() / mask.sum() - loss)
+    (loss + further + balance).backward()
     return float(loss), float(balance), {name: value.grad for name, value in trained.items()}, report

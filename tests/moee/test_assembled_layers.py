@@ -10,6 +10,7 @@ import yaml
 from cherry_megatron.cli import main
 from cherry_megatron.storage.checkpoint import open_checkpoint
 from tests.conftest import run_ranks
+from tests.moee.test_training import refused
 
 TOLERANCE = 1e-5
 INSIDE = {"num_moe_experts": 3, "moe_router_topk": 2, "moe_ffn_hidden_size": 48}
@@ -87,6 +88,13 @@ def test_it_loads_over_expert_parallel_ranks_and_trains(tmp_path: Path, write_co
     path = write_config(tmp_path / "many", recurrence={"pattern": "*-[*E*-]x2*E"}, megatron=start)
     verb = ["assemble-moee", "--config", str(path), "--save", str(tmp_path / "made")]
     assert main([*verb, "--load", *[str(tmp_path / "one" / "run")] * 4]) == 0
+    for load, experts, says in (
+        ("one/run", 4, "makes them of 4 such models"),
+        ("made", 2, "has 4 experts in each layer 'E', and the configuration 2"),
+    ):
+        overrides = [f"megatron.load={tmp_path / load}", f"megatron.num-experts={experts}"]
+        ((found,),) = run_ranks(tmp_path / "refused", 1, refused, path, overrides)
+        assert says in found
     flags = "--expert-model-parallel-size 2 --train-iters 3 --lr 0.01 --lr-warmup-iters 0"
     train(path, 2, flags, ("evaluation.at_start=true",))
     before, *_, after = read_evaluations(tmp_path / "many" / "run")

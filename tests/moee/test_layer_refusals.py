@@ -63,10 +63,29 @@ CONFIGS = {
         [],
         "would use the last loop's vectors, corrections and routers",
     ),
-    "taught-experts": (
-        EXPERTS | {"distillation": {"config": "c", "load": "l"}},
+    "probe-of-experts": (
+        EXPERTS | {"sgt": {"top_loss": 0.1, "probe_interval": 5}},
         [],
-        "does not go with a layer 'E'",
+        "sgt.probe_interval does not go with a layer 'E'",
+    ),
+    "overlapping-experts": (
+        EXPERTS,
+        ["--", "--overlap-moe-expert-parallel-comm"],
+        "megatron.overlap-moe-expert-parallel-comm does not go with a layer 'E'",
+    ),
+    "ranks-that-cross": (
+        {
+            "recurrence": {"pattern": "*E[*E]x2*-"},
+            "megatron": {
+                "num-experts": 3,
+                "expert-model-parallel-size": 3,
+                "expert-tensor-parallel-size": 1,
+                "tensor-model-parallel-size": 2,
+                "sequence-parallel": True,
+            },
+        },
+        [],
+        "must be whole tensor-parallel groups, or the other way round",
     ),
     "delayed-scales-of-experts": (
         EXPERTS,

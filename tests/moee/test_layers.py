@@ -1,5 +1,6 @@
 """A training step of a stack with experts inside layers is that of plain PyTorch, under every layout."""
 
+import random
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ EXPERTS = {
 }  # fmt: skip
 SHARED = {"recurrence": {"pattern": PATTERN}}
 OF_LOOPS = {"recurrence": {"pattern": PATTERN, "loop_routers": True, "loop_scales": False}}
+AHEAD = {"recurrence": {"pattern": PATTERN}, "mtp": {"depths": 2, "weight": 0.3}}
+SHARE = 0.6
 ONE = {
     "recurrence": {"pattern": PATTERN},
     "megatron": {"moe-router-topk": 1, "moe-router-pre-softmax": True},
@@ -57,12 +60,31 @@ def expected(folder, sections):
     checkpoint = open_checkpoint(folder / "run" / "checkpoints")
     state = {name: torch.from_numpy(np.array(checkpoint.read(name))) for name in checkpoint.model}
     megatron = {**EXPERTS, **sections.get("megatron", {})}
+    batch, further = torch.load(folder / "batch.pt"), {}
+    if "mtp" in sections:
+        further = {"depths": sections["mtp"]["depths"], "ahead": sections["mtp"]["weight"]}
+    if "distillation" in sections:
+        further = {"teacher": teacher_logits(sections["distillation"], batch["tokens"]), "share": SHARE}
     loss, balance, gradient, report = step(
-        state, torch.load(folder / "batch.pt"), PARTS, 2,
+        state, batch, PARTS, 2,
         coefficient=megatron["moe-aux-loss-coeff"], top_k=megatron["moe-router-topk"],
-        pre_softmax=megatron.get("moe-router-pre-softmax", False),
+        pre_softmax=megatron.get("moe-router-pre-softmax", False), **further,
     )  # fmt: skip
     return loss, balance, {name: value.numpy() for name, value in gradient.items()}, report
+
+
+def teacher_logits(distillation, tokens):
+    """What a teacher without experts says, [rows, s, v]."""
+    import torch
+
+    from cherry_megatron.storage.checkpoint import open_checkpoint
+    from tests.model import reference
+
+    checkpoint = open_checkpoint(Path(distillation["load"]))
+    read = {name: torch.from_numpy(np.array(checkpoint.read(name))).double() for name in checkpoint.model}
+    state = {reference.local_name(name): value for name, value in read.items()}
+    walk = [(layer, None) for layer in range(3)]
+    return reference.forward(state, tokens, walk, heads=4, groups=4, size=8)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +168,45 @@ def test_step_is_that_of_plain_pytorch_rest(name, tmp_path: Path, single, write_
     check(*REST[name], tmp_path, single, write_config, train)
 
 
+FURTHER = {
+    "ep2": (2, EP), "tp2-ep2": (4, f"{TP} {EP}"), "pp2-recompute": (2, f"{PP} {RECOMPUTE}"),
+    "micro1": (1, "--micro-batch-size 1"),
+}  # fmt: skip
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("layout", FURTHER)
+def test_with_prediction_of_later_tokens(layout, tmp_path: Path, single, write_config, train):
+    check(AHEAD, *FURTHER[layout], tmp_path, single, write_config, train)
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory, write_config, train):
+    """The sections of a student with experts, whose teacher has none."""
+    path = write_config(tmp_path_factory.mktemp("teacher"), recurrence={"pattern": "(*-)x3", "loop_scales": False})
+    train(path, 1, "--train-iters 10 --lr 0.01")
+    distillation = {"config": str(path), "load": str(path.parent / "run"), "weight": SHARE}
+    return {"recurrence": {"pattern": PATTERN}, "distillation": distillation}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("layout", FURTHER)
+def test_a_student(layout, tmp_path: Path, taught, single, write_config, train):
+    check(taught, *FURTHER[layout], tmp_path, single, write_config, train)
+
+
+@pytest.mark.full
+def test_a_skipped_head_changes_no_gradient(tmp_path: Path, write_config, train):
+    """The load-balancing loss is divided by the same number of tokens."""
+    found = []
+    for skips in (True, False):
+        sections = {**SHARED, "sgt": {"top_loss": 0.3, "alpha": 1.0, "skip_head": skips}, "data": {"prefix": 9}}
+        path = write(write_config, tmp_path / str(skips), sections)
+        train(path, 2, f"{STAY} {EP}")
+        found.append(first_gradient(path.parent / "run"))
+    assert distance(*found) <= TOLERANCE
+
+
 LAYOUTS = {
     "single": (1, ""),
     "ep2": (2, EP),
@@ -155,16 +216,25 @@ LAYOUTS = {
     "dp2": (2, ""),
 }
 EACH = 3  # steps under a layout
+SEED = 49  # which draws 2, 1, 2, 1, 1, 2 loops
 
 
 def resume(layouts, tmp_path, write_config, train):
     """Some steps under each layout, going on from the one before, are those of a run without a stop."""
     sections = {
         "recurrence": {"pattern": PATTERN, "loop_routers": True, "random_loops": [1, 2]},
-        "megatron": {"train-iters": EACH * len(layouts), "save-interval": EACH, "global-batch-size": 4},
+        "megatron": {
+            "train-iters": EACH * len(layouts),
+            "save-interval": EACH,
+            "global-batch-size": 4,
+            "seed": SEED,
+        },
         "sgt": {"top_loss": 0.2},
     }
     undisturbed = train(write(write_config, tmp_path / "undisturbed", sections))
+    for step in undisturbed:  # a walk is reported by the steps that have it
+        drawn = random.Random(f"{SEED}/loops/{step['iteration'] - 1}").randint(1, 2)
+        assert len({name.split("/")[2] for name in step["moee"] if "/layer-2/" in name}) == drawn
     path = write(write_config, tmp_path / "resumed", sections)
     for number, layout in enumerate(layouts, start=1):
         ranks, flags = LAYOUTS[layout]

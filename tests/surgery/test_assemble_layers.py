@@ -185,10 +185,9 @@ def _taught(folder: Path) -> None:
         record(folder / f"run{number}", f"run{number}", {**COMMON, "role": "teacher"})
 
 
-def _taken_from_one_mixture(folder: Path) -> None:
-    experts = [
-        {"operation": "pretrain", "identity": f"e{k}", "parents": [], "role": f"experts.{k}"} for k in range(3)
-    ]
+def _taken_from_one_mixture(folder: Path, *parents: dict[str, Any]) -> None:
+    run = {"operation": "pretrain", "parents": list(parents)}
+    experts = [{**run, "identity": f"expert{number}", "role": f"experts.{number}"} for number in range(3)]
     mixture = {"operation": "assemble-moee", "identity": "mixture", "parents": experts}
     for number in range(3):
         record(folder / f"run{number}", f"run{number}", mixture, operation="extract-expert", expert=number)
@@ -230,6 +229,13 @@ REFUSED = {
     "seed": (None, ("--seed", "-1"), "--seed -1 is negative"),
     "extract": (None, ("--extract", "0"), "none can be taken out as a model"),
 }
+
+
+def test_experts_of_a_mixture_may_have_a_common_ancestor(configuration):
+    """Their own, and not that of another expert."""
+    branches(configuration)
+    _taken_from_one_mixture(configuration, COMMON)
+    assert main(command(configuration, *RUNS, more=("--dry-run",))) == 0
 
 
 @pytest.mark.parametrize("name", REFUSED)
