@@ -8,6 +8,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import RerunDataIterator
 from megatron.training import get_args
 
+from cherry_megatron.balancing import balance_over_global_batch
 from cherry_megatron.config import Config
 from cherry_megatron.expert_choice import centre_router, choose_experts
 from cherry_megatron.model.mixture import mixture_of
@@ -34,6 +35,7 @@ class BeforeStep:
     ) -> None:
         self._first = own_checkpoints(config) is None  # of the run's steps
         self._at_start = config.evaluation.at_start
+        self._has_experts = config.has_experts
         self._objective, self._progress, self._evaluate = objective, progress, evaluate
         self._probe = Probe(objective, progress, config.run)
 
@@ -50,7 +52,7 @@ class BeforeStep:
         mixture = mixture_of(model[0])
         choosing = mixture is not None and mixture.options.routes
         centring = mixture is not None and first
-        reading = selecting or probing or choosing or centring
+        reading = selecting or probing or choosing or centring or self._has_experts
         if not (reading or at_start):
             return data_iterator
         with undisturbed(model, config):
@@ -59,6 +61,8 @@ class BeforeStep:
                 rows = [next(data_iterator) for _ in range(get_num_microbatches())]
             if mixture is not None and centring:
                 centre_router(mixture, rows)
+            if self._has_experts:
+                balance_over_global_batch(self._objective, rows, model)
             if mixture is not None and choosing:
                 choose_experts(mixture, rows)
             if at_start:  # with a router that has been centred

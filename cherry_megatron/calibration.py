@@ -52,6 +52,7 @@ def calibrate(config: Config, machine: Machine, output: Path, tokens: int, show_
     if tokens < 1:
         raise CherryError(f"--tokens {tokens} must be a positive number")
     config.require_one_model("cherry calibrate")
+    config.require_no_experts("cherry calibrate")
     if max(config.recurrence.loops, config.recurrence.parsed.loops) > 1:
         raise CherryError(
             f"{config.source}: recurrence.pattern has loops; calibrate the model that is going to be compressed"

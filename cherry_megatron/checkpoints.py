@@ -17,7 +17,7 @@ from cherry_megatron.config import Config, Data
 from cherry_megatron.data.paths import data_prefixes
 from cherry_megatron.data.tokenizer import fingerprint
 from cherry_megatron.errors import CherryError
-from cherry_megatron.model.options import MultiToken
+from cherry_megatron.model.options import MultiToken, Recurrence
 from cherry_megatron.model.pattern import parse
 from cherry_megatron.runs import checkpoint_to_load, own_checkpoints
 from cherry_megatron.storage.ancestry import parents_of, record_saved
@@ -30,6 +30,7 @@ _SHAPE = {
     "hidden": "megatron.hidden-size", "ffn": "megatron.ffn-hidden-size", "heads": "megatron.num-attention-heads",
     "groups": "megatron.num-query-groups", "head_size": "megatron.kv-channels", "gated": "megatron.swiglu",
     "vocabulary": "megatron.padded-vocab-size", "tied": "tied embedding and output",
+    "experts": "megatron.num-experts", "expert_ffn": "megatron.moe-ffn-hidden-size",
 }  # fmt: skip
 # What a run is trained for.
 _OBJECTIVE = {
@@ -87,7 +88,7 @@ def _other_kind(config: Config, checkpoint: Checkpoint) -> str | None:
     """What a checkpoint is instead of what the configuration describes, and the way out; None if it is that."""
     stored, wanted = len(checkpoint.experts), config.moee.experts if config.moee else 0
     if stored == wanted:
-        return None
+        return _other_layers(config, checkpoint)
     if not stored:
         return (
             f"is a single model, and moee.experts is {wanted}: make a mixture of {wanted} by `cherry assemble-moee`"
@@ -98,19 +99,37 @@ def _other_kind(config: Config, checkpoint: Checkpoint) -> str | None:
     return f"is a mixture of {stored} models, and moee.experts is {wanted}: {extract}, and assemble those anew"
 
 
+def _other_layers(config: Config, checkpoint: Checkpoint) -> str | None:
+    """The same of experts inside layers."""
+    stored, wanted = checkpoint.experts_inside, config.shape.experts
+    if stored == wanted:
+        return None
+    if not stored:
+        return (
+            f"has no experts inside layers, and megatron.num-experts is {wanted}: `cherry assemble-moee` makes "
+            f"them of {wanted} such models"
+        )
+    return f"has {stored} experts in each layer 'E', and the configuration {wanted or 'none'}; name another"
+
+
 def _changes(config: Config, folder: Path) -> list[str]:
     """What differs from the model that a run's own checkpoint was trained as."""
     before = _record(folder)
     if before is None:
         return []
-    # Runs of before there were corrections have no word of them.
-    ours, theirs = asdict(config.recurrence), {"loop_rank": 0, **before["recurrence"]}
+    # Runs of before there were corrections, or routers, of each loop have no word of them.
+    ours, theirs = asdict(config.recurrence), {"loop_rank": 0, "loop_routers": False, **before["recurrence"]}
     found = [
         (f"recurrence.{key}", theirs[key], ours[key])
-        for key in ("loop_scales", "loop_rank", "pattern", "order", "injection")
+        for key in ("loop_scales", "loop_rank", "loop_routers", "pattern", "order", "injection")
         if _meaning(theirs, key) != _meaning(ours, key)
     ]
-    trained = replace(config, megatron=before["megatron"], flags=tuple(before["flags"]))
+    trained = replace(
+        config,
+        recurrence=Recurrence(before["recurrence"]["pattern"]),
+        megatron=before["megatron"],
+        flags=tuple(before["flags"]),
+    )
     found += [(name, getattr(trained.shape, key), getattr(config.shape, key)) for key, name in _SHAPE.items()]
     found += [(f"megatron.{flag}", trained.value(flag), config.value(flag)) for flag in FUNCTION]
     found += [("mtp.depths", _setting(before, "mtp", "depths"), config.mtp.depths)]
@@ -135,7 +154,8 @@ def _meaning(recurrence: dict[str, Any], key: str) -> Any:
     if key != "pattern":
         return recurrence[key]
     pattern = parse(recurrence[key])
-    return pattern if recurrence["loop_scales"] or recurrence["loop_rank"] else replace(pattern, loops=1)
+    of_loops = any(recurrence[kind] for kind in ("loop_scales", "loop_rank", "loop_routers"))
+    return pattern if of_loops else replace(pattern, loops=1)
 
 
 def _record(folder: Path) -> dict[str, Any] | None:

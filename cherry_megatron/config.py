@@ -15,8 +15,6 @@ the file: `--set recurrence.loops=4`, and any Megatron flag after `--`.
 import argparse
 import dataclasses
 import hashlib
-import types
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,8 +28,10 @@ from cherry_megatron.data.shuffle import Shuffle
 from cherry_megatron.errors import CherryError
 from cherry_megatron.flags import action_of, megatron_arguments, nearest, parse_flags
 from cherry_megatron.model.options import Mixture, MultiToken, Recurrence
+from cherry_megatron.model.pattern import MOE
 from cherry_megatron.model.plan import Plan, make_plan
 from cherry_megatron.model.shape import Shape
+from cherry_megatron.sections import section_of
 from cherry_megatron.sgt.options import Selective
 from cherry_megatron.yaml_files import read_file
 
@@ -217,7 +217,29 @@ class Config:
             vocabulary=self.positive("padded-vocab-size"),
             gated=bool(self.value("swiglu")),
             tied=not self.value("untie-embeddings-and-output-weights"),
+            **self._experts,
         )
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether there are experts inside layers."""
+        return MOE in self.recurrence.parsed.symbols
+
+    @property
+    def balance(self) -> float:
+        """Coefficient of the load-balancing loss of experts inside layers."""
+        (found,) = self.value("moe-aux-loss-coeff")
+        return float(found)
+
+    @property
+    def _experts(self) -> dict[str, int]:
+        if not self.has_experts:
+            return {}
+        return {
+            "experts": self.positive("num-experts"),
+            "top_k": self.positive("moe-router-topk"),
+            "expert_ffn": self.value("moe-ffn-hidden-size") or self.positive("ffn-hidden-size"),
+        }
 
     def positive(self, flag: str) -> int:
         """The value of a flag that must be a positive whole number."""
@@ -242,6 +264,18 @@ class Config:
         """
         if self.moee is not None:
             raise CherryError(f"{self.source}: {what} takes one model, and moee makes a mixture; take moee out")
+
+    def require_no_experts(self, what: str) -> None:
+        """Refuse a model with experts inside layers.
+
+        Args:
+            what: does not take one.
+
+        Raises:
+            CherryError: if this is one.
+        """
+        if self.has_experts:
+            raise CherryError(f"{self.source}: {what} takes layers '*' and '-', and recurrence.pattern has an 'E'")
 
     def plan(self) -> Plan:
         """The unrolled model over the configured pipeline stages."""
@@ -276,7 +310,7 @@ def load(path: Path, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -
     if not isinstance(given, list) or not all(isinstance(flag, str) for flag in given):
         raise CherryError(f'{path}: `flags` must be a list of texts, e.g. flags: ["--seed", "7"]')
     sections = {
-        name: _section(path, name, cls, data.get(name, {}))
+        name: section_of(path, name, cls, data.get(name, {}))
         for name, cls in _SECTIONS.items()
         if name not in _OPTIONAL or data.get(name) is not None
     }
@@ -296,25 +330,21 @@ def outline(path: Path, overrides: Sequence[str] = ()) -> tuple[Recurrence, dict
     """
     data = read_with(path, overrides)
     flags = rules.by_flag(path, data.get("megatron", {}))
-    return _section(path, "recurrence", Recurrence, data.get("recurrence", {})), flags
+    return section_of(path, "recurrence", Recurrence, data.get("recurrence", {})), flags
 
 
-def outline_mixture(path: Path, overrides: Sequence[str] = ()) -> Mixture:
-    """A configuration's mixture, likewise.
-
-    Raises:
-        CherryError: if it has none.
-    """
+def outline_mixture(path: Path, overrides: Sequence[str] = ()) -> Mixture | None:
+    """A configuration's mixture of models, likewise; None if it has none."""
     section = read_with(path, overrides).get("moee")
     if section is None:
-        raise CherryError(f"{path} has no section moee; name the configuration of the mixture")
-    mixture: Mixture = _section(path, "moee", Mixture, section)
+        return None
+    mixture: Mixture = section_of(path, "moee", Mixture, section)
     return mixture
 
 
 def outline_depths(path: Path, overrides: Sequence[str] = ()) -> int:
     """A configuration's depths of multi-token prediction, likewise."""
-    section: MultiToken = _section(path, "mtp", MultiToken, read_with(path, overrides).get("mtp", {}))
+    section: MultiToken = section_of(path, "mtp", MultiToken, read_with(path, overrides).get("mtp", {}))
     return section.depths
 
 
@@ -350,43 +380,6 @@ def _override(data: dict[str, Any], override: str) -> None:
         if not isinstance(section, dict):
             raise CherryError(f"--set {override!r}: {keys[0]!r} is not a section")
     section[keys[-1]] = value
-
-
-def _section(path: Path, name: str, cls: Any, values: Any) -> Any:
-    """Build a dataclass from a section, checking names and types."""
-    if not isinstance(values, dict):
-        raise CherryError(f"{path}: {name} must hold keys and values")
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    types_ = typing.get_type_hints(cls)
-    for key, value in values.items():
-        if key not in known:
-            raise CherryError(f"{path}: unknown key {name}.{key}{nearest(key, known)}")
-        values = {**values, key: _typed(path, f"{name}.{key}", types_[key], value)}
-    missing = [k for k, f in known.items() if f.default is dataclasses.MISSING and k not in values]
-    if missing:
-        raise CherryError(f"{path}: {name}.{missing[0]} is missing")
-    try:
-        return cls(**values)
-    except CherryError as error:
-        raise CherryError(f"{path}: {error}") from None
-
-
-def _typed(path: Path, name: str, kind: Any, value: Any) -> Any:
-    """A YAML value as the annotated type: str, int, float, bool, Literal, tuple of int, or None."""
-    origin = typing.get_origin(kind)
-    if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
-        origin = typing.get_origin(kind)
-    if origin is tuple and isinstance(value, list) and all(type(v) is int for v in value):
-        return tuple(value)
-    if origin is typing.Literal:
-        return value
-    if origin is None and (type(value) is kind or (kind is float and type(value) is int)):
-        return kind(value)
-    expected = "a list of whole numbers" if origin is tuple else kind.__name__
-    raise CherryError(f"{path}: {name} is {value!r}; expected {expected}")
 
 
 def _plain(value: Any) -> Any:

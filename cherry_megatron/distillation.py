@@ -144,6 +144,7 @@ def teacher_config(options: Distillation, student: Config) -> Config:
     overrides += [f"megatron.max-position-embeddings={student.value('max-position-embeddings')}"]
     found = load(Path(options.config), [*overrides, "megatron.pipeline-model-parallel-size=1"])
     found.require_one_model("distillation.config")
+    found.require_no_experts("distillation.config")
     if found.shape.vocabulary != student.shape.vocabulary:
         raise CherryError(
             f"distillation.config {options.config} has a vocabulary of {found.shape.vocabulary}, the student one "
@@ -185,7 +186,8 @@ def _build(teacher: Config, args: Any, alone: Any) -> torch.nn.Module:
     args.num_layers = len(teacher.recurrence.parsed.symbols)
     args.pipeline_model_parallel_size, args.recompute_granularity, args.fp8 = 1, None, None
     args.mtp_num_layers = None  # a teacher's next token is what counts
-    args.expert_model_parallel_size = 1  # a teacher has none
+    args.num_experts = args.moe_ffn_hidden_size = None  # a teacher has none, on whatever ranks the student's lie
+    args.expert_model_parallel_size = 1
     groups = ProcessGroupCollection.use_mpu_process_groups()
     groups.pp = alone
     model = build_model(

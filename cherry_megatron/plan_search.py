@@ -50,6 +50,7 @@ def find_groups(load: Path, config: Config, machine: Machine, budget: int, seed:
         CherryError: if layers differ in kind, the training split is too short, or no loss is finite.
     """
     config.require_one_model("--plan search")
+    config.require_no_experts("--plan search")
     source = open_checkpoint(load)
     layers = source_layers(source)
     kinds = {"".join(sublayer.symbol for sublayer in layer) for layer in layers.layers}

@@ -30,11 +30,12 @@ from cherry_megatron.model.build import build_mixture, build_model, prepare_conf
 from cherry_megatron.monitor.accounting import training_flops
 from cherry_megatron.monitor.console import Console
 from cherry_megatron.monitor.evaluation import LoopEvaluation
+from cherry_megatron.monitor.experts import report_of_step
 from cherry_megatron.monitor.progress import Progress
 from cherry_megatron.objective import Objective
 from cherry_megatron.platform.machine import Machine
 from cherry_megatron.platform.saving import before_checkpoint_counts, save_in_this_process
-from cherry_megatron.platform.steps import before_each_step
+from cherry_megatron.platform.steps import around_each_step
 from cherry_megatron.runs import make_run_folder, only_training, record_start
 from cherry_megatron.sgt.loss import Supervision
 
@@ -115,7 +116,7 @@ def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Call
                 save_in_this_process()
         stack.enter_context(progress)
         stack.enter_context(loading)
-        before_each_step(BeforeStep(config, objective, progress, evaluation))
+        around_each_step(BeforeStep(config, objective, progress, evaluation), after_step(config, progress))
         megatron_pretrain(
             pretrain_cfg_container_from_args(args),
             datasets,
@@ -127,6 +128,16 @@ def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Call
     return evaluation
 
 
+def after_step(config: Config, progress: Progress) -> Callable[..., None]:
+    """What is called with the model after each step."""
+
+    def finish(model: list[torch.nn.Module]) -> None:
+        if config.has_experts:
+            progress.experts(*report_of_step(model, config.recurrence, config.shape.experts, config.balance))
+
+    return finish
+
+
 def initialize(config: Config, machine: Machine, extra: dict[str, Any]) -> Any:
     """Hand the configuration to Megatron as its own command line.
 
@@ -136,12 +147,14 @@ def initialize(config: Config, machine: Machine, extra: dict[str, Any]) -> Any:
     Raises:
         CherryError: what Megatron's validation says of them, or that ranks are missing for the experts.
     """
-    expert = config.value("expert-model-parallel-size")
-    ranks, world = config.value("tensor-model-parallel-size") * expert, int(os.environ["WORLD_SIZE"])
+    expert, world = config.value("expert-model-parallel-size"), int(os.environ["WORLD_SIZE"])
+    within = config.value("expert-tensor-parallel-size") or config.value("tensor-model-parallel-size")
+    ranks = within * expert * config.value("pipeline-model-parallel-size")
     if expert > 1 and world % ranks:  # Megatron would see it when the run's folder is made
         raise CherryError(
-            f"{config.source}: {world} processes cannot hold tensor-model-parallel-size x "
-            f"expert-model-parallel-size {expert}; start a multiple of {ranks} processes, or set it to 1"
+            f"{config.source}: {world} processes cannot hold experts cut in {within} on each of "
+            f"expert-model-parallel-size {expert} in each pipeline stage; start a multiple of {ranks} processes, "
+            "or set it to 1"
         )
     run = config.run.absolute()
     values = {
@@ -167,6 +180,9 @@ def initialize(config: Config, machine: Machine, extra: dict[str, Any]) -> Any:
         raise CherryError(f"{config.source}: Megatron refuses these flags: {says}") from None
     # Copies of the core on several stages are one layer: what a checkpoint records must not change.
     args.num_layers = len(config.recurrence.parsed.symbols)
+    if config.has_experts:
+        # The load-balancing loss is LoopRouter's own, and so is its report.
+        args.moe_router_load_balancing_type = "none"
     if config.moee is not None:
         # Megatron makes the expert-parallel groups; of experts it knows those inside layers, and of hybrid models
         # those that are one.

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cherry_megatron.errors import CherryError
-from cherry_megatron.flags import action_of, flags_starting
+from cherry_megatron.expert_rules import EXPERT_DEFAULTS
+from cherry_megatron.flags import action_of
 from cherry_megatron.section_rules import GRAPH, check_sections
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ _UNSUPPORTED = {
     "rotary-percent": "the rotary embedding takes rotary-base alone",
     "use-rope-scaling": "the rotary embedding takes rotary-base alone",
     "rotary-seq-len-interpolation-factor": "the rotary embedding takes rotary-base alone",
-    "num-experts": "experts are whole models, set by moee.experts",
     "mtp-detach-heads": "what is predicted ahead trains the whole model",
     "mtp-use-repeated-layer": "each depth of multi-token prediction has a layer of its own",
     "mtp-hybrid-override-pattern": "a depth of multi-token prediction is one attention and one MLP",
@@ -103,7 +103,8 @@ def fill_in(path: Path, values: Any) -> dict[str, Any]:
     fixed = {key: value for key, (value, _) in _FIXED.items()}
     # Megatron's check reads the loss back inside what a graph records.
     unchecked = {"no-check-for-nan-in-loss-and-grad": True} if given.get("cuda-graph-impl") == GRAPH else {}
-    return {**_DEFAULTS, **unchecked, **given, **fixed}
+    experts = EXPERT_DEFAULTS if given.get("num-experts") is not None else {}
+    return {**_DEFAULTS, **experts, **unchecked, **given, **fixed}
 
 
 def by_flag(path: Path, values: Any) -> dict[str, Any]:
@@ -133,9 +134,6 @@ def check(config: "Config") -> None:
         for flag, why in _UNSUPPORTED.items():
             if config.value(flag) != action_of(flag).default:
                 raise CherryError(f"megatron.{flag}: {why}; take it out")
-        for flag in flags_starting("moe-"):
-            if config.value(flag) != action_of(flag).default:
-                raise CherryError(f"megatron.{flag} does nothing: experts are set by moee; take it out")
         _check_numbers(config)
         _check_sizes(config)
         _check_split(config)
@@ -237,12 +235,13 @@ def _check_loops(config: "Config") -> None:
             "megatron.recompute-granularity full recomputes a loop at a time: set recompute-method uniform and "
             "recompute-num-layers 1"
         )
-    looped = recurrence.loop_scales or recurrence.loop_rank
+    looped = recurrence.loop_scales or recurrence.loop_rank or config.has_experts
     again = set(config.value("recompute-modules") or ()) - {"core_attn"}
     if looped and again and config.value("recompute-granularity") == "selective":
         raise CherryError(
             f"megatron.recompute-modules {', '.join(sorted(again))}: recomputed one by one, modules would use the "
-            "last loop's vectors and corrections; use core_attn, or recompute-granularity full, a loop at a time"
+            "last loop's vectors, corrections and routers; use core_attn, or recompute-granularity full, a loop at "
+            "a time"
         )
     # Megatron starts a bucket's reduction after as many gradients as the first step had.
     varies = recomputes or config.value("pipeline-model-parallel-size") > 1

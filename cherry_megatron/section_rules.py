@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from cherry_megatron.errors import CherryError
+from cherry_megatron.expert_rules import check_layer_experts
 from cherry_megatron.flags import action_of
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def check_sections(config: "Config") -> None:
         CherryError: the first of it.
     """
     _check_ahead(config)
+    check_layer_experts(config)
     _check_graph(config)
     _check_selective(config)
     if config.generation is not None:
@@ -130,7 +132,7 @@ def _check_mixture(config: "Config") -> None:
     expert, tensor = config.value("expert-model-parallel-size"), config.value("tensor-model-parallel-size")
     mixture = config.moee
     if mixture is None:
-        if expert > 1:
+        if expert > 1 and not config.has_experts:
             raise CherryError(
                 f"megatron.expert-model-parallel-size {expert} needs experts: set moee.experts, or use 1"
             )

@@ -44,5 +44,6 @@ def shares(model: torch.nn.Module) -> Iterator[Share]:
     apply_factories(state)
     for shard in nested_values(state):
         if isinstance(shard, ShardedTensor):
-            cut = tuple(slice(at, at + n) for at, n in zip(shard.global_offset, shard.local_shape, strict=True))
+            sizes = (1,) * shard.prepend_axis_num + tuple(shard.local_shape)  # an expert is one of several
+            cut = tuple(slice(at, at + n) for at, n in zip(shard.global_offset, sizes, strict=True))
             yield Share(shard.key, tuple(shard.global_shape), cut, shard.data)

@@ -50,7 +50,7 @@ CONFIGS = {
             "megatron": {"recompute-granularity": "selective", "recompute-modules": ["mlp"]},
         },
         [],
-        "would use the last loop's vectors and corrections",
+        "would use the last loop's vectors, corrections and routers",
     ),
     "negative-rank": ({"recurrence": {"loop_rank": -1}}, [], "recurrence.loop_rank is -1"),
     "nothing-selects": (
@@ -190,7 +190,6 @@ CONFIGS = {
             ("init-method-xavier-uniform", (), "initial weights"),
             ("full-validation", (), "the held-out loss"),
             ("yaml-cfg", ("x",), "a configuration is"),
-            ("num-experts", ("4",), "experts are whole models, set by moee.experts"),
             ("mtp-detach-heads", (), "what is predicted ahead trains the whole model"),
             ("multi-latent-attention", (), "the attention is built"),
             ("apply-layernorm-1p", (), "the norms are built"),

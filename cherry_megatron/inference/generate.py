@@ -58,7 +58,7 @@ def generate(
 ) -> Generated:
     """Continue prompts. Every rank must call it, with the same values.
 
-    Data-parallel replicas share out the prompts; of a mixture, ranks that hold all experts together are one. A
+    Data-parallel replicas share out the prompts; where there are experts, ranks that hold all together are one. A
     continuation depends on the model, its prompt, and what is asked here; not on the layout, nor on the other
     prompts, nor on drafting.
 

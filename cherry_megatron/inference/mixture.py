@@ -9,11 +9,13 @@ same texts, and exchange log-probabilities of the whole vocabulary: one row a to
 from collections.abc import Callable, Sequence
 
 import torch
+from megatron.core import mpu
 from megatron.training import get_args
 from torch import Tensor
 
 from cherry_megatron.inference.reader import Reader, Reads
 from cherry_megatron.model.choice import top
+from cherry_megatron.model.experts import routers_of
 from cherry_megatron.model.mixture import MixtureModel, mixture_of
 
 
@@ -123,5 +125,17 @@ def readers(
     """
     mixture = mixture_of(model[0])
     if mixture is None:
-        return lambda *sizes: Reader(model, *sizes), None
+        return lambda *sizes: Reader(model, *sizes), _apart_from_experts(model)
     return lambda *sizes: MixtureReader(mixture, *sizes), mixture.pg_collection.expt_dp
+
+
+def _apart_from_experts(model: list[torch.nn.Module]) -> torch.distributed.ProcessGroup | None:
+    """The group of ranks whose passes do not meet, where experts inside layers lie on several: None if on one.
+
+    Ranks that exchange tokens in a layer `E` must make the same passes. The rules see to it that those are whole
+    tensor-parallel groups, or the other way round (expert_rules.py).
+    """
+    if not any(True for chunk in model for _ in routers_of(chunk)):
+        return None
+    exchanging = mpu.get_expert_tensor_and_model_parallel_group().size()
+    return mpu.get_expert_data_parallel_group() if exchanging > mpu.get_tensor_model_parallel_world_size() else None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cherry_megatron.errors import CherryError
-from cherry_megatron.model.pattern import ORDERS, Order, Pattern, parse, unroll
+from cherry_megatron.model.pattern import MOE, ORDERS, Order, Pattern, parse, unroll
 
 Injection = Literal["none", "add"]
 
@@ -22,6 +22,7 @@ class Recurrence:
         loop_scales: learned vectors per loop on norm weights and sublayer outputs (see loops.py).
         loop_rank: rank of the correction that each loop adds to the core's weights (see corrections.py);
             0 for none.
+        loop_routers: weights of each loop for the routers of the core's layers `E` (see experts.py).
         injection: `add` adds the prelude's output to the state at the start of every loop but the
             first (Geiping et al. 2025, section 3); `none` does not.
         random_loops: [least, most]: draw the number of loops of each training step from it, evenly.
@@ -34,6 +35,7 @@ class Recurrence:
     order: Order = "cycle"
     loop_scales: bool = False
     loop_rank: int = 0
+    loop_routers: bool = False
     injection: Injection = "none"
     random_loops: tuple[int, int] | None = None
     backprop_loops: int | None = None
@@ -51,6 +53,13 @@ class Recurrence:
             raise CherryError(f"recurrence.order {self.order!r} is not one of {', '.join(ORDERS)}")
         if self.injection not in ("none", "add"):
             raise CherryError(f"recurrence.injection {self.injection!r} is not one of none, add")
+        if self.loop_routers and MOE not in "".join(pattern.core):
+            raise CherryError(
+                f"recurrence.loop_routers: no layer of the core of recurrence.pattern {self.pattern!r} is an 'E'; "
+                "take it out"
+            )
+        if self.loop_rank and MOE in "".join(pattern.core):
+            raise CherryError("recurrence.loop_rank: corrections of experts are not built; use 0 with a layer 'E'")
         self._check_loops(pattern)
 
     def _check_loops(self, pattern: Pattern) -> None:

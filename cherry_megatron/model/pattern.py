@@ -89,7 +89,7 @@ def parse(text: str) -> Pattern:
             raise fail("multi-token prediction is set by mtp.depths; take out '/'")
         if symbol not in SYMBOLS:
             group = ", and repeat layers with brackets: (*-)x4" if symbol == "x" or symbol.isdigit() else ""
-            raise fail(f"{symbol!r} is not a layer; use '*' (attention) and '-' (MLP){group}")
+            raise fail(f"{symbol!r} is not a layer; use '*' (attention) and '-' (MLP) or 'E' (experts){group}")
     if not core:
         raise fail("it holds no layers" if not prelude + coda else "the loop holds no layers")
     if int(loops) < 1:

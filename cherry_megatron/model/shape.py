@@ -9,7 +9,7 @@ and layer for a sequence of s tokens (causal: half of the square). Recomputation
 from dataclasses import dataclass
 
 from cherry_megatron.errors import CherryError
-from cherry_megatron.model.pattern import AHEAD, ATTENTION, MLP
+from cherry_megatron.model.pattern import AHEAD, ATTENTION, MLP, MOE
 
 # Looking up embeddings is no matrix product; with its gradient it costs about this many layers.
 EMBEDDING_COST = 0.1
@@ -27,6 +27,9 @@ class Shape:
         vocabulary: rows of the embedding, padding included.
         gated: SwiGLU (three matrices) or a plain MLP (two).
         tied: one matrix for embedding and output.
+        experts: of a layer `E`.
+        top_k: how many of them a token goes to.
+        expert_ffn: width of each.
     """
 
     hidden: int
@@ -37,6 +40,9 @@ class Shape:
     vocabulary: int
     gated: bool = True
     tied: bool = False
+    experts: int = 0
+    top_k: int = 0
+    expert_ffn: int = 0
 
     def __post_init__(self) -> None:
         if self.heads % self.groups:
@@ -45,20 +51,30 @@ class Shape:
             )
 
     def linears(self, symbols: str) -> list[tuple[int, int]]:
-        """(inputs, outputs) of the linear layers in sublayers such as "*-"."""
+        """(inputs, outputs) of the linear layers in sublayers such as "*-"; of `E` there are the router's alone."""
         query, key_value = self.heads * self.head_size, self.groups * self.head_size
         each = {
             ATTENTION: [(self.hidden, query + 2 * key_value), (query, self.hidden)],
-            MLP: [(self.hidden, self.ffn * (2 if self.gated else 1)), (self.ffn, self.hidden)],
+            MLP: self._gated(self.ffn),
+            MOE: [(self.hidden, self.experts)],
         }
-        for symbol in symbols:
-            if symbol not in each:
-                raise CherryError(f"recurrence.pattern: the layer {symbol!r} is not built yet; use '*' and '-'")
         return [sizes for symbol in symbols for sizes in each[symbol]]
 
+    def _gated(self, width: int) -> list[tuple[int, int]]:
+        return [(self.hidden, width * (2 if self.gated else 1)), (width, self.hidden)]
+
     def matmul_weights(self, symbols: str) -> int:
-        """Weights of matrix products in sublayers."""
+        """Weights of matrix products in sublayers that every token meets: all but those of experts."""
         return sum(inputs * outputs for inputs, outputs in self.linears(symbols))
+
+    def expert_weights(self, symbols: str) -> int:
+        """Weights of one expert of each layer `E` among sublayers."""
+        one = sum(inputs * outputs for inputs, outputs in self._gated(self.expert_ffn))
+        return symbols.count(MOE) * one
+
+    def router_weights(self, symbols: str) -> int:
+        """Weights of the routers among sublayers, of one loop; `matmul_weights` has them too."""
+        return symbols.count(MOE) * self.hidden * self.experts
 
     def correction_weights(self, symbols: str, rank: int) -> int:
         """Weights of one loop's low-rank corrections of sublayers (see corrections.py)."""
@@ -76,7 +92,8 @@ class Shape:
     def forward_flops(self, symbols: str, sequence: int) -> float:
         """Forward FLOPs a token of sublayers, for causal sequences of `sequence` tokens."""
         width = self.heads * self.head_size
-        return 2 * self.matmul_weights(symbols) + 2 * width * sequence * symbols.count(ATTENTION)
+        weights = self.matmul_weights(symbols) + self.top_k * self.expert_weights(symbols)
+        return 2 * weights + 2 * width * sequence * symbols.count(ATTENTION)
 
     @property
     def depth_matmul_weights(self) -> int:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -18,10 +19,12 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayerSubmodules
 
 from cherry_megatron.model.cache import cached
 from cherry_megatron.model.corrections import corrected_column, corrected_row
+from cherry_megatron.model.experts import LoopRouter, draw_experts
 from cherry_megatron.model.loops import LoopNorm, LoopResidual, RMSNorm
 from cherry_megatron.model.multi_token import depths_spec
 from cherry_megatron.model.options import Recurrence
@@ -64,10 +67,25 @@ class StoredMLP(_StoredLayer, MLPLayer):
     """The MLP sublayer `-`."""
 
 
+class StoredExperts(_StoredLayer, MoETransformerLayer):
+    """The sublayer of experts `E`."""
+
+    mlp: MoELayer
+
+    def __init__(self, *, plan: Plan, seed: int, layer_number: int, pg_collection: Any, **kwargs: Any) -> None:
+        super().__init__(plan=plan, seed=seed, layer_number=layer_number, pg_collection=pg_collection, **kwargs)
+        name = f"layers.{plan.stored_index[layer_number - 1]}"
+        for parameter in self.mlp.experts.parameters():
+            # Where each rank has all experts Megatron would count them among the other weights, in an optimizer
+            # state of another form, which does not go on over expert-parallel ranks.
+            parameter.allreduce = False
+        draw_experts(self.mlp.experts, self.config, pg_collection, seed, name, self.mlp.local_expert_indices)
+
+
 def stack_submodules(
     implementation: str, config: TransformerConfig, plan: Plan, seed: int, recurrence: Recurrence
 ) -> HybridStackSubmodules:
-    """The specs of the sublayers `*` and `-`, and of multi-token prediction.
+    """The specs of the sublayers `*`, `-` and `E`, and of multi-token prediction.
 
     Args:
         implementation: `transformer_engine` or `local`, as in --transformer-impl.
@@ -83,12 +101,15 @@ def stack_submodules(
             TELayerNormColumnParallelLinear,
             TERowParallelLinear,
         )
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
+        experts = TESpecProvider().grouped_mlp_modules(True)
         norm, norm_linear, column = IdentityOp, TELayerNormColumnParallelLinear, TEColumnParallelLinear
         row, attention = TERowParallelLinear, TEDotProductAttention
     else:
         norm, norm_linear, column = RMSNorm, ColumnParallelLinear, ColumnParallelLinear
         row, attention = RowParallelLinear, DotProductAttention
+        experts = LocalSpecProvider().grouped_mlp_modules(False)
 
     def mlp(fc1: Any, fc2: Any = row) -> Any:
         return partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=fc2))
@@ -127,11 +148,20 @@ def stack_submodules(
             mlp_bda=loop_add, sharded_state_dict_keys_map=_NORM_KEYS,
         )  # fmt: skip
 
+    def routed(loops: int, walks: int) -> Any:
+        router = partial(LoopRouter, loops=loops, walks=walks)
+        return partial(MoELayer, submodules=MoESubmodules(experts=experts, router=router))
+
+    def looped_experts(submodules: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
+        return replace(
+            submodules, pre_mlp_layernorm=loop_norm, mlp_bda=loop_add,
+            mlp=routed(loops if recurrence.loop_routers else 1, recurrence.loops),
+        )  # fmt: skip
+
     def layer(cls: type, submodules: TransformerLayerSubmodules, looped: Callable[..., Any]) -> ModuleSpec:
-        looped = looped if scales or rank else lambda unchanged: unchanged
         return ModuleSpec(cls, params={"plan": plan, "seed": seed, "looped": looped}, submodules=submodules)
 
-    keys = {} if norm is IdentityOp else _NORM_KEYS
+    keys, differs = {} if norm is IdentityOp else _NORM_KEYS, bool(scales or rank)
     attention_parts = TransformerLayerSubmodules(
         input_layernorm=norm,
         self_attention=attend(norm_linear),
@@ -144,12 +174,21 @@ def stack_submodules(
         mlp_bda=get_bias_dropout_add,
         sharded_state_dict_keys_map=keys,
     )
+    # Behind the norm are router and experts, so it is fused with neither.
+    expert_parts = TransformerLayerSubmodules(
+        pre_mlp_layernorm=RMSNorm, mlp=routed(loops=1, walks=1), mlp_bda=get_bias_dropout_add
+    )
     ahead = HybridStackSubmodules(
         attention_layer=ModuleSpec(TransformerLayer, submodules=attention_parts),
         mlp_layer=ModuleSpec(MLPLayer, submodules=mlp_parts),
     )
     return HybridStackSubmodules(
-        attention_layer=layer(StoredAttention, attention_parts, looped_attention),
-        mlp_layer=layer(StoredMLP, mlp_parts, looped_mlp),
+        attention_layer=layer(StoredAttention, attention_parts, looped_attention if differs else _as_it_is),
+        mlp_layer=layer(StoredMLP, mlp_parts, looped_mlp if differs else _as_it_is),
+        moe_layer=layer(StoredExperts, expert_parts, looped_experts),
         mtp_block_spec=depths_spec(ahead, column, seed),
     )
+
+
+def _as_it_is(submodules: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
+    return submodules

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import prod
 
 from cherry_megatron.model.options import Mixture, Recurrence, room
-from cherry_megatron.model.pattern import Visit, unroll
+from cherry_megatron.model.pattern import ATTENTION, MLP, MOE, Visit, unroll
 from cherry_megatron.model.plan import Plan
 from cherry_megatron.model.shape import Shape
 
@@ -54,10 +54,12 @@ def account(
 
     def weights(layer: int) -> int:
         symbols = pattern.layers[layer]
-        return shape.matmul_weights(symbols) + shape.norm_weights(symbols)
+        return shape.matmul_weights(symbols) - shape.router_weights(symbols) + shape.norm_weights(symbols)
 
     def flops(visit: Visit) -> float:
-        return 3 * shape.forward_flops(pattern.layers[visit.layer], sequence)
+        symbols = pattern.layers[visit.layer]
+        routed = shape.router_weights(symbols) + shape.top_k * shape.expert_weights(symbols)
+        return 3 * shape.forward_flops(symbols, sequence) - 6 * routed
 
     rows.append(Part("embedding", *3 * (shape.vocabulary_weights,), 0.0))
     for name, layers in parts.items():
@@ -72,6 +74,7 @@ def account(
                     sum(map(flops, walked)),
                 )
             )
+    rows += _expert_rows(recurrence, shape, visits)
     if recurrence.loop_scales:
         # Two vectors a sublayer and loop; in the untied twin they are folded into the weights.
         vectors = 2 * pattern.loops * shape.hidden * sum(len(layer) for layer in pattern.core)
@@ -95,6 +98,25 @@ def account(
         )
         rows.append(Part("MTP output", 0, 0, 0, 3 * depths * shape.head_flops))
     return rows
+
+
+def _expert_rows(recurrence: Recurrence, shape: Shape, visits: tuple[Visit, ...]) -> list[Part]:
+    """Routers and experts of the layers `E`, if there are any."""
+    pattern = recurrence.parsed
+    layers, core = "".join(pattern.layers), "".join(pattern.core)
+    walked = "".join(pattern.layers[visit.layer] for visit in visits)
+    router, one = shape.router_weights(layers), shape.expert_weights(layers)
+    if not one:
+        return []
+    stored = router + (pattern.loops - 1) * shape.router_weights(core) * recurrence.loop_routers
+    routers, experts = shape.router_weights(walked), shape.expert_weights(walked)
+    return [
+        Part("routers", stored, stored, routers, 6.0 * routers),
+        Part(
+            "experts", shape.experts * one, shape.top_k * one, shape.experts * experts,
+            6.0 * shape.top_k * experts,
+        ),
+    ]  # fmt: skip
 
 
 def _times(part: Part, mixture: Mixture) -> Part:
@@ -139,6 +161,7 @@ class Layout:
         sequence_parallel: activations divided over tensor-parallel ranks throughout.
         recompute: activations recomputed a loop at a time.
         expert: expert-parallel size.
+        expert_tensor: tensor-parallel size of an expert inside a layer.
     """
 
     tensor: int
@@ -150,6 +173,7 @@ class Layout:
     sequence_parallel: bool
     recompute: bool
     expert: int = 1
+    expert_tensor: int = 1
 
 
 def memory(
@@ -168,15 +192,19 @@ def memory(
     tokens = layout.micro_batch * layout.sequence
     count = len(plan.stages)
     for stage, visits in enumerate(plan.stages):
-        parameters = 0.0
+        parameters = experts = 0.0
         for layer in plan.held[stage]:
             symbols = plan.pattern.layers[layer]
-            parameters += shape.matmul_weights(symbols) / layout.tensor + shape.norm_weights(symbols)
+            routers = shape.router_weights(symbols)  # whole on every rank
+            parameters += (shape.matmul_weights(symbols) - routers) / layout.tensor + routers
+            parameters += shape.norm_weights(symbols)
+            experts += shape.experts * shape.expert_weights(symbols) / (layout.expert_tensor * layout.expert)
             if plan.is_core_symbol(plan.pattern.first_symbol(layer)):
                 loops = plan.pattern.loops
                 parameters += 2 * loops * shape.hidden * len(symbols) * recurrence.loop_scales
                 # Half of the factors, about, are cut over the ranks.
                 parameters += loops * shape.correction_weights(symbols, recurrence.loop_rank)
+                parameters += (loops - 1) * routers * recurrence.loop_routers
         if stage == 0 or (shape.tied and stage == count - 1):
             parameters += shape.vocabulary_weights / layout.tensor
         if stage == count - 1:
@@ -185,7 +213,11 @@ def memory(
             if plan.depths and stage > 0:  # which embeds what is predicted from
                 parameters += shape.vocabulary_weights / layout.tensor
         parameters *= mixture.experts // layout.expert if mixture else 1
-        state = (12 if layout.bf16 else 8) / (layout.data // layout.expert if layout.distributed_optimizer else 1)
+        # Whole models as experts lie on as many ranks less; those inside layers have groups of their own.
+        whole = layout.data // (layout.expert if mixture else 1)
+        inside = layout.data * layout.tensor // (layout.expert_tensor * layout.expert)
+        state = 12 if layout.bf16 else 8
+        shards = (whole, inside) if layout.distributed_optimizer else (1, 1)
         in_flight = min(count - stage, count)
         depths = plan.depths if stage == count - 1 else 0
         activations = _activations(plan, shape, layout, list(visits), depths) * tokens * width * in_flight
@@ -193,9 +225,9 @@ def memory(
             activations += (1 + plan.depths) * tokens * shape.vocabulary / layout.tensor * (width + 4)
         stages.append(
             {
-                "weights": parameters * width,
-                "gradients": parameters * 4,
-                "optimizer": parameters * state,
+                "weights": (parameters + experts) * width,
+                "gradients": (parameters + experts) * 4,
+                "optimizer": state * (parameters / shards[0] + experts / shards[1]),
                 "activations": activations * (mixture.top_k if mixture else 1),
             }
         )
@@ -226,8 +258,13 @@ def _activations(plan: Plan, shape: Shape, layout: Layout, visits: list[Visit], 
     attention = 2 * shape.hidden * shared + (2 * heads + 2 * groups) * split  # input, normed; q, k, v, output
     mlp = 2 * shape.hidden * shared + (3 if shape.gated else 2) * shape.ffn * split
 
+    # Each of the top k has its own copy of a token, gathered over the ranks that share the expert.
+    copies = 2 * shape.hidden * shared + (3 if shape.gated else 2) * shape.expert_ffn / layout.expert_tensor
+    moe = 2 * shape.hidden * shared + shape.top_k * copies
+    of = {ATTENTION: attention, MLP: mlp, MOE: moe}
+
     def kept(visit: Visit) -> float:
-        return sum(attention if symbol == "*" else mlp for symbol in plan.pattern.layers[visit.layer])
+        return sum(of[symbol] for symbol in plan.pattern.layers[visit.layer])
 
     inputs = 2 * shape.hidden * shared  # of a depth, which keeps both normed too
     if not layout.recompute:

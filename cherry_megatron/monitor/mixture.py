@@ -1,4 +1,4 @@
-"""What is kept of a mixture: by step, the alarm when an expert is left out, and how its router drifts."""
+"""What is kept of experts: by step, the alarm when an expert is left out, and how its router drifts."""
 
 from typing import Any
 
@@ -7,15 +7,15 @@ from megatron.core import mpu
 from torch import Tensor
 
 from cherry_megatron.model.mixture import MixtureModel
+from cherry_megatron.monitor.experts import LEFT_OUT, left_out
 from cherry_megatron.monitor.tags import MOEE, of_step
 
-LEFT_OUT = 0.1  # of an even share
 # What an expert that is of use has: tokens that it explains, sequences that the router itself would give it.
 _SHARES = {"responsibility": "responsible for {:.1%} of the tokens", "wanted": "wanted by {:.1%} of the sequences"}
 
 
 class MixtureWatch:
-    """Collects what Megatron reports of a mixture, step by step. Of a single model it keeps nothing."""
+    """Collects what is reported of experts, step by step. Of a model without it keeps nothing."""
 
     def __init__(self) -> None:
         self._steps: list[dict[str, float]] = []
@@ -24,7 +24,7 @@ class MixtureWatch:
         """Take the tags of a step.
 
         Returns:
-            What its line in steps.jsonl says of the mixture: `moee`, by the tag's name, without means over nothing.
+            What its line in steps.jsonl says of them: `moee`, by the tag's name, without means over nothing.
         """
         found = of_step(MOEE, heard)
         if not found:
@@ -39,7 +39,8 @@ class MixtureWatch:
         counts, and not the load.
         """
         steps, self._steps = self._steps, []
-        return [line for name, words in _SHARES.items() for line in _left_out(steps, name, words)]
+        lines = [line for name, words in _SHARES.items() for line in _left_out(steps, name, words)]
+        return [*lines, *left_out(steps)]
 
 
 def _left_out(steps: list[dict[str, float]], name: str, words: str) -> list[str]:

@@ -77,6 +77,13 @@ class Progress:
         if self._writer is not None:
             self._writer.add_scalar(f"{OURS}{tag}", value, iteration)
 
+    def experts(self, report: dict[str, float], balance: float) -> None:
+        """Take what a step says of experts inside layers, see monitor/experts.py; called after it on all ranks."""
+        for name, value in report.items():
+            self.scalar(f"moee/{name}", value, self.iteration)
+        if self._writer is not None:
+            self._writer.add_scalar("balance loss", balance, self.iteration)
+
     def text(self, tag: str, markdown: str, iteration: int) -> None:
         """Write one of our own texts."""
         if self._writer is not None:
@@ -149,6 +156,7 @@ class Progress:
             self._bar.refresh()
         if iteration % args.log_interval == 0 or iteration == args.train_iters:
             self._report(iteration)
+        self._heard.clear()  # a step of fewer loops says nothing of the others
 
     def _report(self, iteration: int) -> None:
         args = self._args

@@ -35,6 +35,15 @@ def params_table(config: Config) -> str:
 
 
 def _mixture_lines(config: Config) -> list[str]:
+    if config.has_experts:
+        shape = config.shape
+        rows = account(config.recurrence, shape, config.value("seq-length"), config.moee, config.mtp.depths)
+        whole = together(rows)
+        return [
+            f"{shape.experts} experts of {shape.expert_ffn} in each layer 'E', top {shape.top_k}",
+            f"total parameters:  {_millions(whole.stored)}",
+            f"active parameters: {_millions(whole.active)}",
+        ]
     if config.moee is None:
         return []
     depths = config.mtp.depths or 1
@@ -67,6 +76,7 @@ def _memory_lines(config: Config) -> list[str]:
         sequence_parallel=bool(config.value("sequence-parallel")),
         recompute=config.value("recompute-granularity") == "full",
         expert=expert,
+        expert_tensor=config.value("expert-tensor-parallel-size") or config.value("tensor-model-parallel-size"),
     )
     stages = memory(config.plan(), config.shape, layout, config.recurrence, config.moee)
     lines = [

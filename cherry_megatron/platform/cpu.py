@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from cherry_megatron.platform.uneven import allow_uneven_messages
+
 _CPU = torch.device("cpu")
 _FACTORIES = (
     "arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones",
@@ -46,6 +48,7 @@ def activate() -> None:
     _redirect_device()
     _redirect_cuda_module()
     _redirect_rng()
+    allow_uneven_messages()
     _patch_megatron()
     _active = True
 
@@ -110,6 +113,9 @@ class _Stream:
 
     def __getattr__(self, _name: str) -> Any:
         return lambda *_args, **_kwargs: None
+
+    def record_event(self, *_args: Any) -> "_Stream":
+        return self
 
     def __enter__(self) -> "_Stream":
         return self

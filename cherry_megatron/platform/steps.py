@@ -1,4 +1,4 @@
-"""Be called before each training step; megatron.training has no callback there."""
+"""Be called before and after each training step; megatron.training has no callback there."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,12 +8,15 @@ from megatron.training import training
 _train_step = training.train_step
 
 
-def before_each_step(prepare: Callable[..., Any]) -> None:
-    """Call `prepare(data_iterator, model, config)` before each step from now on; a later call replaces the earlier.
+def around_each_step(prepare: Callable[..., Any], finish: Callable[..., None]) -> None:
+    """Call `prepare(data_iterator, model, config)` before each step from now on, and `finish(model)` after it.
+
+    A later call replaces the earlier.
 
     Args:
         prepare: gives the iterator that the step reads, the one it was given or another with the same data. Its
             arguments are Megatron's own, of `train_step`.
+        finish: before the step is reported.
     """
 
     def step(
@@ -21,6 +24,8 @@ def before_each_step(prepare: Callable[..., Any]) -> None:
         *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
         data_iterator = prepare(data_iterator, model, config)
-        return _train_step(forward_step_func, data_iterator, model, optimizer, scheduler, config, *args, **kwargs)
+        done = _train_step(forward_step_func, data_iterator, model, optimizer, scheduler, config, *args, **kwargs)
+        finish(model)
+        return done
 
     training.train_step = step

@@ -22,9 +22,25 @@ def select(objective: Objective, supervision: Supervision, rows: Rows, model: li
         rows: the micro-batches of the step, which get `selected` on the last stage.
         model: chunks of this rank.
     """
-    args, share = get_args(), supervision.options.top_loss
+    share = supervision.options.top_loss
     assert share is not None
-    supervision.mode, objective.scores = "plain", []
+    scores = scores_of(objective, rows, model)
+    if not mpu.is_pipeline_last_stage():
+        return
+    selected, rho = highest(torch.stack(scores).float(), _masks(rows), share, mpu.get_data_parallel_group())
+    supervision.rho.fill_(rho)
+    if rows is not None:
+        for row, chosen in zip(rows, selected, strict=True):
+            row[SELECTED] = chosen
+
+
+def scores_of(objective: Objective, rows: Rows, model: list[torch.nn.Module]) -> list[Tensor]:
+    """The token losses [b, s] of each micro-batch on the last stage, by a forward pass. All ranks call it."""
+    args, supervision = get_args(), objective.supervision
+    scores: list[Tensor] = []
+    if supervision is not None:
+        supervision.mode = "plain"
+    objective.scores = scores
     try:
         with torch.no_grad():
             get_forward_backward_func()(
@@ -36,16 +52,11 @@ def select(objective: Objective, supervision: Supervision, rows: Rows, model: li
                 micro_batch_size=args.micro_batch_size,
                 forward_only=True,
             )
-        scores = objective.scores
     finally:
-        supervision.mode, objective.scores = "weighted", None
-    if not mpu.is_pipeline_last_stage():
-        return
-    selected, rho = highest(torch.stack(scores).float(), _masks(rows), share, mpu.get_data_parallel_group())
-    supervision.rho.fill_(rho)
-    if rows is not None:
-        for row, chosen in zip(rows, selected, strict=True):
-            row[SELECTED] = chosen
+        objective.scores = None
+        if supervision is not None:
+            supervision.mode = "weighted"
+    return scores
 
 
 def _masks(rows: Rows) -> Tensor:

@@ -115,6 +115,12 @@ class Checkpoint:
         found = (re.match(r"experts\.(\d+)\.", name) for name in self.model)
         return {int(match[1]) for match in found if match}
 
+    @property
+    def experts_inside(self) -> int:
+        """How many experts each layer `E` has; 0 without such layers."""
+        end = ".mlp.experts.experts.linear_fc1.weight"
+        return next((tensor.shape[0] for name, tensor in self.model.items() if name.endswith(end)), 0)
+
     def under(self, start: str) -> "Checkpoint":
         """The tensors whose names begin so, by the rest of their names, with the same objects."""
         found = Checkpoint.__new__(Checkpoint)

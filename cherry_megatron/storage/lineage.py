@@ -112,3 +112,22 @@ def chain(lineage: dict[str, Any], depth: int = 0) -> Iterator[tuple[int, dict[s
     yield depth, lineage
     for before in lineage["parents"]:
         yield from chain(before, depth + 1)
+
+
+def ancestors(lineage: dict[str, Any], expert: str | None = None) -> Iterator[dict[str, Any]]:
+    """A record and those before it whose weights became its own, nearest first.
+
+    A teacher is left out, and of a mixture that an expert was taken out of all but what became that expert.
+
+    Args:
+        lineage: the record.
+        expert: in a mixture of models the role of the one that is followed.
+    """
+    if expert is None:
+        yield lineage
+    if lineage["operation"] == "extract-expert":
+        expert = f"experts.{lineage['expert']}"
+    for before in lineage["parents"]:
+        role = before.get("role")
+        if role != "teacher" and (expert is None or role in (None, expert)):
+            yield from ancestors(before, None if role == expert else expert)

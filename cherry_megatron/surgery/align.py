@@ -31,12 +31,14 @@ class Alignment:
         groups: query groups, each with a key and a value head.
         gated: whether the FFN has a gate (SwiGLU), so that fc1 is two matrices.
         calibration: where activations lie; None matches by weights.
+        to_first: match to the first member instead of the middle one.
     """
 
     heads: int
     groups: int
     gated: bool
     calibration: Calibration | None = None
+    to_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def align(
     how: Alignment,
     recorded: Sequence[str],
 ) -> list[Order | None]:
-    """For each member of a group the order that matches it best to the middle one, whose own is None.
+    """For each member of a group the order that matches it best to the reference, whose own is None.
 
     Args:
         symbol: attention or MLP.
@@ -68,7 +70,7 @@ def align(
         how: the heads and the FFN's kind, and by what they are matched.
         recorded: the members' files in the calibration, if there is one.
     """
-    middle = len(members) // 2
+    place = 0 if how.to_first else len(members) // 2
     if how.calibration is None:
         match = match_heads if symbol == ATTENTION else match_neurons
     else:
@@ -80,8 +82,8 @@ def align(
         layer = {role: to_float(source.tensors[name].dtype, source.read(name)) for role, name in names.items()}
         return layer if how.calibration is None else {**layer, ACTIVATIONS: how.calibration.read(recorded[k])}
 
-    reference = load(middle)
-    return [None if k == middle else match(reference, load(k), how) for k in range(len(members))]
+    reference = load(place)
+    return [None if k == place else match(reference, load(k), how) for k in range(len(members))]
 
 
 def match_neurons(reference: dict[str, Array], other: dict[str, Array], how: Alignment) -> Order:

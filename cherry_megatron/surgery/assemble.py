@@ -1,6 +1,7 @@
 """`cherry assemble-moee`: single models become the experts of one mixture, and an expert a single model again.
 
-Tensors are taken over as they are, under other names; the router is new. All of it is the granularity `model`.
+Tensors are taken over as they are, under other names; the router is new. All of it is the granularity `model`; the
+granularity `layer` is assemble_layers.py.
 """
 
 from collections.abc import Sequence
@@ -50,13 +51,15 @@ def plan_assembly(loads: Sequence[Path], config: Path, overrides: Sequence[str],
     """
     recurrence, megatron = outline(config, overrides)
     mixture, depths = outline_mixture(config, overrides), outline_depths(config, overrides)
-    if seed < 0:
-        raise CherryError(f"--seed {seed} is negative; use 0 or more")
+    if mixture is None:
+        raise CherryError(
+            f"{config} has no section moee, and recurrence.pattern no 'E'; name the configuration of the mixture"
+        )
     if len(loads) != mixture.experts:
         raise CherryError(f"--load names {len(loads)} checkpoints, but {config} has moee.experts {mixture.experts}")
     parts = {expert_prefix(number): open_checkpoint(load) for number, load in enumerate(loads)}
-    tensors = {start: _tensors(part, recurrence, config, megatron, depths) for start, part in parts.items()}
-    _check_alike(list(parts.values()), list(tensors.values()))
+    tensors = {start: tensors_of(part, recurrence, config, megatron, depths) for start, part in parts.items()}
+    check_alike(list(parts.values()), list(tensors.values()))
     jobs: list[Job] = []
     for start, part in parts.items():
         for name, stored in tensors[start].items():
@@ -95,7 +98,7 @@ def plan_extraction(load: Path, config: Path, overrides: Sequence[str], number: 
         raise CherryError(f"{source.folder} holds no expert {number}; name one from 0 to {max(source.experts)}")
     expert = source.under(start)
     jobs: list[Job] = []
-    for name, stored in _tensors(expert, recurrence, config, megatron, depths).items():
+    for name, stored in tensors_of(expert, recurrence, config, megatron, depths).items():
         found = expert.tensors[stored]
         jobs.append(Copy((start + stored,), (Spec(name, found.dtype, found.shape),)))
     lines = [f"source      {source.folder}: expert {number}", "optimizer   its state is dropped"]
@@ -104,7 +107,7 @@ def plan_extraction(load: Path, config: Path, overrides: Sequence[str], number: 
     return Surgery({"": source}, jobs, made, "extract-expert", details, lines)
 
 
-def _tensors(
+def tensors_of(
     source: Checkpoint, recurrence: Recurrence, config: Path, megatron: dict[str, Any], depths: int
 ) -> dict[str, str]:
     """An expert's tensors, with so many depths: the name that it needs -> the one that the checkpoint has.
@@ -154,7 +157,7 @@ def _check_roles(source: Checkpoint, names: dict[str, str], wanted: set[str]) ->
         )
 
 
-def _check_alike(parts: list[Checkpoint], tensors: list[dict[str, str]]) -> None:
+def check_alike(parts: list[Checkpoint], tensors: list[dict[str, str]]) -> None:
     """Experts have one shape, one type and one tokenizer.
 
     Raises:

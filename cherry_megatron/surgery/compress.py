@@ -155,7 +155,7 @@ def plan_compression(
     groups = make_groups(options.groups, len(layers.layers), recurrence)
     mixes = mix(groups, options.method, options.weights, options.keep)
     alignment = _alignment(source, layers, config, megatron, options)
-    std = _initial_std(config, megatron)
+    std = initial_std(config, megatron)
     output_std = std * recurrence.output_scale
     draw = partial(Drawn, std=std, output_std=output_std, seed=options.seed) if options.method == "random" else None
     moments, gated = options.optimizer == "average", bool(megatron.get("swiglu"))
@@ -209,7 +209,12 @@ def _alignment(
     return Alignment(heads, groups, bool(megatron.get("swiglu")), calibration)
 
 
-def _initial_std(config: Path, megatron: dict[str, Any]) -> float:
+def initial_std(config: Path, megatron: dict[str, Any]) -> float:
+    """The standard deviation of initial weights.
+
+    Raises:
+        CherryError: if it is none.
+    """
     std = megatron.get("init-method-std", INIT_STD)
     if not isinstance(std, int | float) or not 0 < std < 1e3:
         raise CherryError(f"{config}: megatron.init-method-std must be a positive number (it is {std})")

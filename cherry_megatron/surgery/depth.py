@@ -7,7 +7,7 @@ import numpy as np
 
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.options import Recurrence
-from cherry_megatron.model.pattern import AHEAD, Pattern, unroll
+from cherry_megatron.model.pattern import AHEAD, MOE, Pattern, unroll
 from cherry_megatron.storage.checkpoint import Checkpoint
 from cherry_megatron.storage.records import DTYPES, StandIn
 from cherry_megatron.surgery.activations import file_name
@@ -15,7 +15,7 @@ from cherry_megatron.surgery.align import Alignment
 from cherry_megatron.surgery.corrections import Correct, factors
 from cherry_megatron.surgery.fits import check_layers
 from cherry_megatron.surgery.grouping import Mix
-from cherry_megatron.surgery.jobs import Constant, Copy, Merge, Unroll
+from cherry_megatron.surgery.jobs import Constant, Copy, Merge, Stack, Unroll
 from cherry_megatron.surgery.layers import (
     DEPTH_EXTRA_STATES,
     DEPTHS,
@@ -159,7 +159,9 @@ def expansion(source: Checkpoint, layers: Source, recurrence: Recurrence) -> tup
     return dense, jobs
 
 
-def objects(source: Checkpoint, pattern: Pattern, with_optimizer: bool, depths: int = 0) -> dict[str, Any]:
+def objects(
+    source: Checkpoint, pattern: Pattern, with_optimizer: bool, depths: int = 0, experts: int = 0
+) -> dict[str, Any]:
     """What a checkpoint holds besides tensors: empty extra states, and Megatron's common state at iteration 0.
 
     Args:
@@ -167,21 +169,28 @@ def objects(source: Checkpoint, pattern: Pattern, with_optimizer: bool, depths: 
         pattern: its layers.
         with_optimizer: whether it holds the optimizer's state.
         depths: of multi-token prediction.
+        experts: of each layer `E`.
     """
     modules = [
-        prefix + module
+        (prefix + module, experts if symbol == MOE else 1)
         for sublayers in sublayer_prefixes(pattern)
         for symbol, prefix in sublayers
         for module in EXTRA_STATES[symbol]
     ]
     # Megatron looks for these, also where the head is the embedding; the norm's is that of Transformer Engine.
-    modules += ["output_layer", "decoder.final_norm"]
-    modules += [f"{DEPTHS}{number}.{module}" for number in range(depths) for module in DEPTH_EXTRA_STATES]
-    found: dict[str, Any] = {f"{module}._extra_state/shard_0_1": [None] for module in modules}
-    return found | {"common_state/shard_0_1": [_common_state(source, pattern, with_optimizer, depths)]}
+    modules += [("output_layer", 1), ("decoder.final_norm", 1)]
+    modules += [(f"{DEPTHS}{number}.{module}", 1) for number in range(depths) for module in DEPTH_EXTRA_STATES]
+    found: dict[str, Any] = {
+        f"{module}._extra_state/shard_{shard}_{shards}": [None]
+        for module, shards in modules
+        for shard in range(shards)
+    }
+    return found | {"common_state/shard_0_1": [_common_state(source, pattern, with_optimizer, depths, experts)]}
 
 
-def _common_state(source: Checkpoint, pattern: Pattern, with_optimizer: bool, depths: int) -> dict[str, Any]:
+def _common_state(
+    source: Checkpoint, pattern: Pattern, with_optimizer: bool, depths: int, experts: int
+) -> dict[str, Any]:
     source.arguments()  # which says so if there are none
     state: dict[str, Any] = source.object("common_state")[0]
     kept = {"args", "checkpoint_version", "content_metadata"}
@@ -191,6 +200,7 @@ def _common_state(source: Checkpoint, pattern: Pattern, with_optimizer: bool, de
         "num_layers": len(pattern.symbols),
         "hybrid_layer_pattern": pattern.symbols + f"/{AHEAD}" * depths,
         "mtp_num_layers": depths or None,
+        "num_experts": experts or None,
         "consumed_train_samples": 0,
         "consumed_valid_samples": 0,
         "skipped_train_samples": 0,
@@ -213,7 +223,7 @@ def peak_bytes(jobs: Sequence[Job], workers: int) -> int:
     def job_peak(job: Job) -> int:
         largest = max(np.prod(spec.shape, dtype=np.int64) for spec in job.writes)
         itemsize = max(np.dtype(DTYPES[spec.dtype][1]).itemsize for spec in job.writes)
-        if isinstance(job, Copy):
+        if isinstance(job, Copy | Stack):
             return int(largest) * itemsize
         if isinstance(job, Correct):
             # In doubles: what is missing, the original, the square and its vectors.

@@ -7,7 +7,7 @@ import numpy as np
 
 from cherry_megatron.storage.checkpoint import Checkpoint
 from cherry_megatron.storage.numbers import Mean, from_double, to_float
-from cherry_megatron.storage.records import Array
+from cherry_megatron.storage.records import DTYPES, Array
 from cherry_megatron.surgery.align import Alignment, Order, align
 from cherry_megatron.surgery.layers import LINEARS, LOOP_A, LOOP_B, LOOP_SCALES, ROLES
 from cherry_megatron.surgery.writing import Spec
@@ -59,6 +59,67 @@ class Normal:
 
 
 @dataclass(frozen=True)
+class Router:
+    """The router of a layer of experts, drawn anew; one of each loop begins as all others do.
+
+    Attributes:
+        writes: its weight, [experts, h] or [loops, experts, h].
+        std: standard deviation.
+        seed: values depend on it and the tensor's name.
+    """
+
+    writes: tuple[Spec]
+    std: float
+    seed: int
+    reads: tuple[str, ...] = ()
+
+    def make(self, source: Checkpoint) -> Iterator[Array]:
+        (spec,) = self.writes
+        one = Spec(spec.name, spec.dtype, spec.shape[-2:])
+        for values in Normal((one,), (self.std,), self.seed).make(source):
+            yield np.ascontiguousarray(np.broadcast_to(values, spec.shape))
+
+
+@dataclass(frozen=True)
+class Average:
+    """Tensors that are plain means of others of their shape.
+
+    Attributes:
+        members: the names that each new tensor is the mean of.
+        writes: the new tensors.
+    """
+
+    members: tuple[tuple[str, ...], ...]
+    writes: tuple[Spec, ...]
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return tuple(name for names in self.members for name in names)
+
+    def make(self, source: Checkpoint) -> Iterator[Array]:
+        for names, spec in zip(self.members, self.writes, strict=True):
+            mean = Mean(spec.name, spec.dtype)
+            for name in names:
+                mean.add(to_float(spec.dtype, source.read(name)))
+            yield mean.result()
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One tensor of several, as they are, along a new first dimension."""
+
+    reads: tuple[str, ...]
+    writes: tuple[Spec]
+
+    def make(self, source: Checkpoint) -> Iterator[Array]:
+        (spec,) = self.writes
+        whole = np.empty(spec.shape, np.dtype(DTYPES[spec.dtype][1]))
+        for place, name in enumerate(self.reads):
+            whole[place] = source.read(name)
+        yield whole
+
+
+@dataclass(frozen=True)
 class Drawn:
     """A sublayer drawn anew, as training draws initial weights: the control of what a mean is worth.
 
@@ -90,7 +151,7 @@ class Merge:
         members: for each source sublayer the names of its tensors, by role.
         weights: one a member.
         writes: the new tensors, one a role.
-        alignment: how heads or neurons are matched to the middle member's before, or None.
+        alignment: how heads or neurons are matched to those of the reference before, or None.
         moments: of the optimizer, which are averaged likewise: beginnings of names.
         recorded: the members' files in the alignment's calibration, if it has one.
     """

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cherry_megatron.errors import CherryError
-from cherry_megatron.model.pattern import AHEAD, ATTENTION, MLP, Pattern
+from cherry_megatron.model.pattern import AHEAD, ATTENTION, MLP, MOE, Pattern
 from cherry_megatron.storage.checkpoint import Checkpoint, Tensor
 
 EMBEDDING, FINAL_NORM, HEAD = "embedding.word_embeddings.weight", "decoder.final_norm.weight", "output_layer.weight"
@@ -20,7 +20,12 @@ ROLES = {
     ATTENTION: (f"{QKV}.layer_norm_weight", f"{QKV}.weight", f"{PROJ}.weight"),
     MLP: (f"{FC1}.layer_norm_weight", f"{FC1}.weight", f"{FC2}.weight"),
 }
-EXTRA_STATES = {ATTENTION: (QKV, PROJ, "self_attention.core_attention"), MLP: (FC1, FC2)}
+# A sublayer of experts: its norm, its router, and the experts' linear layers, each one tensor of all experts.
+EXPERT_NORM, ROUTER = "pre_mlp_layernorm", "mlp.router.weight"
+EXPERT_FC1, EXPERT_FC2 = "mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2"
+EXTRA_STATES = {
+    ATTENTION: (QKV, PROJ, "self_attention.core_attention"), MLP: (FC1, FC2), MOE: (EXPERT_FC1, EXPERT_FC2),
+}  # fmt: skip
 # The per-loop vectors of a core layer: on the norm's weight, on the output.
 LOOP_SCALES = {
     ATTENTION: (f"{QKV}.layer_norm_loop_scale", "self_attn_bda.loop_scale"),
@@ -135,6 +140,8 @@ def _symbol(checkpoint: Checkpoint, role: str, name: str, looped: bool) -> str:
             if looped:
                 return symbol
             raise CherryError(f"{checkpoint.folder} is a recurrent model already ({name}); name one without loops")
+    if role.startswith((EXPERT_FC1, ROUTER)):
+        raise CherryError(f"{checkpoint.folder} has experts inside layers ({name}); name a model without")
     raise CherryError(f"{checkpoint.folder}: the tensor {name} is not one of attention or MLP without biases")
 
 

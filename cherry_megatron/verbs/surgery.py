@@ -79,12 +79,24 @@ def add_compress_depth(verbs: argparse._SubParsersAction) -> None:
 
 def add_assemble_moee(verbs: argparse._SubParsersAction) -> None:
     def run(arguments: argparse.Namespace) -> None:
-        from cherry_megatron.surgery import assemble, compress
+        from cherry_megatron.config import outline
+        from cherry_megatron.model.pattern import MOE
+        from cherry_megatron.surgery import assemble, assemble_layers, compress
 
+        seed = arguments.seed or 0
         if arguments.workers < 0:
             raise CherryError(f"--workers {arguments.workers} is negative; 0 takes all cores")
+        if seed < 0:
+            raise CherryError(f"--seed {seed} is negative; use 0 or more")
+        inside = MOE in outline(arguments.config, arguments.set)[0].parsed.symbols
         if arguments.extract is None:
-            surgery = assemble.plan_assembly(arguments.load, arguments.config, arguments.set, arguments.seed or 0)
+            plan = assemble_layers.plan_layers if inside else assemble.plan_assembly
+            surgery = plan(arguments.load, arguments.config, arguments.set, seed)
+        elif inside:
+            raise CherryError(
+                f"{arguments.config}: experts inside layers share all else, so that none can be taken out as a "
+                "model; --extract is for mixtures of whole models (moee)"
+            )
         elif len(arguments.load) > 1 or arguments.seed is not None:
             raise CherryError("--extract takes one mixture as --load, and no --seed")
         else:
@@ -95,7 +107,7 @@ def add_assemble_moee(verbs: argparse._SubParsersAction) -> None:
         if not arguments.dry_run:
             print(f"written     {surgery.run(arguments.save, arguments.workers)}")
 
-    parser = add_verb(verbs, "assemble-moee", "single models become one mixture, without a GPU", run)
+    parser = add_verb(verbs, "assemble-moee", "models become the experts of one, without a GPU", run)
     parser.add_argument(
         "--load", type=Path, nargs="+", required=True, help="runs' folders, or of checkpoints: the experts in order"
     )

@@ -47,7 +47,7 @@ PIECES = {
 }
 
 
-def compare(cases, groups=2, implementation="local"):
+def compare(cases, groups=2, implementation="local", further=None):
     """Largest differences from one pass over the whole text, with the logits' size, by what was tried."""
     import torch
 
@@ -58,7 +58,8 @@ def compare(cases, groups=2, implementation="local"):
     for number, case in enumerate(cases):
         walked = Recurrence(**case).loops
         more = {} if number else {"loops": walked + 1}  # another number of loops than was trained
-        model, _, tokens = build(Recurrence(**case, **more), implementation=implementation, groups=groups)
+        walks = Recurrence(**case, **more)
+        model, _, tokens = build(walks, implementation=implementation, groups=groups, further=further)
         model.eval()
         for loops in {walked} if number else {1, walked, walked + 1}:
             model.decoder.loops = loops
@@ -75,6 +76,17 @@ def compare(cases, groups=2, implementation="local"):
 def test_in_pieces_as_in_one(groups, tmp_path: Path):
     (found,) = run_ranks(tmp_path, 1, compare, CASES if groups == 2 else CASES[:1], groups)
     assert len(found) >= 8
+    for tried, (error, size) in found.items():
+        assert size > 0.5, tried
+        assert error <= TOLERANCE, tried
+
+
+def test_experts_inside_layers_see_each_token_by_itself(tmp_path: Path):
+    """No token is dropped, so the choice does not depend on what else is in a pass, nor on what fills it up."""
+    cases = [{"pattern": "*-[*E*-]x3*E", "loop_routers": of_loops} for of_loops in (True, False)]
+    experts = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
+    (found,) = run_ranks(tmp_path, 1, compare, cases, 2, "local", experts)
+    assert len(found) == 16
     for tried, (error, size) in found.items():
         assert size > 0.5, tried
         assert error <= TOLERANCE, tried

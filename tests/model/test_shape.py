@@ -1,5 +1,7 @@
 """Hand-computed sizes and FLOPs."""
 
+from dataclasses import replace
+
 import pytest
 
 from cherry_megatron.errors import CherryError
@@ -21,8 +23,15 @@ def test_flops_by_hand():
     assert SMALL.head_flops == 2 * 8 * 32
 
 
-def test_unbuilt_layers_and_uneven_groups_are_errors():
-    with pytest.raises(CherryError, match="not built yet"):
-        SMALL.matmul_weights("E")
+def test_experts_by_hand():
+    """3 experts of 5, of which a token meets 2, and a router."""
+    shape = replace(SMALL, experts=3, top_k=2, expert_ffn=5)
+    assert shape.expert_weights("*E") == 3 * 8 * 5
+    assert shape.matmul_weights("E") == shape.router_weights("*E") == 8 * 3
+    assert shape.forward_flops("E", 7) == 2 * (8 * 3 + 2 * 3 * 8 * 5)
+    assert shape.norm_weights("E") == 8
+
+
+def test_uneven_groups_are_errors():
     with pytest.raises(CherryError, match="num-query-groups"):
         Shape(hidden=8, ffn=16, heads=4, groups=3, head_size=2, vocabulary=32)

@@ -10,7 +10,7 @@ from tests.conftest import run_ranks
 TOLERANCE = 1e-6
 
 
-def build(recurrence, recompute=False, implementation="local", groups=2, seed=3, depths=0):
+def build(recurrence, recompute=False, implementation="local", groups=2, seed=3, depths=0, further=None):
     """A tiny model on this rank with perturbed norms and loop parameters, its plan, and a batch."""
     from cherry_megatron.platform.machine import prepare
 
@@ -37,7 +37,7 @@ def build(recurrence, recompute=False, implementation="local", groups=2, seed=3,
         normalization="RMSNorm", add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0,
         use_cpu_initialization=True, gradient_accumulation_fusion=False, transformer_impl=implementation,
         masked_softmax_fusion=False, bias_dropout_fusion=False, is_hybrid_model=True, init_method_std=0.1,
-        mtp_num_layers=depths or None, **(extra if recompute else {}),
+        mtp_num_layers=depths or None, **(extra if recompute else {}), **(further or {}),
     )  # fmt: skip
     config = prepare_config(config, recurrence)
     plan = make_plan(recurrence, shape, 16, 1, depths)
@@ -48,7 +48,7 @@ def build(recurrence, recompute=False, implementation="local", groups=2, seed=3,
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randint(0, 64, (2, 16), generator=generator)
     for name, parameter in model.named_parameters():
-        if "norm" in name or "loop_" in name:
+        if "norm" in name or "loop_" in name or "router" in name:
             size = 0.3 if parameter.dim() == 1 else 0.05  # of corrections: about as large as the weights
             parameter.data += size * torch.randn(parameter.shape, generator=generator)
     return model.cuda(), plan, tokens

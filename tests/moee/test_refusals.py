@@ -52,7 +52,7 @@ CONFIGS = {
         f"megatron-{flag}": (
             {"moee": {"experts": 2, "prefix": 8}, "megatron": {flag: value}},
             [],
-            f"megatron.{flag} does nothing",
+            f"megatron.{flag} is of experts inside layers",
         )
         for flag, value in (("moe-aux-loss-coeff", 0.3), ("moe-router-topk", 1), ("moe-grouped-gemm", True))
     },

@@ -12,6 +12,7 @@ from cherry_megatron.monitor.accounting import Layout, account, memory, most_row
 from tests.conftest import run_ranks
 
 SHAPE = Shape(hidden=1280, ffn=3200, heads=10, groups=10, head_size=128, vocabulary=44544)
+SMALL = Shape(hidden=32, ffn=48, heads=4, groups=2, head_size=8, vocabulary=64)
 SIZES = {"cherry_227m": (227.1, 754.7), "dense_566m": (566.3, 566.3), "base_1b": (1018.6, 1018.6)}
 
 
@@ -63,17 +64,15 @@ def test_corrections_cost_a_product_a_walk():
 @pytest.mark.parametrize(("scales", "rank"), [(False, 0), (True, 3)])
 def test_account_is_the_models_own_count(scales, rank, tmp_path: Path):
     recurrence = Recurrence("*-[*-*-]x3*-", loop_scales=scales, loop_rank=rank)
-    shape = Shape(hidden=32, ffn=48, heads=4, groups=2, head_size=8, vocabulary=64)
     (counted,) = run_ranks(tmp_path, 1, count_parameters, recurrence)
-    assert together(account(recurrence, shape, 16)).stored == counted
+    assert together(account(recurrence, SMALL, 16)).stored == counted
 
 
 @pytest.mark.parametrize("depths", [1, 2])
 def test_account_of_prediction_ahead_is_the_models_own_count(depths, tmp_path: Path):
     recurrence = Recurrence("*-[*-*-]x3*-")
-    shape = Shape(hidden=32, ffn=48, heads=4, groups=2, head_size=8, vocabulary=64)
     (counted,) = run_ranks(tmp_path, 1, count_parameters, recurrence, depths)
-    rows = {row.name: row for row in account(recurrence, shape, 16, depths=depths)}
+    rows = {row.name: row for row in account(recurrence, SMALL, 16, depths=depths)}
     assert together(list(rows.values())).stored == counted
     # qkv, proj, fc1, fc2, what joins two states to one, and the output layer once more; causal attention
     matmuls = 32 * (32 + 2 * 16) + 32 * 32 + 32 * 96 + 48 * 32 + 64 * 32
@@ -81,10 +80,52 @@ def test_account_of_prediction_ahead_is_the_models_own_count(depths, tmp_path: P
     assert rows["MTP output"].flops == depths * 6 * 32 * 64
 
 
-def count_parameters(recurrence, depths=0):
+@pytest.mark.parametrize("of_loops", [False, True])
+def test_account_of_experts_is_the_models_own_count(of_loops, tmp_path: Path):
+    recurrence = Recurrence("*E[*E*-]x3*-", loop_routers=of_loops)
+    shape = replace(SMALL, experts=4, top_k=2, expert_ffn=24)
+    extra = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
+    (counted,) = run_ranks(tmp_path, 1, count_parameters, recurrence, 0, extra)
+    rows = {row.name: row for row in account(recurrence, shape, 16)}
+    assert together(list(rows.values())).stored == counted
+    one = 3 * 32 * 24
+    assert (rows["experts"].stored, rows["experts"].active, rows["experts"].effective) == (
+        8 * one,
+        4 * one,
+        16 * one,
+    )
+    assert rows["experts"].flops == 6 * 2 * 4 * one
+    routers = 32 * 4
+    assert (rows["routers"].stored, rows["routers"].effective) == (routers * (4 if of_loops else 2), 4 * routers)
+
+
+def test_one_expert_costs_what_an_mlp_does():
+    """But for its router: one expert of which one is met."""
+    plain, routed = Recurrence("*-[(*-)x4]x8*-"), Recurrence("*E[(*E)x4]x8*E")
+    shape = replace(SHAPE, experts=1, top_k=1, expert_ffn=3200)
+    more = training_flops(routed, shape, 4096) - training_flops(plain, SHAPE, 4096)
+    assert more == 6 * 34 * 1280
+    layout = Layout(1, 1, 1, 4096, True, True, False, False)
+    found, plain_found = (
+        memory(make_plan(r, shape, 4096, 1), shape, layout, r)[0]["weights"] for r in (routed, plain)
+    )
+    assert found - plain_found == 2 * 6 * 1280
+
+
+def test_experts_are_shared_out_over_ranks():
+    recurrence, shape = Recurrence("[(*E)x2]x2"), replace(SHAPE, experts=8, top_k=2, expert_ffn=3200)
+    plan = make_plan(recurrence, shape, 4096, 1)
+    one = Layout(1, 4, 1, 4096, True, True, False, False)
+    (whole,), (shared,) = (memory(plan, shape, layout, recurrence) for layout in (one, replace(one, expert=4)))
+    experts = 2 * 8 * 3 * 1280 * 3200
+    assert whole["weights"] - shared["weights"] == pytest.approx(2 * experts * 3 / 4)
+    assert whole["optimizer"] == pytest.approx(shared["optimizer"])  # over all four ranks either way
+
+
+def count_parameters(recurrence, depths=0, further=None):
     from tests.model.test_stack import build
 
-    model, _, _ = build(recurrence, depths=depths)
+    model, _, _ = build(recurrence, depths=depths, further=further)
     return sum(p.numel() for p in model.parameters())
 
 
