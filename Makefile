@@ -7,6 +7,8 @@ PY := $(VENV)/bin/python
 CHERRY := $(VENV)/bin/cherry
 STAMP := $(VENV)/.installed
 DEMO := runs/demo
+# Test files side by side; some start four processes of their own.
+JOBS ?= 2
 
 .PHONY: demo test test-full test-deps lint format board clean setup
 
@@ -24,7 +26,7 @@ demo: setup
 	sh tools/demo.sh $(CHERRY)
 
 test: setup
-	$(PY) -m pytest -m "not full"
+	$(PY) -m pytest -m "not full" -n $(JOBS) --dist loadfile
 
 # Resumable: a test that passed with this code is not run again. The dated result is kept.
 test-full: setup

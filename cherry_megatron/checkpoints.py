@@ -23,6 +23,7 @@ from cherry_megatron.runs import checkpoint_to_load, own_checkpoints
 from cherry_megatron.storage.ancestry import parents_of, record_saved
 from cherry_megatron.storage.checkpoint import OPTIMIZER, TRACKER, Checkpoint, newest, open_checkpoint
 from cherry_megatron.storage.lineage import read_lineage
+from cherry_megatron.storage.trained import FUNCTION
 
 # What a run may not change once it has a checkpoint.
 _SHAPE = {
@@ -31,7 +32,6 @@ _SHAPE = {
     "vocabulary": "megatron.padded-vocab-size", "tied": "tied embedding and output",
     "experts": "megatron.num-experts", "expert_ffn": "megatron.moe-ffn-hidden-size",
 }  # fmt: skip
-_FUNCTION = ("rotary-base", "norm-epsilon", "squared-relu")
 # What a run is trained for.
 _OBJECTIVE = {
     "data": ("shuffle",), "mtp": ("weight",), "sgt": ("marks", "top_loss", "alpha", "alpha_start", "alpha_steps"),
@@ -130,7 +130,7 @@ def _changes(config: Config, folder: Path) -> list[str]:
         flags=tuple(before["flags"]),
     )
     found += [(name, getattr(trained.shape, key), getattr(config.shape, key)) for key, name in _SHAPE.items()]
-    found += [(f"megatron.{flag}", trained.value(flag), config.value(flag)) for flag in _FUNCTION]
+    found += [(f"megatron.{flag}", trained.value(flag), config.value(flag)) for flag in FUNCTION]
     found += [("mtp.depths", _setting(before, "mtp", "depths"), config.mtp.depths)]
     found += [(f"moee.{key}", old, new) for key, old, new in _mixture_changes(config, before.get("moee"))]
     return [

@@ -17,7 +17,6 @@ from cherry_megatron.data.prepare import token_type
 from cherry_megatron.errors import CherryError
 from cherry_megatron.inference.prompts import configured_prompts
 from cherry_megatron.platform.machine import Machine
-from cherry_megatron.storage.checkpoint import open_checkpoint
 
 
 def obstacles(machine: Machine, config: Config) -> list[str]:
@@ -75,10 +74,9 @@ def _tokenizer(config: Config) -> list[str]:
 
 def _check_teacher(config: Config) -> None:
     if config.distillation is not None:
-        from cherry_megatron.distillation import teacher_config  # imports Megatron
+        from cherry_megatron.distillation import check_teacher  # imports Megatron
 
-        teacher_config(config.distillation, config)
-        open_checkpoint(Path(config.distillation.load))
+        check_teacher(config.distillation, config)
 
 
 def _data(config: Config) -> list[str]:

@@ -302,7 +302,7 @@ def load(path: Path, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -
     Raises:
         CherryError: one sentence that names file and key, with the nearest valid name.
     """
-    data = _read_with(path, overrides)
+    data = read_with(path, overrides)
     run, given = data.get("run"), data.get("flags", [])
     if not isinstance(run, str) or not run:
         said = "" if run is None else f", as text (it is {run!r})"
@@ -328,14 +328,14 @@ def outline(path: Path, overrides: Sequence[str] = ()) -> tuple[Recurrence, dict
     Raises:
         CherryError: as `load`, but Megatron's flags are not looked at.
     """
-    data = _read_with(path, overrides)
+    data = read_with(path, overrides)
     flags = rules.by_flag(path, data.get("megatron", {}))
     return section_of(path, "recurrence", Recurrence, data.get("recurrence", {})), flags
 
 
 def outline_mixture(path: Path, overrides: Sequence[str] = ()) -> Mixture | None:
     """A configuration's mixture of models, likewise; None if it has none."""
-    section = _read_with(path, overrides).get("moee")
+    section = read_with(path, overrides).get("moee")
     if section is None:
         return None
     mixture: Mixture = section_of(path, "moee", Mixture, section)
@@ -344,11 +344,16 @@ def outline_mixture(path: Path, overrides: Sequence[str] = ()) -> Mixture | None
 
 def outline_depths(path: Path, overrides: Sequence[str] = ()) -> int:
     """A configuration's depths of multi-token prediction, likewise."""
-    section: MultiToken = section_of(path, "mtp", MultiToken, _read_with(path, overrides).get("mtp", {}))
+    section: MultiToken = section_of(path, "mtp", MultiToken, read_with(path, overrides).get("mtp", {}))
     return section.depths
 
 
-def _read_with(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+def read_with(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """A configuration's sections as they stand in the file and what it extends, with overrides.
+
+    Raises:
+        CherryError: if it cannot be read, or a top-level key is unknown.
+    """
     data = read_file(path)
     for override in overrides:
         _override(data, override)

@@ -19,11 +19,15 @@ from megatron.training.arguments import core_transformer_config_from_args
 from torch import Tensor
 
 from cherry_megatron.config import Config, Distillation, load
+from cherry_megatron.data.tokenizer import fingerprint
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.build import build_model, prepare_config
 from cherry_megatron.model.plan import make_plan
 from cherry_megatron.shares import shares
 from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint
+from cherry_megatron.storage.trained import FUNCTION, check_walk, tokenizer_of
+from cherry_megatron.surgery.fits import check_fit, check_layers
+from cherry_megatron.surgery.layers import source_layers
 
 
 class Teacher:
@@ -128,6 +132,27 @@ def teacher_config(options: Distillation, student: Config) -> Config:
     return found
 
 
+def check_teacher(options: Distillation, student: Config) -> None:
+    """See that the teacher is what its configuration says, and that both read the same tokens.
+
+    Raises:
+        CherryError: naming the first thing that differs.
+    """
+    teacher, source = teacher_config(options, student), open_checkpoint(Path(options.load))
+    layers = source_layers(source, looped=True)
+    check_fit(source, layers, teacher.source, teacher.megatron)
+    check_layers(source, layers, teacher.recurrence)
+    check_walk(source, teacher.recurrence, teacher.source)
+    source.check(list(source.model))
+    if student.value("tokenizer-type") == "HuggingFaceTokenizer" and student.value("tokenizer-model") is not None:
+        ours, theirs = fingerprint(Path(student.value("tokenizer-model"))), tokenizer_of(source)
+        if theirs not in (None, ours):
+            raise CherryError(
+                f"distillation.load {source.folder} was trained with the tokenizer {theirs}, the student's is "
+                f"{ours} ({student.value('tokenizer-model')}); both must read the same tokens"
+            )
+
+
 def _build(teacher: Config, args: Any, alone: Any) -> torch.nn.Module:
     shape = teacher.shape
     args = copy.copy(args)
@@ -135,6 +160,8 @@ def _build(teacher: Config, args: Any, alone: Any) -> torch.nn.Module:
     args.num_attention_heads, args.num_query_groups = shape.heads, shape.groups
     args.group_query_attention, args.kv_channels = shape.groups != shape.heads, shape.head_size
     args.swiglu = shape.gated
+    for flag, (name, _) in FUNCTION.items():
+        setattr(args, name, teacher.value(flag))
     args.num_layers = len(teacher.recurrence.parsed.symbols)
     args.pipeline_model_parallel_size, args.recompute_granularity, args.fp8 = 1, None, None
     args.mtp_num_layers = None  # a teacher's next token is what counts

@@ -162,6 +162,8 @@ def refuse_taken(save: Path) -> None:
     """
     if _is_taken(save):
         raise CherryError(f"{save} exists and is not empty; choose another folder or remove it")
+    if save.exists() and save.samefile("."):
+        raise CherryError(f"{save} is the folder that you are in; choose one inside it")
 
 
 def _is_taken(save: Path) -> bool:

@@ -6,6 +6,7 @@ there leaves half a message, and the run waits for the other half for ever.
 
 import multiprocessing
 import signal
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -91,4 +92,7 @@ def _serve(parent: Connection, prepare: Callable[..., Callable[..., Any]], argum
                 answer = function if isinstance(function, CherryError) else function(*request)
             except CherryError as error:
                 answer = error
+            except Exception as error:  # of this program's own; the traceback is printed here, where it is whole
+                traceback.print_exc()
+                answer = CherryError(f"a worker process failed ({type(error).__name__}: {error}); report it")
             parent.send(answer)

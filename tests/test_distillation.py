@@ -1,5 +1,6 @@
 """Learning from a teacher: the divergence against plain PyTorch, and the same training under every layout."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,59 @@ def test_without_weight_it_is_plain_training_and_with_it_is_not(single, teacher,
     assert single[-1]["loss"] != plain[-1]["loss"] and single[0]["loss"] == plain[0]["loss"]
 
 
+def _refusals(paths: list[Path]) -> list[str]:
+    """What is said of the teacher of each configuration."""
+    from cherry_megatron.config import load
+    from cherry_megatron.distillation import check_teacher
+    from cherry_megatron.errors import CherryError
+    from cherry_megatron.platform.machine import prepare
+
+    prepare()
+    found = []
+    for path in paths:
+        config = load(path)
+        try:
+            check_teacher(config.distillation, config)
+        except CherryError as error:
+            found.append(str(error))
+        else:
+            found.append("")
+    return found
+
+
+def test_a_teacher_is_what_its_configuration_says(teacher, tmp_path, write_config, data):
+    def changed(name: str, section: str, **values) -> Path:
+        """A student whose teacher has another configuration than it was trained with."""
+        content = yaml.safe_load(teacher.read_text())
+        content[section] |= values
+        other = tmp_path / f"{name}-teacher.yaml"
+        other.write_text(yaml.safe_dump(content))
+        return student(tmp_path / name, teacher, write_config, config=str(other))
+
+    shutil.copytree(data / "tokenizer", tmp_path / "tokenizer")
+    with (tmp_path / "tokenizer/tokenizer.json").open("a") as file:
+        file.write("\n")
+    words = student(tmp_path / "words", teacher, write_config)
+    content = yaml.safe_load(words.read_text())
+    content["megatron"]["tokenizer-model"] = str(tmp_path / "tokenizer")
+    words.write_text(yaml.safe_dump(content))
+    paths = [
+        student(tmp_path / "fits", teacher, write_config),
+        changed("layers", "recurrence", pattern="(*-)x2"),
+        changed("angles", "megatron", **{"rotary-base": 500000}),
+        changed("heads", "megatron", **{"num-query-groups": 4}),
+        words,
+    ]
+    (found,) = run_ranks(tmp_path / "out", 1, _refusals, paths)
+    assert found[0] == ""
+    for says, wanted in zip(
+        found[1:],
+        ("holds 4 layers, recurrence.pattern 2", "rotary-base is 500000", "query groups", "read the same tokens"),
+        strict=True,
+    ):
+        assert wanted in says, found
+
+
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path, write_config, train):
     original = write_config(tmp_path / "original")
     train(original, flags="--train-iters 5")
@@ -103,10 +157,16 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path, write_conf
     content = yaml.safe_load(path.read_text())
     content["megatron"] |= {"load": str(tmp_path / "original/run"), "finetune": True}
     path.write_text(yaml.safe_dump(content))
-    assert train(path, flags="--train-iters 1 --lr-decay-iters 9 --lr-warmup-iters 0")[0]["grad_norm"] < 1e-5
+    flags = "--train-iters 1 --lr-decay-iters 9 --lr-warmup-iters 0"
+    assert train(path, flags=flags)[0]["grad_norm"] < 1e-5
     # Its checkpoint names both what its weights and what its losses come from.
     student_line, parent, teacher = describe(tmp_path / "copy/run", verify=False)
     assert "teacher pretrain step 5" in teacher and "teacher" not in student_line + parent
+    # The teacher's own settings hold for it, not the student's.
+    content["run"] = str(tmp_path / "other")
+    content["megatron"]["norm-epsilon"] = 0.5
+    path.write_text(yaml.safe_dump(content))
+    assert train(path, flags=flags)[0]["grad_norm"] > 1e-4
 
 
 @pytest.mark.parametrize(

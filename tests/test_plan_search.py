@@ -158,7 +158,7 @@ def test_tied_embeddings_and_other_types(megatron, tmp_path, write_config, train
     ("options", "says"),
     [
         (["--plan", "search", "--groups", "slots"], "--groups slots does not go with --plan search"),
-        (["--plan", "search", "--expand"], "--expand does not go with --plan search"),
+        (["--plan", "search", "--expand"], "--plan says how to compress, which --expand does not"),
         (["--plan", "search", "--method", "select"], "use it with --method average and --align none"),
         (["--plan", "search", "--align", "weights"], "use it with --method average and --align none"),
         (["--budget", "9"], "--budget is that of --plan search; add it"),

@@ -52,9 +52,10 @@ class Row:
         """The last loss of each seed at a number of loops, by default all; none if one has not evaluated it."""
         return _all([_loss(record, record["evaluations"][-1:], loops) for record in self.records])
 
-    def at(self, iteration: int) -> list[float]:
-        """The loss of each seed after so many steps, at all loops."""
-        return _all([_loss(r, [e for e in r["evaluations"] if e["iteration"] == iteration]) for r in self.records])
+    def at(self, iteration: int, loops: str | None = None) -> list[float]:
+        """The loss of each seed after so many steps at a number of loops, by default all."""
+        found = [[e for e in r["evaluations"] if e["iteration"] == iteration] for r in self.records]
+        return _all([_loss(r, evaluations, loops) for r, evaluations in zip(self.records, found, strict=True)])
 
     def curve(self) -> list[tuple[int, list[float]]]:
         """(tokens, loss of each seed) over training, of the seeds that were evaluated most often."""
@@ -146,8 +147,9 @@ def table(experiment: Experiment, records: dict[str, Record], rows: list[Row], c
     lines = [
         f"# {experiment.about}",
         "",
-        "| | stored parameters | GFLOP a token | tokens | loss at step 0 | final loss | final loss, 1 loop |",
-        "|---|---|---|---|---|---|---|",
+        "| | stored parameters | GFLOP a token | tokens "
+        "| loss at step 0 | loss at step 0, 1 loop | final loss | final loss, 1 loop |",
+        "|---|---|---|---|---|---|---|---|",
         *map(_line, rows),
         "",
         "Held-out loss in nats a token, mean ± standard deviation over seeds (their number). GFLOP a token: of "
@@ -166,7 +168,7 @@ def _line(row: Row) -> str:
         short(row.parameters),
         f"{row.flops_per_token / 1e9:.4g}",
         short(row.tokens),
-        *map(spread, (row.at(0), row.final(), row.final("1"))),
+        *map(spread, (row.at(0), row.at(0, "1"), row.final(), row.final("1"))),
     ]
     return f"| {' | '.join(cells)} |"
 

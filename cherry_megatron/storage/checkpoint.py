@@ -24,6 +24,7 @@ from cherry_megatron.storage.records import DTYPES, Array, load_pickle, read_obj
 TRACKER = "latest_checkpointed_iteration.txt"
 READ_AHEAD = 128 << 10  # Linux heeds no more of a request than its own window
 OPTIMIZER = "optimizer."  # what begins so is the optimizer's
+_CHAINED = re.compile(r"chained_\d+\.optimizer\.")  # of one of several
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,13 @@ class Checkpoint:
             raise CherryError(f"{folder}/.metadata: {error.strerror}; name a torch_dist checkpoint") from None
         except (CherryError, KeyError, AttributeError, TypeError, ValueError, IndexError) as error:
             raise CherryError(f"{folder}/.metadata is not that of a torch_dist checkpoint ({error})") from None
+        for name in sorted((self.manifest or {}).keys() - self.tensors.keys()):
+            raise CherryError(f"{folder}/.metadata lacks the tensor {name} of its manifest; restore the checkpoint")
 
     @cached_property
     def model(self) -> dict[str, Tensor]:
         """The tensors of the model, without the optimizer's."""
-        return {name: tensor for name, tensor in self.tensors.items() if not name.startswith(OPTIMIZER)}
+        return {n: t for n, t in self.tensors.items() if not n.startswith(OPTIMIZER) and not _CHAINED.match(n)}
 
     @cached_property
     def experts(self) -> set[int]:
@@ -135,7 +138,7 @@ class Checkpoint:
         ends: dict[str, int] = {}
         for name in names:
             tensor = self.tensors[name]
-            if sum(math.prod(chunk.sizes) for chunk in tensor.chunks) != math.prod(tensor.shape):
+            if not _is_whole(tensor):
                 raise CherryError(f"{self.folder}: parts of the tensor {name} are missing; restore the checkpoint")
             for place in (chunk.place for chunk in tensor.chunks):
                 ends[place.file] = max(ends.get(place.file, 0), place.offset + place.length)
@@ -194,6 +197,23 @@ class Checkpoint:
             )
         return values
 
+    def arguments(self) -> dict[str, Any]:
+        """Megatron's arguments of the training that saved it, by name.
+
+        Raises:
+            CherryError: if it holds none.
+        """
+        try:
+            found = self.object("common_state")[0]["args"].state
+        except (LookupError, TypeError, AttributeError):
+            found = None
+        if not isinstance(found, dict):
+            raise CherryError(
+                f"{self.folder} holds no arguments of a training; name a checkpoint that a training with "
+                "Megatron-core 0.19 saved"
+            )
+        return found
+
     def object(self, name: str) -> Any:
         """An object that is no tensor; classes become stand-ins.
 
@@ -211,6 +231,22 @@ class Checkpoint:
                 return read_object(file, place.offset, place.length)
         except (CherryError, OSError) as error:
             raise CherryError(f"{path}: cannot read {name}: {error}") from None
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether its chunks are all of it, and no two have a value in common."""
+    edges = [
+        sorted({0, size}.union(*((c.offsets[k], c.offsets[k] + c.sizes[k]) for c in tensor.chunks)))
+        for k, size in enumerate(tensor.shape)
+    ]
+    if any(found[-1] != size for found, size in zip(edges, tensor.shape, strict=True)):
+        return False
+    places = [{at: place for place, at in enumerate(found)} for found in edges]
+    times = np.zeros([len(found) - 1 for found in edges], np.int32)  # that each cell between edges is covered
+    for chunk in tensor.chunks:
+        spans = zip(places, chunk.offsets, chunk.sizes, strict=True)
+        times[tuple(slice(place[at], place[at + size]) for place, at, size in spans)] += 1
+    return bool((times == 1).all())
 
 
 def together(parts: Mapping[str, Checkpoint]) -> Checkpoint:
@@ -303,6 +339,9 @@ def _unstacked(tensor: Tensor) -> list[Tensor]:
     layers: dict[int, list[Chunk]] = {}
     for chunk in tensor.chunks:
         layers.setdefault(chunk.offsets[0], []).append(Chunk(chunk.offsets[1:], chunk.sizes[1:], chunk.place))
+    for layer in range(tensor.shape[0]):
+        if layer not in layers:
+            raise CherryError(f"{tensor.name} has no part for layer {layer}")
     return [
         Tensor(f"{found[1]}{layer}.{found[2]}", tensor.dtype, tensor.shape[1:], tuple(chunks))
         for layer, chunks in layers.items()

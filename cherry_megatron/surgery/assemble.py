@@ -5,19 +5,18 @@ granularity `layer` is assemble_layers.py.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cherry_megatron.config import outline, outline_mixture
-from cherry_megatron.data.tokenizer import fingerprint
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.options import Mixture, Recurrence
 from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint
-from cherry_megatron.storage.lineage import chain, read_lineage
-from cherry_megatron.storage.records import StandIn
-from cherry_megatron.surgery.compress import Surgery, check_sizes
-from cherry_megatron.surgery.depth import check_layers, objects
+from cherry_megatron.storage.trained import WALK, check_walk, tokenizer_of
+from cherry_megatron.surgery.compress import Surgery, configuration
+from cherry_megatron.surgery.depth import objects
+from cherry_megatron.surgery.fits import check_fit, check_layers
 from cherry_megatron.surgery.jobs import Constant, Copy, Normal
 from cherry_megatron.surgery.layers import (
     DEPTHS,
@@ -31,9 +30,6 @@ from cherry_megatron.surgery.layers import (
     sublayer_prefixes,
 )
 from cherry_megatron.surgery.writing import Job, Spec
-
-# What of a recurrence decides what its weights compute.
-_WALK = ("pattern", "loops", "order", "injection")
 
 
 def expert_prefix(number: int) -> str:
@@ -78,7 +74,7 @@ def plan_assembly(loads: Sequence[Path], config: Path, overrides: Sequence[str],
         *(["prediction  of tokens behind the next one is left out: mixtures have none"] if ahead else []),
         "optimizer   its state is dropped; training starts it anew",
     ]
-    details = {"config": str(config), "recurrence": asdict(recurrence), "moee": asdict(mixture), "seed": seed}
+    details = {**configuration(config, overrides, recurrence), "moee": asdict(mixture), "seed": seed}
     return Surgery(parts, jobs, _objects(first, recurrence, list(parts)), "assemble-moee", details, lines)
 
 
@@ -106,7 +102,7 @@ def plan_extraction(load: Path, config: Path, overrides: Sequence[str], number: 
         found = expert.tensors[stored]
         jobs.append(Copy((start + stored,), (Spec(name, found.dtype, found.shape),)))
     lines = [f"source      {source.folder}: expert {number}", "optimizer   its state is dropped"]
-    details = {"config": str(config), "recurrence": asdict(recurrence), "expert": number}
+    details = {**configuration(config, overrides, recurrence), "expert": number}
     made = objects(source, recurrence.parsed, False)
     return Surgery({"": source}, jobs, made, "extract-expert", details, lines)
 
@@ -122,9 +118,9 @@ def tensors_of(
     if source.experts:
         raise CherryError(f"{source.folder} is a mixture; name single models, such as --extract makes of it")
     layers = source_layers(source, looped=True)
-    check_sizes(source, layers, config, megatron)
+    check_fit(source, layers, config, megatron)
     check_layers(source, layers, recurrence)
-    _check_walk(source, recurrence, config)
+    check_walk(source, recurrence, config, (*WALK, "loops"))
     found = {name: stored for name, stored in layers.top.items() if not name.startswith(DEPTHS)}
     for layer, sublayers in enumerate(sublayer_prefixes(recurrence.parsed)):
         for place, (symbol, prefix) in enumerate(sublayers):
@@ -133,32 +129,6 @@ def tensors_of(
             found |= {prefix + role: name for role, name in names.items()}
     source.check(list(found.values()))
     return found
-
-
-def _check_walk(source: Checkpoint, recurrence: Recurrence, config: Path) -> None:
-    """The layers are walked as they were in training, as far as the checkpoint's record tells.
-
-    Raises:
-        CherryError: naming the first key of the configuration that differs.
-    """
-    record = read_lineage(source.folder) or {}
-    trained = record["config"] if isinstance(record.get("config"), dict) else record
-    known = {key: value for key, value in trained.get("recurrence", {}).items() if key in _WALK}
-    if not known or record["operation"] == "expand":  # whose record has the recurrence before it
-        return
-    before = Recurrence(**known)
-    for key in _WALK:
-        old, new = _meaning(before, key), _meaning(recurrence, key)
-        if old != new:
-            raise CherryError(
-                f"{config}: recurrence.{key} is {getattr(recurrence, key)}, but {source.folder} was trained with "
-                f"{getattr(before, key)}; set it so"
-            )
-
-
-def _meaning(recurrence: Recurrence, key: str) -> Any:
-    """The loops that a pattern is written with are compared as `loops`."""
-    return replace(recurrence.parsed, loops=1) if key == "pattern" else getattr(recurrence, key)
 
 
 def _roles(recurrence: Recurrence, layer: int, symbol: str) -> set[str]:
@@ -197,7 +167,7 @@ def check_alike(parts: list[Checkpoint], tensors: list[dict[str, str]]) -> None:
                     f"{part.folder}: {name} is {ours.dtype} {list(ours.shape)}, but {theirs.dtype} "
                     f"{list(theirs.shape)} in {first.folder}; experts are alike"
                 )
-    tokenizers = [(part, found) for part in parts if (found := _tokenizer(part)) is not None]
+    tokenizers = [(part, found) for part in parts if (found := tokenizer_of(part)) is not None]
     for part, found in tokenizers[1:]:
         known, wanted = tokenizers[0]
         if found != wanted:
@@ -205,29 +175,6 @@ def check_alike(parts: list[Checkpoint], tensors: list[dict[str, str]]) -> None:
                 f"{part.folder} was trained with the tokenizer {found}, {known.folder} with {wanted}; experts "
                 "predict the same tokens"
             )
-
-
-def _tokenizer(part: Checkpoint) -> str | None:
-    """The fingerprint of the tokenizer that a checkpoint was trained with.
-
-    By its record, or that of what it was made from; for checkpoints of before it was recorded by the folder that
-    their arguments name, if it is still there.
-    """
-    recorded = next(
-        (r["tokenizer"] for _, r in chain(read_lineage(part.folder) or {"parents": []}) if "tokenizer" in r), None
-    )
-    if recorded is not None:
-        return str(recorded)
-    folder = _arguments(part.object("common_state")[0]).get("tokenizer_model")
-    if folder is None or not (Path(folder) / "tokenizer.json").is_file():
-        return None
-    return fingerprint(Path(folder))
-
-
-def _arguments(state: dict[str, Any]) -> dict[str, Any]:
-    arguments: StandIn = state["args"]
-    found: dict[str, Any] = arguments.state
-    return found
 
 
 def _router(mixture: Mixture, source: Checkpoint, embedding: str, seed: int) -> list[Job]:
@@ -246,6 +193,6 @@ def _objects(source: Checkpoint, recurrence: Recurrence, starts: list[str]) -> d
     one: dict[str, Any] = objects(source, recurrence.parsed, False)
     common = {name: value for name, value in one.items() if name.startswith("common_state")}
     for (state,) in common.values():
-        _arguments(state)["hybrid_layer_pattern"] = None  # as training leaves it for a mixture
+        state["args"].state["hybrid_layer_pattern"] = None  # as training leaves it for a mixture
     extra = {start + name: value for start in starts for name, value in one.items() if name not in common}
     return extra | common

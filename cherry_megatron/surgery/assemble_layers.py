@@ -8,7 +8,7 @@ ancestor.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint
 from cherry_megatron.storage.lineage import ancestors, read_lineage
 from cherry_megatron.surgery.align import Alignment
 from cherry_megatron.surgery.assemble import check_alike, expert_prefix, tensors_of
-from cherry_megatron.surgery.compress import Surgery, check_depths, heads_of, initial_std
+from cherry_megatron.surgery.compress import Surgery, check_depths, configuration, initial_std
 from cherry_megatron.surgery.depth import objects
+from cherry_megatron.surgery.fits import heads_of
 from cherry_megatron.surgery.jobs import Average, Merge, Router, Stack
 from cherry_megatron.surgery.layers import (
     DEPTH_NORMS,
@@ -72,7 +73,9 @@ def plan_layers(loads: Sequence[Path], config: Path, overrides: Sequence[str], s
     ancestor = _common_ancestor(list(parts.values()))
     first = parts[expert_prefix(0)]
     _check_width(first, tensors[expert_prefix(0)], recurrence, config, megatron)
-    alignment = Alignment(*heads_of(config, megatron), bool(megatron.get("swiglu")), to_first=True)
+    hidden = first.tensors[tensors[expert_prefix(0)][EMBEDDING]].shape[1]
+    heads, groups, _ = heads_of(config, megatron, hidden)
+    alignment = Alignment(heads, groups, bool(megatron.get("swiglu")), to_first=True)
     models = _Models(parts, tensors, alignment)
     jobs = list(_jobs(models, recurrence, depths, initial_std(config, megatron), seed))
     predicts = any(name.startswith(DEPTHS) for part in parts.values() for name in part.model)
@@ -87,7 +90,7 @@ def plan_layers(loads: Sequence[Path], config: Path, overrides: Sequence[str], s
         "optimizer   its state is dropped; training starts it anew",
     ]
     details = {
-        "config": str(config), "recurrence": asdict(recurrence), "experts": len(parts), "seed": seed,
+        **configuration(config, overrides, recurrence), "experts": len(parts), "seed": seed,
         "ancestor": ancestor["identity"],
     }  # fmt: skip
     made = objects(first, recurrence.parsed, False, depths, len(parts))

@@ -7,30 +7,28 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from cherry_megatron.config import outline, outline_depths
+from cherry_megatron.config import outline, outline_depths, read_with
 from cherry_megatron.errors import CherryError
 from cherry_megatron.files import new_folder
+from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.pattern import Pattern
 from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint, together
 from cherry_megatron.storage.lineage import Manifest, parent, record
+from cherry_megatron.storage.trained import check_walk
 from cherry_megatron.surgery.activations import open_calibration
 from cherry_megatron.surgery.align import Alignment
 from cherry_megatron.surgery.depth import compression, expansion, objects, peak_bytes, written_bytes
 from cherry_megatron.surgery.depths import new_depths
+from cherry_megatron.surgery.fits import check_fit, heads_of
 from cherry_megatron.surgery.grouping import METHODS, Method, Mix, make_groups, mix
 from cherry_megatron.surgery.jobs import Drawn
-from cherry_megatron.surgery.layers import EMBEDDING, FC1, FC2, HEAD, QKV, Source, source_layers
+from cherry_megatron.surgery.layers import EMBEDDING, Source, source_layers
 from cherry_megatron.surgery.search import Found
 from cherry_megatron.surgery.writing import CHECKPOINT, Job, publish, run_jobs
 
 SPARE = 1 << 20  # for what is no tensor
 # Megatron's defaults.
 INIT_STD = 0.02
-# What no tensor shows and decides what they compute: flag, its name in a checkpoint's arguments, default.
-FUNCTION = (
-    ("rotary-base", "rotary_base", 10000), ("norm-epsilon", "layernorm_epsilon", 1e-5),
-    ("squared-relu", "squared_relu", False),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,10 @@ class Options:
             raise CherryError("--optimizer average: layers drawn anew have no moments; use drop")
         if self.align != "none" and self.optimizer == "average":
             raise CherryError("--optimizer average: moments of layers that were aligned are not carried; use drop")
+        if self.weights and self.method != "weighted":
+            raise CherryError("--weights is that of --method weighted; add it, or take --weights out")
+        if self.keep is not None and self.method != "select":
+            raise CherryError(f"--keep {self.keep} is that of --method select; add it, or take --keep out")
         if self.seed < 0:
             raise CherryError(f"--seed {self.seed} is negative; use 0 or more")
         if self.align == "activations" and self.calibration is None:
@@ -146,44 +148,32 @@ def plan_compression(
     recurrence, megatron = outline(config, overrides)
     source = open_checkpoint(load)
     layers = source_layers(source)
-    check_sizes(source, layers, config, megatron)
+    check_fit(source, layers, config, megatron)
     depths = outline_depths(config, overrides)
     check_depths(source, layers, config, depths, layers.depths <= depths)
+    _check_moments(options, recurrence, depths if layers.depths < depths else 0)
     groups = make_groups(options.groups, len(layers.layers), recurrence)
     mixes = mix(groups, options.method, options.weights, options.keep)
-    gated = bool(megatron.get("swiglu"))
-    calibration = None
-    if options.calibration is not None:
-        calibration = open_calibration(options.calibration)
-        calibration.check(source, layers)
-    alignment = None if options.align == "none" else Alignment(*heads_of(config, megatron), gated, calibration)
-    moments = options.optimizer == "average"
-    if moments and recurrence.loop_rank:
-        raise CherryError("--optimizer average: there are no moments for recurrence.loop_rank; use drop")
-    if moments and layers.depths < depths:
-        raise CherryError(
-            f"--optimizer average: there are no moments for new layers of mtp.depths {depths}; use drop"
-        )
-    draw, std = None, initial_std(config, megatron)
+    alignment = _alignment(source, layers, config, megatron, options)
+    std = initial_std(config, megatron)
     output_std = std * recurrence.output_scale
-    if options.method == "random":
-        if recurrence.loop_rank:
-            raise CherryError("--method random keeps nothing that recurrence.loop_rank could correct; set it to 0")
-        draw = partial(Drawn, std=std, output_std=output_std, seed=options.seed)
+    draw = partial(Drawn, std=std, output_std=output_std, seed=options.seed) if options.method == "random" else None
+    moments, gated = options.optimizer == "average", bool(megatron.get("swiglu"))
     jobs = compression(source, layers, recurrence, mixes, alignment, moments, gated, draw)
     jobs += new_depths(source, layers, depths, std, output_std, options.seed)
     source.check([name for job in jobs for name in job.reads])
-    pattern = recurrence.parsed
+    calibration = alignment and alignment.calibration
     details: dict[str, Any] = {
-        "config": str(config),
-        "recurrence": asdict(recurrence),
+        **configuration(config, overrides, recurrence),
         "options": {**asdict(options), "calibration": calibration and calibration.record()},
         "plan": [{"layers": mixed.members, "weights": mixed.weights} for mixed in mixes],
         **({"search": asdict(found)} if found else {}),
     }
+    pattern = recurrence.parsed
     lines = [
         f"source      {source.folder}: {len(layers.layers)} layers",
         *(_describe(pattern, layer, mixed) for layer, mixed in enumerate(mixes)),
+        *_unused(len(layers.layers), groups),
         f"method      {options.method}, corrections of rank {recurrence.loop_rank}, alignment {options.align}"
         + (f" of {calibration.tokens:,} tokens, {calibration.folder}" if calibration else ""),
         *([_tell(found)] if found else []),
@@ -192,6 +182,43 @@ def plan_compression(
     ]
     made = objects(source, pattern, moments, depths)
     return Surgery({"": source}, jobs, made, "compress-depth", details, lines)
+
+
+def _check_moments(options: Options, recurrence: Recurrence, more_depths: int) -> None:
+    if options.method == "random" and recurrence.loop_rank:
+        raise CherryError("--method random keeps nothing that recurrence.loop_rank could correct; set it to 0")
+    if options.optimizer == "average" and recurrence.loop_rank:
+        raise CherryError("--optimizer average: there are no moments for recurrence.loop_rank; use drop")
+    if options.optimizer == "average" and more_depths:
+        raise CherryError(
+            f"--optimizer average: there are no moments for new layers of mtp.depths {more_depths}; use drop"
+        )
+
+
+def _alignment(
+    source: Checkpoint, layers: Source, config: Path, megatron: dict[str, Any], options: Options
+) -> Alignment | None:
+    if options.align == "none":
+        return None
+    calibration = None
+    if options.calibration is not None:
+        calibration = open_calibration(options.calibration)
+        calibration.check(source, layers)
+    hidden = source.tensors[layers.top[EMBEDDING]].shape[1]
+    heads, groups, _ = heads_of(config, megatron, hidden)
+    return Alignment(heads, groups, bool(megatron.get("swiglu")), calibration)
+
+
+def initial_std(config: Path, megatron: dict[str, Any]) -> float:
+    std = megatron.get("init-method-std", INIT_STD)
+    if not isinstance(std, int | float) or not 0 < std < 1e3:
+        raise CherryError(f"{config}: megatron.init-method-std must be a positive number (it is {std})")
+    return std
+
+
+def configuration(config: Path, overrides: Sequence[str], recurrence: Recurrence) -> dict[str, Any]:
+    """What a record keeps of a configuration, overrides included, because its file may change."""
+    return {"config": str(config), "settings": read_with(config, overrides), "recurrence": asdict(recurrence)}
 
 
 def plan_expansion(load: Path, config: Path, overrides: Sequence[str]) -> Surgery:
@@ -205,17 +232,18 @@ def plan_expansion(load: Path, config: Path, overrides: Sequence[str]) -> Surger
     recurrence, megatron = outline(config, overrides)
     source = open_checkpoint(load)
     layers = source_layers(source, looped=True)
-    check_sizes(source, layers, config, megatron)
+    check_fit(source, layers, config, megatron)
     depths = outline_depths(config, overrides)
     check_depths(source, layers, config, depths, layers.depths == depths)
     dense, jobs = expansion(source, layers, recurrence)
+    check_walk(source, recurrence, config)
     source.check([name for job in jobs for name in job.reads])
     lines = [
         f"source      {source.folder}: {len(layers.layers)} stored layers",
         f"target      {len(dense.layers)} layers, pattern {dense.symbols}",
         "optimizer   its state is dropped",
     ]
-    details = {"config": str(config), "recurrence": asdict(recurrence), "pattern": dense.symbols}
+    details = {**configuration(config, overrides, recurrence), "pattern": dense.symbols}
     return Surgery({"": source}, jobs, objects(source, dense, False, depths), "expand", details, lines)
 
 
@@ -241,52 +269,16 @@ def _describe(pattern: Pattern, layer: int, mixed: Mix) -> str:
     return f"layer {layer:<5} {part:<8} from {', '.join(map(str, mixed.members))}"
 
 
+def _unused(layers: int, groups: Sequence[tuple[int, ...]]) -> list[str]:
+    left = sorted(set(range(layers)).difference(*groups))
+    return [f"in none     {', '.join(map(str, left))}"] if left else []
+
+
 def _tell(found: Found) -> str:
     return (
         f"search      loss {found.loss:.6f} of {found.scored} groupings, seed {found.seed} (adjacent "
         f"{found.adjacent:.6f}, slots {found.slots:.6f}): --groups {found.groups}"
     )
-
-
-def check_sizes(source: Checkpoint, layers: Source, config: Path, megatron: dict[str, Any]) -> None:
-    """A configuration that does not fit its checkpoint would only be noticed when training starts."""
-    vocabulary, hidden = source.tensors[layers.top[EMBEDDING]].shape
-    found = {"padded-vocab-size": vocabulary, "hidden-size": hidden}
-    attention, *mlps = layers.layers[0]
-    if mlps:
-        rows = source.tensors[mlps[0].names[f"{FC1}.weight"]].shape[0]
-        neurons = source.tensors[mlps[0].names[f"{FC2}.weight"]].shape[1]
-        found["ffn-hidden-size"] = neurons
-        if rows != neurons * (2 if megatron.get("swiglu") else 1):
-            raise CherryError(
-                f"{config}: megatron.swiglu is {bool(megatron.get('swiglu'))}, but the source's "
-                f"{mlps[0].names[f'{FC1}.weight']} has {rows} rows for {neurons} neurons"
-            )
-    if "num-attention-heads" in megatron:
-        heads, groups = heads_of(config, megatron)
-        size = megatron.get("kv-channels") or hidden // heads
-        rows = source.tensors[attention.names[f"{QKV}.weight"]].shape[0]
-        if rows != (heads + 2 * groups) * size:
-            raise CherryError(
-                f"{config}: {heads} heads and {groups} query groups of {size} do not make the {rows} rows of the "
-                f"source's {attention.names[f'{QKV}.weight']}"
-            )
-    for key, value in found.items():
-        if megatron.get(key, value) != value:
-            raise CherryError(f"{config}: megatron.{key} is {megatron[key]}, but {source.folder} has {value}")
-    arguments = source.object("common_state")[0]["args"].state
-    for key, name, default in FUNCTION:
-        ours, theirs = megatron.get(key, default), arguments.get(name)
-        if theirs is not None and theirs != ours:
-            raise CherryError(
-                f"{config}: megatron.{key} is {ours}, but {source.folder} was trained with {theirs}; set it so"
-            )
-    untied = bool(megatron.get("untie-embeddings-and-output-weights"))
-    if untied != (HEAD in layers.top):
-        raise CherryError(
-            f"{config}: megatron.untie-embeddings-and-output-weights is {untied}, but {source.folder} holds "
-            f"{'no' if untied else 'a'} {HEAD}"
-        )
 
 
 def check_depths(source: Checkpoint, layers: Source, config: Path, depths: int, fits: bool) -> None:
@@ -295,27 +287,3 @@ def check_depths(source: Checkpoint, layers: Source, config: Path, depths: int, 
             f"{config}: mtp.depths is {depths}, but {source.folder} has {layers.depths}, which are taken over; set "
             "it so"
         )
-
-
-def initial_std(config: Path, megatron: dict[str, Any]) -> float:
-    """The standard deviation of initial weights.
-
-    Raises:
-        CherryError: if it is none.
-    """
-    std = megatron.get("init-method-std", INIT_STD)
-    if not isinstance(std, int | float) or not 0 < std < 1e3:
-        raise CherryError(f"{config}: megatron.init-method-std must be a positive number (it is {std})")
-    return std
-
-
-def heads_of(config: Path, megatron: dict[str, Any]) -> tuple[int, int]:
-    """Query heads and query groups.
-
-    Raises:
-        CherryError: if the configuration does not name the heads.
-    """
-    heads = megatron.get("num-attention-heads")
-    if not isinstance(heads, int) or heads < 1:
-        raise CherryError(f"{config}: set megatron.num-attention-heads to a positive number (it is {heads})")
-    return heads, megatron.get("num-query-groups", heads) if megatron.get("group-query-attention") else heads

@@ -13,20 +13,18 @@ from cherry_megatron.storage.records import DTYPES, StandIn
 from cherry_megatron.surgery.activations import file_name
 from cherry_megatron.surgery.align import Alignment
 from cherry_megatron.surgery.corrections import Correct, factors
+from cherry_megatron.surgery.fits import check_layers
 from cherry_megatron.surgery.grouping import Mix
-from cherry_megatron.surgery.jobs import Average, Constant, Copy, Merge, Unroll
+from cherry_megatron.surgery.jobs import Constant, Copy, Merge, Stack, Unroll
 from cherry_megatron.surgery.layers import (
     DEPTH_EXTRA_STATES,
     DEPTHS,
     EMBEDDING,
     EXTRA_STATES,
-    LOOP_A,
-    LOOP_B,
     LOOP_SCALES,
-    LOOPED,
     ROLES,
     Source,
-    Sublayer,
+    member,
     same,
     sublayer_prefixes,
 )
@@ -66,7 +64,7 @@ def compression(
     for layer, (mixed, sublayers) in enumerate(zip(mixes, sublayer_prefixes(recurrence.parsed), strict=True)):
         for place, (symbol, prefix) in enumerate(sublayers):
             symbols = recurrence.parsed.layers[layer]
-            members = [_member(source, layers, number, place, symbols) for number in mixed.members]
+            members = [member(source, layers, number, place, symbols) for number in mixed.members]
             writes = []
             for before in ("", *moments):
                 for role in ROLES[symbol]:
@@ -78,7 +76,7 @@ def compression(
             if layer in core and recurrence.loop_scales:
                 jobs += _scales(source, merge, prefix, recurrence.parsed.loops)
             if layer in core and recurrence.loop_rank:
-                group = tuple(_member(source, layers, number, place, symbols) for number in mixed.group)
+                group = tuple(member(source, layers, number, place, symbols) for number in mixed.group)
                 for role in ROLES[symbol]:
                     same(source, [names[role] for names in group])
                 specs = factors(prefix, merge, recurrence.parsed.loops, recurrence.loop_rank, gated)
@@ -135,15 +133,6 @@ def copy_top(source: Checkpoint, layers: Source, name: str, moments: Sequence[st
     return Copy(reads, tuple(writes))
 
 
-def _member(source: Checkpoint, layers: Source, number: int, place: int, symbols: str) -> dict[str, str]:
-    """The names of a source sublayer's tensors by role."""
-    sublayers: tuple[Sublayer, ...] = layers.layers[number]
-    kinds = "".join(sublayer.symbol for sublayer in sublayers)
-    if kinds != symbols:
-        raise CherryError(f"{source.folder}: layer {number} is {kinds!r}, but recurrence.pattern wants {symbols!r}")
-    return sublayers[place].names
-
-
 def expansion(source: Checkpoint, layers: Source, recurrence: Recurrence) -> tuple[Pattern, list[Job]]:
     """The pattern and the jobs of the unrolled, dense equivalent, which stock Megatron runs.
 
@@ -162,50 +151,12 @@ def expansion(source: Checkpoint, layers: Source, recurrence: Recurrence) -> tup
     jobs: list[Job] = [copy_top(source, layers, name) for name in layers.top]
     for visit, sublayers in zip(visits, sublayer_prefixes(dense), strict=True):
         for place, (symbol, prefix) in enumerate(sublayers):
-            names = _member(source, layers, visit.layer, place, pattern.layers[visit.layer])
+            names = member(source, layers, visit.layer, place, pattern.layers[visit.layer])
             tensors = {role: source.tensors[names[role]] for role in ROLES[symbol]}
             writes = tuple(Spec(prefix + role, t.dtype, t.shape) for role, t in tensors.items())
             loop = None if visit.loop is None else min(visit.loop, pattern.loops - 1)
             jobs.append(Unroll(symbol, names, loop, writes))
     return dense, jobs
-
-
-def check_layers(source: Checkpoint, layers: Source, recurrence: Recurrence) -> None:
-    """A checkpoint has the stored layers of a recurrence, and what it has of each loop for all of them.
-
-    Raises:
-        CherryError: if not.
-    """
-    pattern = recurrence.parsed
-    if len(layers.layers) != len(pattern.layers):
-        raise CherryError(
-            f"{source.folder} holds {len(layers.layers)} layers, recurrence.pattern {len(pattern.layers)}; "
-            "name the configuration that it was trained with"
-        )
-    for layer, symbols in enumerate(pattern.layers):
-        for place, symbol in enumerate(symbols):
-            _check_loops(source, _member(source, layers, layer, place, symbols), symbol, recurrence)
-
-
-def _check_loops(source: Checkpoint, names: dict[str, str], symbol: str, recurrence: Recurrence) -> None:
-    """What a layer has of each loop is there for as many loops as the configuration says."""
-    hidden = source.tensors[names[ROLES[symbol][0]]].shape[0]
-    for role in LOOPED[symbol]:
-        if role not in names:
-            continue
-        shape = source.tensors[names[role]].shape
-        found = shape[0] // hidden if role in LOOP_SCALES[symbol] else shape[0]
-        if role.endswith(LOOP_A) and shape[1] != recurrence.loop_rank:
-            raise CherryError(
-                f"{source.folder}: {names[role]} has rank {shape[1]}, recurrence.loop_rank is "
-                f"{recurrence.loop_rank}; name the configuration that it was trained with"
-            )
-        if found != recurrence.parsed.loops:
-            what = "corrections" if role.endswith((LOOP_A, LOOP_B)) else "vectors"
-            raise CherryError(
-                f"{source.folder}: {names[role]} has {what} of {found} loops, recurrence.pattern of "
-                f"{recurrence.parsed.loops}; name the configuration that it was trained with"
-            )
 
 
 def objects(
@@ -240,6 +191,7 @@ def objects(
 def _common_state(
     source: Checkpoint, pattern: Pattern, with_optimizer: bool, depths: int, experts: int
 ) -> dict[str, Any]:
+    source.arguments()  # which says so if there are none
     state: dict[str, Any] = source.object("common_state")[0]
     kept = {"args", "checkpoint_version", "content_metadata"}
     kept |= {"optimizer", "opt_param_scheduler"} if with_optimizer else set()
@@ -271,16 +223,15 @@ def peak_bytes(jobs: Sequence[Job], workers: int) -> int:
     def job_peak(job: Job) -> int:
         largest = max(np.prod(spec.shape, dtype=np.int64) for spec in job.writes)
         itemsize = max(np.dtype(DTYPES[spec.dtype][1]).itemsize for spec in job.writes)
+        if isinstance(job, Copy | Stack):
+            return int(largest) * itemsize
         if isinstance(job, Correct):
             # In doubles: what is missing, the original, the square and its vectors.
             inner = max(job.merge.writes, key=lambda spec: spec.nbytes)
-            return 8 * (3 * int(np.prod(inner.shape)) + 3 * min(inner.shape) ** 2) + sum(
-                spec.nbytes for spec in job.writes
-            )
-        if not isinstance(job, Average | Merge | Unroll):
-            return int(largest) * itemsize
+            own = 8 * (3 * int(np.prod(inner.shape)) + 3 * min(inner.shape) ** 2)
+            return max(own + sum(spec.nbytes for spec in job.writes), job_peak(job.merge))
         # The doubles, a source tensor and the result; rounding to bfloat16 takes some more.
-        peak = int(largest) * (32 if itemsize == 2 else 24)
+        peak = int(largest) * (34 if itemsize == 2 else 24)
         if isinstance(job, Merge) and job.alignment is not None:
             width = max(spec.shape[-1] for spec in job.writes)
             if (calibration := job.alignment.calibration) is None:

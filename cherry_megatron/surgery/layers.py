@@ -170,6 +170,26 @@ def _group(sublayers: list[Sublayer]) -> Iterator[tuple[Sublayer, ...]]:
     yield tuple(layer)
 
 
+def member(source: Checkpoint, layers: Source, number: int, place: int, symbols: str) -> dict[str, str]:
+    """The names of a source sublayer's tensors by role.
+
+    Args:
+        source: the checkpoint.
+        layers: its layers.
+        number: of the layer.
+        place: of the sublayer in it.
+        symbols: what the layer should be.
+
+    Raises:
+        CherryError: if it is another.
+    """
+    sublayers: tuple[Sublayer, ...] = layers.layers[number]
+    kinds = "".join(sublayer.symbol for sublayer in sublayers)
+    if kinds != symbols:
+        raise CherryError(f"{source.folder}: layer {number} is {kinds!r}, but recurrence.pattern wants {symbols!r}")
+    return sublayers[place].names
+
+
 def same(checkpoint: Checkpoint, names: list[str]) -> Tensor:
     """One of several tensors that must have one shape and one type.
 

@@ -32,6 +32,8 @@ def add_compress_depth(verbs: argparse._SubParsersAction) -> None:
         found = None
         if arguments.workers < 0:
             raise CherryError(f"--workers {arguments.workers} is negative; 0 takes all cores")
+        if arguments.expand:
+            _refuse_beside_expand(arguments)
         if arguments.plan is None and arguments.budget is not None:
             raise CherryError("--budget is that of --plan search; add it")
         if arguments.plan is None and arguments.method != "random" and arguments.seed is not None:
@@ -117,14 +119,26 @@ def add_assemble_moee(verbs: argparse._SubParsersAction) -> None:
     add_config(parser, flags=False)
 
 
+def _refuse_beside_expand(arguments: argparse.Namespace) -> None:
+    """Flags that say how to compress."""
+    defaults = {
+        "groups": None, "plan": None, "budget": None, "method": "average", "seed": None, "weights": (),
+        "keep": None, "align": "none", "calibration": None, "optimizer": "drop",
+    }  # fmt: skip
+    for name, default in defaults.items():
+        if getattr(arguments, name) != default:
+            raise CherryError(f"--{name} says how to compress, which --expand does not; take one of them out")
+
+
 def _search(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     """What `--plan search` finds; refused before Megatron is imported if anything else does not go with it."""
     from cherry_megatron.files import refuse_taken
     from cherry_megatron.surgery import compress
 
-    if arguments.expand or arguments.groups is not None:
-        other = "--expand" if arguments.expand else f"--groups {arguments.groups}"
-        raise CherryError(f"{other} does not go with --plan search, which finds the groups; take one out")
+    if arguments.groups is not None:
+        raise CherryError(
+            f"--groups {arguments.groups} does not go with --plan search, which finds the groups; take one out"
+        )
     from cherry_megatron.config import outline
 
     if outline(arguments.config, arguments.set)[0].loop_rank:

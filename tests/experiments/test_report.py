@@ -60,8 +60,8 @@ def test_the_table_has_the_numbers_counted_by_hand(files, tmp_path):
     assert lines[4:6] == [
         # 4.0, 4.5, 5.0: mean 4.5, deviation sqrt((0.25 + 0 + 0.25) / 2) = 0.5
         "| plain \\| average | 1.5M | 0.009 | 20k "
-        "| 9.0000 ± 1.0000 (3) | 4.5000 ± 0.5000 (3) | 5.5000 ± 0.5000 (3) |",
-        "| new | 1.5M | 0.009 | 20k | - | 6.0000 (1) | - |",
+        "| 9.0000 ± 1.0000 (3) | 10.0000 ± 1.0000 (3) | 4.5000 ± 0.5000 (3) | 5.5000 ± 0.5000 (3) |",
+        "| new | 1.5M | 0.009 | 20k | - | - | 6.0000 (1) | - |",
     ]
     text = "\n".join(lines)
     assert "averaged: not run." in text and "late: not run." in text and "new: seeds missing: 1, 3." in text

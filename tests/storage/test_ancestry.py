@@ -94,5 +94,15 @@ def test_a_record_that_is_gone_is_said(family, file, says):
 
 def test_a_manifest_of_another_checkpoint_is_noticed(family):
     shutil.copy(family / "small/iter_0000000/manifest.json", family / "smaller/iter_0000000/manifest.json")
+    with pytest.raises(CherryError, match="lacks the tensor"):
+        describe(family / "smaller", verify=True)
+
+
+def test_a_manifest_that_is_not_the_records_is_noticed(family):
+    path = family / "smaller/iter_0000000/manifest.json"
+    content = json.loads(path.read_text())
+    name = next(iter(content["tensors"]))
+    content["tensors"][name] = dict.fromkeys(content["tensors"][name], "0" * 64)
+    path.write_text(json.dumps(content))
     with pytest.raises(CherryError, match="do not belong together"):
         describe(family / "smaller", verify=True)

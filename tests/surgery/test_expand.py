@@ -1,6 +1,7 @@
 """The dense equivalent of a recurrent checkpoint computes the same, and is what stock Megatron expects."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,74 @@ from tests.conftest import run_ranks
 from tests.surgery.conftest import model_tensors, save
 
 
-def _logits(path: Path) -> np.ndarray:
-    """Of the checkpoint that a configuration starts from, on fixed tokens."""
+def _stock(config: Any) -> Any:
+    """Makes Megatron's own model of its own layers (local ones), with the names that its TE layers save under."""
+    from functools import partial
+
+    from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+    from megatron.core.models.hybrid import hybrid_block
+    from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+    from megatron.core.ssm.mlp_layer import MLPLayer
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer import ModuleSpec, TransformerLayer
+    from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.mlp import MLP, MLPSubmodules
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+    from megatron.training import get_args
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    hybrid_block.TENorm = WrappedTorchNorm  # the one module that no spec chooses
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear, core_attention=DotProductAttention, linear_proj=RowParallelLinear
+        ),
+    )
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    layers = HybridStackSubmodules(
+        attention_layer=ModuleSpec(
+            TransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                input_layernorm=WrappedTorchNorm,
+                self_attention=attention,
+                self_attn_bda=get_bias_dropout_add,
+                sharded_state_dict_keys_map={"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
+            ),
+        ),
+        mlp_layer=ModuleSpec(
+            MLPLayer,
+            submodules=TransformerLayerSubmodules(
+                pre_mlp_layernorm=WrappedTorchNorm,
+                mlp=partial(MLP.as_mlp_submodule, submodules=linears),
+                mlp_bda=get_bias_dropout_add,
+                sharded_state_dict_keys_map={"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
+            ),
+        ),
+    )
+
+    def provide(pre_process: bool = True, post_process: bool = True, **_: Any) -> Any:
+        args = get_args()
+        return HybridModel(
+            core_transformer_config_from_args(args),
+            ModuleSpec(HybridStack, submodules=layers),
+            args.padded_vocab_size,
+            args.max_position_embeddings,
+            hybrid_layer_pattern=config.recurrence.parsed.symbols,
+            pre_process=pre_process,
+            post_process=post_process,
+            position_embedding_type="rope",
+        )
+
+    return provide
+
+
+def _logits(path: Path, stock: bool = False) -> np.ndarray:
+    """Of the checkpoint that a configuration starts from, on fixed tokens; with Megatron's own model if asked."""
     import torch
     from megatron.core.enums import ModelType
     from megatron.training.checkpointing import load_checkpoint
@@ -27,7 +94,8 @@ def _logits(path: Path) -> np.ndarray:
     config = load(path)
     initialize(config, machine, {"no-load-optim": True, "no-load-rng": True})
     initialize_megatron(allow_no_cuda=True)
-    model = get_model(model_provider(config), ModelType.encoder_or_decoder, wrap_with_ddp=False)
+    provider = _stock(config) if stock else model_provider(config)
+    model = get_model(provider, ModelType.encoder_or_decoder, wrap_with_ddp=False)
     load_checkpoint(model, None, None)
     model[0].eval()
     tokens = torch.arange(64).view(2, 32) * 7 % 500
@@ -57,6 +125,8 @@ def test_the_dense_model_gives_the_same_logits(order, tmp_path, write_config, tr
     )
     assert np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) < 1e-5
     assert np.linalg.norm(without - theirs) / np.linalg.norm(theirs) > 1e-3, "what loops learned did nothing"
+    (stock,) = run_ranks(tmp_path / "stock", 1, _logits, dense, True)
+    assert np.linalg.norm(stock - theirs) / np.linalg.norm(theirs) < 1e-5
 
 
 def test_with_corrections_of_full_rank_the_loops_are_the_parent(tmp_path, write_config, train):

@@ -1,0 +1,116 @@
+"""What a checkpoint was trained as, by what it says of itself, held against a configuration.
+
+Tensors show sizes. What they compute also depends on how they are walked, on Megatron's arguments, and on the
+tokens they were trained with: those stand in a checkpoint's lineage and in its common state.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cherry_megatron.data.tokenizer import fingerprint
+from cherry_megatron.errors import CherryError
+from cherry_megatron.model.options import Recurrence
+from cherry_megatron.storage.checkpoint import Checkpoint
+from cherry_megatron.storage.lineage import chain, read_lineage
+
+# What of a recurrence decides what its weights compute; the number of loops may be meant to be another.
+WALK = ("pattern", "order", "injection")
+# Settings that no tensor shows and that decide what they compute: flag -> its name in the arguments, default.
+FUNCTION: dict[str, tuple[str, Any]] = {
+    "rotary-base": ("rotary_base", 10000),
+    "norm-epsilon": ("layernorm_epsilon", 1e-5),
+    "squared-relu": ("squared_relu", False),
+    "rotary-interleaved": ("rotary_interleaved", False),
+    "window-size": ("window_size", None),
+    "softmax-type": ("softmax_type", "vanilla"),
+    "no-rope-freq": ("no_rope_freq", None),
+    "glu-linear-offset": ("glu_linear_offset", 0.0),
+    "activation-func-clamp-value": ("activation_func_clamp_value", None),
+}
+# What the stack's layers are built with, see rules.py.
+_BUILT_WITH: dict[str, Any] = {
+    "position_embedding_type": "rope", "normalization": "RMSNorm", "layernorm_zero_centered_gamma": False,
+    "rotary_percent": 1.0, "use_rope_scaling": False, "rotary_seq_len_interpolation_factor": None,
+    "quick_geglu": False, "multi_latent_attention": False, "use_mup": False, "attention_output_gate": False,
+    "qk_l2_norm": False, "apply_residual_connection_post_layernorm": False,
+}  # fmt: skip
+
+
+def check_walk(source: Checkpoint, recurrence: Recurrence, config: Path, keys: Collection[str] = WALK) -> None:
+    """The layers are walked as they were in training, as far as the checkpoint's record tells.
+
+    Args:
+        source: the checkpoint.
+        recurrence: of the configuration.
+        config: its file, for the message.
+        keys: what must be the same.
+
+    Raises:
+        CherryError: naming the first key of the configuration that differs.
+    """
+    record = read_lineage(source.folder) or {}
+    trained = record["config"] if isinstance(record.get("config"), dict) else record
+    known = {key: value for key, value in trained.get("recurrence", {}).items() if key in (*WALK, "loops")}
+    if not known or record["operation"] == "expand":  # whose record has the recurrence before it
+        return
+    before = Recurrence(**known)
+    for key in keys:
+        if _meaning(before, key) != _meaning(recurrence, key):
+            raise CherryError(
+                f"{config}: recurrence.{key} is {getattr(recurrence, key)}, but {source.folder} was trained with "
+                f"{getattr(before, key)}; set it so"
+            )
+
+
+def _meaning(recurrence: Recurrence, key: str) -> Any:
+    """The loops that a pattern is written with are compared as `loops`."""
+    return replace(recurrence.parsed, loops=1) if key == "pattern" else getattr(recurrence, key)
+
+
+def check_function(source: Checkpoint, config: Path, megatron: Mapping[str, Any]) -> None:
+    """Megatron's arguments of the training agree with a configuration where no tensor shows it.
+
+    Args:
+        source: the checkpoint.
+        config: the configuration's file, for the message.
+        megatron: its `megatron` section by flags.
+
+    Raises:
+        CherryError: naming the first that differs.
+    """
+    arguments = source.arguments()
+    for flag, (name, default) in FUNCTION.items():
+        ours, theirs = megatron.get(flag, default), arguments.get(name, default)
+        if _plain(ours) != _plain(theirs):
+            raise CherryError(
+                f"{config}: megatron.{flag} is {ours}, but {source.folder} was trained with {theirs}; set it so"
+            )
+    for name, wanted in _BUILT_WITH.items():
+        if arguments.get(name, wanted) != wanted:
+            raise CherryError(
+                f"{source.folder} was trained with {name} {arguments[name]!r}; layers here have {wanted!r}"
+            )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> str | None:
+    """The fingerprint of the tokenizer that a checkpoint was trained with.
+
+    By its record, or that of what it was made from; for checkpoints of before it was recorded by the folder that
+    their arguments name, if it is still there.
+    """
+    recorded = next(
+        (r["tokenizer"] for _, r in chain(read_lineage(checkpoint.folder) or {"parents": []}) if "tokenizer" in r),
+        None,
+    )
+    if recorded is not None:
+        return str(recorded)
+    folder = checkpoint.arguments().get("tokenizer_model")
+    if folder is None or not (Path(folder) / "tokenizer.json").is_file():
+        return None
+    return fingerprint(Path(folder))

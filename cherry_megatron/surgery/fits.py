@@ -1,0 +1,218 @@
+"""Whether a checkpoint is one of the model that a configuration describes.
+
+Whatever does not fit would otherwise be noticed when training starts, or never: other heads of the same sizes, a
+layer too few, another order of the loops.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from cherry_megatron.errors import CherryError
+from cherry_megatron.model.options import Recurrence
+from cherry_megatron.model.pattern import ATTENTION, MLP
+from cherry_megatron.storage.checkpoint import Checkpoint
+from cherry_megatron.storage.trained import check_function
+from cherry_megatron.surgery.layers import (
+    EMBEDDING,
+    FC1,
+    FC2,
+    FINAL_NORM,
+    HEAD,
+    LOOP_A,
+    LOOP_B,
+    LOOP_SCALES,
+    LOOPED,
+    PROJ,
+    QKV,
+    ROLES,
+    Source,
+    member,
+)
+
+
+def check_fit(source: Checkpoint, layers: Source, config: Path, megatron: dict[str, Any]) -> None:
+    """A checkpoint's layers are whole, and of the sizes, the type and the function of a configuration.
+
+    Args:
+        source: the checkpoint.
+        layers: its layers.
+        config: the configuration's file, for messages.
+        megatron: its `megatron` section by flags.
+
+    Raises:
+        CherryError: naming the first that differs.
+    """
+    _check_count(source, layers)
+    _check_configured(source, layers, config, megatron)
+    _check_shapes(source, layers)
+    check_function(source, config, megatron)
+
+
+def _check_count(source: Checkpoint, layers: Source) -> None:
+    """As many layers as the training that saved it had."""
+    arguments, sublayers = source.arguments(), sum(map(len, layers.layers))
+    pattern, said = arguments.get("hybrid_layer_pattern"), arguments.get("num_layers")
+    counts = {sublayers}
+    if isinstance(pattern, str):
+        said = len(pattern.split("/")[0].replace("|", ""))
+    else:  # a GPTModel counts layers
+        counts.add(len(layers.layers))
+    if said is not None and said not in counts:
+        raise CherryError(
+            f"{source.folder} holds {len(layers.layers)} layers ({sublayers} sublayers), but was saved by a "
+            f"training of {said}; restore the checkpoint"
+        )
+
+
+def _check_configured(source: Checkpoint, layers: Source, config: Path, megatron: dict[str, Any]) -> None:
+    """The sizes that a configuration names."""
+    vocabulary, hidden = source.tensors[layers.top[EMBEDDING]].shape
+    found = {"padded-vocab-size": vocabulary, "hidden-size": hidden}
+    names = first_names(layers)
+    if f"{FC2}.weight" in names:
+        rows = source.tensors[names[f"{FC1}.weight"]].shape[0]
+        neurons = source.tensors[names[f"{FC2}.weight"]].shape[1]
+        found["ffn-hidden-size"] = neurons
+        if rows != neurons * (2 if megatron.get("swiglu") else 1):
+            raise CherryError(
+                f"{config}: megatron.swiglu is {bool(megatron.get('swiglu'))}, but the source's "
+                f"{names[f'{FC1}.weight']} has {rows} rows for {neurons} neurons"
+            )
+    if "num-attention-heads" in megatron and f"{QKV}.weight" in names:
+        _check_heads(source, names, config, megatron, hidden)
+    for key, value in found.items():
+        if megatron.get(key, value) != value:
+            raise CherryError(f"{config}: megatron.{key} is {megatron[key]}, but {source.folder} has {value}")
+    untied = bool(megatron.get("untie-embeddings-and-output-weights"))
+    if untied != (HEAD in layers.top):
+        raise CherryError(
+            f"{config}: megatron.untie-embeddings-and-output-weights is {untied}, but {source.folder} holds "
+            f"{'no' if untied else 'a'} {HEAD}"
+        )
+
+
+def _check_heads(
+    source: Checkpoint, names: dict[str, str], config: Path, megatron: dict[str, Any], hidden: int
+) -> None:
+    """Heads of half the size in twice the number make tensors of the same shape."""
+    heads, groups, size = heads_of(config, megatron, hidden)
+    rows = source.tensors[names[f"{QKV}.weight"]].shape[0]
+    if rows != (heads + 2 * groups) * size:
+        raise CherryError(
+            f"{config}: {heads} heads and {groups} query groups of {size} do not make the {rows} rows of the "
+            f"source's {names[f'{QKV}.weight']}"
+        )
+    columns = source.tensors[names[f"{PROJ}.weight"]].shape[1]
+    if columns != heads * size:
+        raise CherryError(
+            f"{config}: {heads} heads of {size} do not make the {columns} columns of {names[f'{PROJ}.weight']}"
+        )
+    arguments = source.arguments()
+    trained = arguments.get("num_attention_heads", heads)
+    grouped = arguments.get("group_query_attention", groups != heads)
+    theirs = {
+        "num-attention-heads": (heads, trained),
+        "num-query-groups": (groups, arguments.get("num_query_groups", groups) if grouped else trained),
+        "kv-channels": (size, arguments.get("kv_channels", size)),
+    }
+    for key, (ours, found) in theirs.items():
+        if found is not None and found != ours:
+            raise CherryError(
+                f"{config}: megatron.{key} is {ours}, but {source.folder} was trained with {found}; set it so"
+            )
+
+
+def heads_of(config: Path, megatron: dict[str, Any], hidden: int) -> tuple[int, int, int]:
+    """Query heads, query groups, and channels of a head.
+
+    Raises:
+        CherryError: if the configuration does not name the heads, or names what cannot be.
+    """
+
+    def positive(key: str) -> int:
+        value = megatron.get(key)
+        if not isinstance(value, int) or value < 1:
+            raise CherryError(f"{config}: set megatron.{key} to a positive number (it is {value})")
+        return value
+
+    heads = positive("num-attention-heads")
+    groups = positive("num-query-groups") if megatron.get("group-query-attention") else heads
+    if heads % groups:
+        raise CherryError(f"{config}: megatron.num-query-groups {groups} does not divide the {heads} heads")
+    return heads, groups, positive("kv-channels") if megatron.get("kv-channels") is not None else hidden // heads
+
+
+def first_names(layers: Source) -> dict[str, str]:
+    """The names of the first attention's and the first MLP's tensors, by role."""
+    found: dict[str, str] = {}
+    for symbol in (ATTENTION, MLP):
+        found |= next((s.names for layer in layers.layers for s in layer if s.symbol == symbol), {})
+    return found
+
+
+def _check_shapes(source: Checkpoint, layers: Source) -> None:
+    """Every layer is as large as the first, what is around them fits, and all is of one type."""
+    embedding = source.tensors[layers.top[EMBEDDING]]
+    first, hidden = first_names(layers), embedding.shape[1]
+    wanted: dict[str, tuple[int, ...]] = {
+        role: source.tensors[name].shape for role, name in first.items() if role not in _OF_LOOPS
+    }
+    for linear in (QKV, FC1):
+        if (weight := f"{linear}.weight") in wanted:
+            wanted |= {weight: (wanted[weight][0], hidden), f"{linear}.layer_norm_weight": (hidden,)}
+    for linear in (PROJ, FC2):
+        if (weight := f"{linear}.weight") in wanted:
+            wanted[weight] = (hidden, wanted[weight][1])
+    expected: dict[str, tuple[int, ...]] = {layers.top[FINAL_NORM]: (hidden,)}
+    if HEAD in layers.top:
+        expected[layers.top[HEAD]] = embedding.shape
+    for sublayer in (sublayer for layer in layers.layers for sublayer in layer):
+        expected |= {name: wanted[role] for role, name in sublayer.names.items() if role in wanted}
+    for name, shape in expected.items():
+        found = source.tensors[name]
+        if found.shape != shape:
+            raise CherryError(f"{source.folder}: {name} is {list(found.shape)}, not {list(shape)} like the rest")
+    for name, found in source.model.items():
+        if found.dtype != embedding.dtype:
+            raise CherryError(f"{source.folder}: {name} is {found.dtype}, but {embedding.name} {embedding.dtype}")
+
+
+_OF_LOOPS = {role for roles in LOOPED.values() for role in roles}
+
+
+def check_layers(source: Checkpoint, layers: Source, recurrence: Recurrence) -> None:
+    """A checkpoint has the stored layers of a recurrence, and what it has of each loop for all of them.
+
+    Raises:
+        CherryError: if not.
+    """
+    pattern = recurrence.parsed
+    if len(layers.layers) != len(pattern.layers):
+        raise CherryError(
+            f"{source.folder} holds {len(layers.layers)} layers, recurrence.pattern {len(pattern.layers)}; "
+            "name the configuration that it was trained with"
+        )
+    for layer, symbols in enumerate(pattern.layers):
+        for place, symbol in enumerate(symbols):
+            _check_loops(source, member(source, layers, layer, place, symbols), symbol, recurrence)
+
+
+def _check_loops(source: Checkpoint, names: dict[str, str], symbol: str, recurrence: Recurrence) -> None:
+    """What a layer has of each loop is there for as many loops as the configuration says."""
+    hidden = source.tensors[names[ROLES[symbol][0]]].shape[0]
+    for role in LOOPED[symbol]:
+        if role not in names:
+            continue
+        shape = source.tensors[names[role]].shape
+        found = shape[0] // hidden if role in LOOP_SCALES[symbol] else shape[0]
+        if role.endswith(LOOP_A) and shape[1] != recurrence.loop_rank:
+            raise CherryError(
+                f"{source.folder}: {names[role]} has rank {shape[1]}, recurrence.loop_rank is "
+                f"{recurrence.loop_rank}; name the configuration that it was trained with"
+            )
+        if found != recurrence.parsed.loops:
+            what = "corrections" if role.endswith((LOOP_A, LOOP_B)) else "vectors"
+            raise CherryError(
+                f"{source.folder}: {names[role]} has {what} of {found} loops, recurrence.pattern of "
+                f"{recurrence.parsed.loops}; name the configuration that it was trained with"
+            )

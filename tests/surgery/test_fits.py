@@ -1,0 +1,131 @@
+"""What a checkpoint says of itself is held against the configuration: by tensors, by arguments, by its record."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cherry_megatron.errors import CherryError
+from cherry_megatron.surgery import compress
+from cherry_megatron.surgery.fits import heads_of
+from tests.surgery.conftest import GROUPS, HEADS, SIZE, model_tensors, save
+
+OPTIONS = compress.Options()
+TRAINED = {
+    "num_attention_heads": HEADS, "group_query_attention": True, "num_query_groups": GROUPS, "kv_channels": SIZE,
+    "position_embedding_type": "rope", "normalization": "RMSNorm", "rotary_percent": 1.0, "window_size": None,
+}  # fmt: skip
+# One head more or less, with the size of each so that the tensors have the same shapes.
+OTHER = {
+    "heads": ({"num_attention_heads": 3, "num_query_groups": 1, "kv_channels": 8}, "num-attention-heads is 6, but"),
+    "groups": ({"group_query_attention": False, "num_query_groups": 1}, "num-query-groups is 2, but"),
+    "size": ({"kv_channels": 8}, "kv-channels is 4, but"),
+    "rotary-base": ({"rotary_base": 500000}, "rotary-base is 10000, but"),
+    "norm-epsilon": ({"layernorm_epsilon": 1e-6}, "norm-epsilon is 1e-05, but"),
+    "window": ({"window_size": (128, 0)}, "window-size is None, but"),
+    "interleaved": ({"rotary_interleaved": True}, "rotary-interleaved is False, but"),
+    "positions": ({"position_embedding_type": "none"}, "position_embedding_type 'none'; layers here have 'rope'"),
+    "part-of-a-head": ({"rotary_percent": 0.25}, "rotary_percent 0.25"),
+    "norms": ({"normalization": "LayerNorm"}, "normalization 'LayerNorm'"),
+    "norms-around-one": ({"layernorm_zero_centered_gamma": True}, "layernorm_zero_centered_gamma True"),
+    "gate": ({"quick_geglu": True}, "quick_geglu True"),
+    "layers": ({"hybrid_layer_pattern": "*-" * 9}, r"holds 8 layers \(16 sublayers\), .* by a training of 18"),
+    "layers-of-a-gpt": ({"hybrid_layer_pattern": None, "num_layers": 9}, "by a training of 9"),
+}  # fmt: skip
+
+
+def test_what_it_was_trained_with_fits(tmp_path, config):
+    for folder, more in (
+        ("a", {}),
+        ("b", {"hybrid_layer_pattern": None, "num_layers": 8}),
+        ("c", {"num_layers": None}),
+    ):
+        save(tmp_path / folder, model_tensors(8), **{**TRAINED, **more})
+        compress.plan_compression(tmp_path / folder, config(), (), OPTIONS)
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_another_function_of_the_same_tensors_is_refused(name, tmp_path, config):
+    arguments, says = OTHER[name]
+    save(tmp_path / "deep", model_tensors(8), **{**TRAINED, **arguments})
+    with pytest.raises(CherryError, match=says):
+        compress.plan_compression(tmp_path / "deep", config(), (), OPTIONS)
+
+
+def short(tensors, end, place=0):
+    """Take the last row, or with `place` 1 the last column."""
+    name = next(name for name in reversed(tensors) if name.endswith(end))
+    tensors[name] = tensors[name].narrow(place, 0, tensors[name].shape[place] - 1).clone()
+
+
+SHAPES = {
+    "attention-norm": lambda t: short(t, "linear_qkv.layer_norm_weight"),
+    "all-mlp-norms": lambda t: t.update({n: v[:-1].clone() for n, v in t.items() if "fc1.layer_norm" in n}),
+    "projection": lambda t: short(t, "linear_proj.weight", 1),
+    "second-linear": lambda t: short(t, "linear_fc2.weight"),
+    "final-norm": lambda t: short(t, "final_norm.weight"),
+    "head": lambda t: short(t, "output_layer.weight"),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_tensor_of_another_size_is_named(name, tmp_path, config):
+    tensors = model_tensors(8)
+    SHAPES[name](tensors)
+    save(tmp_path / "deep", tensors)
+    with pytest.raises(CherryError, match=r"is \[.*\], not \[.*\] like the rest"):
+        compress.plan_compression(tmp_path / "deep", config(), (), OPTIONS)
+
+
+def test_types_that_differ_between_groups_are_refused(tmp_path, config):
+    tensors = model_tensors(8)
+    first = ("decoder.layers.0.", "decoder.layers.1.", "decoder.layers.2.", "decoder.layers.3.")
+    tensors |= {name: tensor.bfloat16() for name, tensor in tensors.items() if name.startswith(first)}
+    save(tmp_path / "deep", tensors)
+    with pytest.raises(CherryError, match=r"is bfloat16, but embedding.word_embeddings.weight float32"):
+        compress.plan_compression(tmp_path / "deep", config(), (), OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("megatron", "says"),
+    [
+        ({"num-query-groups": "two"}, "set megatron.num-query-groups to a positive number"),
+        ({"num-query-groups": 0}, "set megatron.num-query-groups to a positive number"),
+        ({"num-query-groups": 4}, "4 does not divide the 6 heads"),
+        ({"num-attention-heads": None}, "set megatron.num-attention-heads to a positive number"),
+    ],
+)
+def test_heads_that_cannot_be_are_refused(megatron, says):
+    given = {"num-attention-heads": HEADS, "group-query-attention": True, "num-query-groups": GROUPS, **megatron}
+    with pytest.raises(CherryError, match=says):
+        heads_of(Path("it.yaml"), given, 24)
+
+
+@pytest.mark.parametrize(("key", "value"), [("injection", "add"), ("order", "sequence")])
+def test_a_dense_equivalent_of_another_walk_is_refused(key, value, tmp_path, config):
+    """The record of the checkpoint has it, and no tensor shows it."""
+    save(tmp_path / "deep", model_tensors(4))
+    walked = config(recurrence={"pattern": "*-[*-]x2*-", key: value})
+    compress.plan_compression(tmp_path / "deep", walked, (), OPTIONS).run(tmp_path / "small", 2)
+    path = config(recurrence={"pattern": "*-[*-]x2*-"})
+    with pytest.raises(CherryError, match=rf"recurrence.{key} is \w+, but .* was trained with {value}; set it so"):
+        compress.plan_expansion(tmp_path / "small", path, ())
+    loops = config(recurrence={"pattern": "*-[*-]x2*-", key: value, "loops": 1})
+    if key == "order":
+        compress.plan_expansion(tmp_path / "small", loops, ())  # fewer loops may be meant
+
+
+def test_the_record_has_the_configuration_that_made_it(tmp_path, config):
+    save(tmp_path / "deep", model_tensors(8))
+    options = compress.Options(method="random", seed=3)
+    overrides = ["megatron.init-method-std=0.5"]
+    compress.plan_compression(tmp_path / "deep", config(), overrides, options).run(tmp_path / "small", 2)
+    record = json.loads((tmp_path / "small/iter_0000000/lineage.json").read_text())
+    assert record["settings"]["megatron"]["init-method-std"] == 0.5
+    assert record["settings"]["megatron"]["hidden-size"] == 24
+
+
+def test_layers_in_no_group_are_named(tmp_path, config):
+    save(tmp_path / "deep", model_tensors(8))
+    lines = compress.plan_compression(tmp_path / "deep", config(), (), compress.Options(groups="0,1,2+4,7")).lines
+    assert "in none     3, 5, 6" in lines
