@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cherry_megatron.data.tokenizer import fingerprint
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.options import Recurrence
 from cherry_megatron.storage.checkpoint import Checkpoint
@@ -113,4 +112,6 @@ def tokenizer_of(checkpoint: Checkpoint) -> str | None:
     folder = checkpoint.arguments().get("tokenizer_model")
     if folder is None or not (Path(folder) / "tokenizer.json").is_file():
         return None
+    from cherry_megatron.data.tokenizer import fingerprint  # a library that surgery mostly does without
+
     return fingerprint(Path(folder))
