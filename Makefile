@@ -17,6 +17,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml tools/find_python.sh
 	$$(sh tools/find_python.sh) -m venv $(VENV)
 	$(PY) -m pip install -q --upgrade pip
+	@echo "installing into $(VENV): some minutes"
 	$(PY) -m pip install -q -e '.[dev]'
 	@# The demo's text: Korean documentation under Apache-2.0. Only its files are needed, not what it imports.
 	$(PY) -m pip install -q --no-deps portone-mcp-server==0.12.1

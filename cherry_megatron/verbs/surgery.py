@@ -45,7 +45,7 @@ def add_compress_depth(verbs: argparse._SubParsersAction) -> None:
         if arguments.expand:
             surgery = compress.plan_expansion(arguments.load, arguments.config, arguments.set)
         else:
-            groups = found.groups if found else arguments.groups or "adjacent"
+            groups = found.groups if found else "adjacent" if arguments.groups is None else arguments.groups
             options = compress.Options(
                 groups=groups, method=arguments.method, weights=tuple(arguments.weights), keep=arguments.keep,
                 align=arguments.align, calibration=arguments.calibration, optimizer=arguments.optimizer,
