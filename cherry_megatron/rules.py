@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cherry_megatron.errors import CherryError
 from cherry_megatron.expert_rules import EXPERT_DEFAULTS
-from cherry_megatron.flags import action_of
+from cherry_megatron.flags import action_of, check_name
 from cherry_megatron.section_rules import GRAPH, check_sections
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def fill_in(path: Path, values: Any) -> dict[str, Any]:
         if key in _FIXED and value != _FIXED[key][0]:
             wanted, why = _FIXED[key]
             raise CherryError(f"{path}: megatron.{key} must be {wanted}: {why}")
-        action_of(key, path)
+        check_name(key, path)
     fixed = {key: value for key, (value, _) in _FIXED.items()}
     # Megatron's check reads the loss back inside what a graph records.
     unchecked = {"no-check-for-nan-in-loss-and-grad": True} if given.get("cuda-graph-impl") == GRAPH else {}

@@ -7,7 +7,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from cherry_megatron.config import outline, outline_depths, read_with
+from cherry_megatron.config import outline, outline_depths, outline_mixture, read_with
 from cherry_megatron.errors import CherryError
 from cherry_megatron.files import new_folder
 from cherry_megatron.model.options import Recurrence
@@ -145,7 +145,7 @@ def plan_compression(
     Raises:
         CherryError: if something does not fit.
     """
-    recurrence, megatron = outline(config, overrides)
+    recurrence, megatron = _one_model(config, overrides)
     source = open_checkpoint(load)
     layers = source_layers(source)
     check_fit(source, layers, config, megatron)
@@ -182,6 +182,16 @@ def plan_compression(
     ]
     made = objects(source, pattern, moments, depths)
     return Surgery({"": source}, jobs, made, "compress-depth", details, lines)
+
+
+def _one_model(config: Path, overrides: Sequence[str]) -> tuple[Recurrence, dict[str, Any]]:
+    """The `outline` of a configuration that is not of a mixture."""
+    if outline_mixture(config, overrides) is not None:
+        raise CherryError(
+            f"{config}: cherry compress-depth writes one model, and moee makes a mixture; take moee out (cherry "
+            "assemble-moee makes one of single models)"
+        )
+    return outline(config, overrides)
 
 
 def _check_moments(options: Options, recurrence: Recurrence, more_depths: int) -> None:
@@ -234,7 +244,7 @@ def plan_expansion(load: Path, config: Path, overrides: Sequence[str]) -> Surger
         config: that it was trained with.
         overrides: as in `config.load`.
     """
-    recurrence, megatron = outline(config, overrides)
+    recurrence, megatron = _one_model(config, overrides)
     source = open_checkpoint(load)
     layers = source_layers(source, looped=True)
     check_fit(source, layers, config, megatron)

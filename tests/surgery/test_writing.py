@@ -223,10 +223,24 @@ def test_a_shard_that_is_gone_is_named(deep, capsys):
         (["--set", "megatron.norm-epsilon=1.0e-6"], "was trained with 1e-05; set it so"),
         (["--expand"], "holds 8 layers, recurrence.pattern 4"),
         (["--set", "recurrence.lops=3"], "did you mean 'loops'"),
+        (["--set", "megatron.hiden-size=24"], "unknown key megatron.hiden-size; did you mean 'hidden-size'"),
+        (["--set", "megatron.hidden-size=24.0"], "argument --hidden-size: invalid int value: '24.0'"),
+        (["--set", "megatron.train-iters=many"], "config.yaml: Megatron's flags: argument --train-iters: invalid"),
+        (["--set", "megatron.swiglu=1"], "megatron.swiglu is 1; it is a switch: use true or false"),
+        (["--set", "megatron.num-layers=4"], "megatron.num-layers follows from `recurrence.pattern`"),
+        (["--set", "megatron.normalization=LayerNorm"], "megatron.normalization must be RMSNorm"),
+        (["--set", "moee.experts=2"], "moee makes a mixture; take moee out"),
+        (["--set", "moee.experts=2", "--expand"], "moee makes a mixture; take moee out"),
+        (["--set", "evaluation.lops=3"], "unknown key evaluation.lops; did you mean 'loops'"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(deep, capsys, arguments, says):
     refused(deep, says, capsys, *arguments)
+
+
+def test_numbers_may_be_written_as_megatron_reads_them(deep):
+    """YAML takes 1e-5, without a point, for a text."""
+    assert main(command(deep, "--set", "megatron.norm-epsilon=1e-5", "--set", "megatron.hidden-size='24'")) == 0
 
 
 def test_a_target_that_is_there_is_not_touched(deep, capsys):
