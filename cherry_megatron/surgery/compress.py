@@ -13,7 +13,7 @@ from cherry_megatron.files import new_folder
 from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.pattern import Pattern
 from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint, together
-from cherry_megatron.storage.lineage import Manifest, parent, record
+from cherry_megatron.storage.lineage import Manifest, parent, read_lineage, record
 from cherry_megatron.storage.trained import check_walk
 from cherry_megatron.surgery.activations import open_calibration
 from cherry_megatron.surgery.align import Alignment
@@ -89,6 +89,9 @@ class Surgery:
         operation: for the lineage.
         details: likewise.
         lines: what `--dry-run` prints.
+
+    Raises:
+        CherryError: if the record of a part is damaged.
     """
 
     parts: dict[str, Checkpoint]
@@ -97,6 +100,10 @@ class Surgery:
     operation: str
     details: dict[str, Any]
     lines: list[str]
+
+    def __post_init__(self) -> None:
+        for part in self.parts.values():
+            read_lineage(part.folder)  # a damaged one is refused now, not when all is written
 
     @cached_property
     def source(self) -> Checkpoint:

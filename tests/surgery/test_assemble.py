@@ -91,7 +91,7 @@ def _three(folder: Path) -> None:
 
 def _record(folder: Path, number: int, **details: object) -> None:
     """What training has written beside a checkpoint."""
-    content = {"operation": "pretrain", "parents": [], **details}
+    content = {"operation": "pretrain", "identity": f"run{number}", "parents": [], **details}
     (folder / f"run{number}" / "iter_0000007" / "lineage.json").write_text(json.dumps(content))
 
 
