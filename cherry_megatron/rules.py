@@ -175,6 +175,12 @@ def _check_sizes(config: "Config") -> None:
             f"heads of size {config.shape.head_size} (megatron.kv-channels, or hidden-size / num-attention-heads) "
             "cannot be rotated; use an even number"
         )
+    groups = config.value("num-query-groups")
+    if groups != action_of("num-query-groups").default and not config.value("group-query-attention"):
+        raise CherryError(
+            f"megatron.num-query-groups {groups} does nothing without group-query-attention; set that to true, or "
+            "take num-query-groups out"
+        )
     if config.value("squared-relu") and config.value("swiglu"):
         raise CherryError("megatron.squared-relu and megatron.swiglu exclude each other; take one out")
 

@@ -1,6 +1,7 @@
 """`cherry compress-depth`: a deep checkpoint becomes one with few layers, or a recurrent one a dense one."""
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -180,7 +181,7 @@ def plan_compression(
     lines = [
         f"source      {source.folder}: {len(layers.layers)} layers",
         *(_describe(pattern, layer, mixed) for layer, mixed in enumerate(mixes)),
-        *_unused(len(layers.layers), groups),
+        *_uncommon(len(layers.layers), groups),
         f"method      {options.method}, corrections of rank {recurrence.loop_rank}, alignment {options.align}"
         + (f" of {calibration.tokens:,} tokens, {calibration.folder}" if calibration else ""),
         *([_tell(found)] if found else []),
@@ -291,9 +292,16 @@ def _describe(pattern: Pattern, layer: int, mixed: Mix) -> str:
     return f"layer {layer:<5} {part:<8} from {', '.join(map(str, mixed.members))}"
 
 
-def _unused(layers: int, groups: Sequence[tuple[int, ...]]) -> list[str]:
-    left = sorted(set(range(layers)).difference(*groups))
-    return [f"in none     {', '.join(map(str, left))}"] if left else []
+def _uncommon(layers: int, groups: Sequence[tuple[int, ...]]) -> list[str]:
+    """The source layers that are not in one group."""
+    times = Counter(layer for group in groups for layer in group)
+    none = [layer for layer in range(layers) if not times[layer]]
+    several = [layer for layer in range(layers) if times[layer] > 1]
+    return [
+        f"{name:<11} {', '.join(map(str, found))}"
+        for name, found in (("in none", none), ("in several", several))
+        if found
+    ]
 
 
 def _tell(found: Found) -> str:

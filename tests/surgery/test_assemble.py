@@ -174,6 +174,12 @@ def test_what_does_not_fit_is_refused(name, mixture, capsys):
     assert sorted(path.name for path in mixture.iterdir()) == before
 
 
+def test_no_mixture_is_written_into_a_run(mixture, capsys):
+    assert main(command(mixture, "run0", "run1", save="run1/mixture", more=("--dry-run",))) == 2
+    said = capsys.readouterr()
+    assert f"run1/mixture is inside {mixture}/run1, which is only read" in said.err and not said.out
+
+
 def test_a_record_that_agrees_is_no_obstacle(mixture):
     """Loops may be written into the pattern or beside it."""
     _walked({"pattern": "*-[*-*-]x2*-", "loops": 4})(mixture)
