@@ -26,7 +26,7 @@ import yaml
 from cherry_megatron import rules
 from cherry_megatron.data.shuffle import Shuffle
 from cherry_megatron.errors import CherryError
-from cherry_megatron.flags import action_of, megatron_arguments, nearest, parse_flags
+from cherry_megatron.flags import action_of, megatron_arguments, nearest, outline_values, parse_flags
 from cherry_megatron.model.options import Mixture, MultiToken, Recurrence
 from cherry_megatron.model.pattern import MOE
 from cherry_megatron.model.plan import Plan, make_plan
@@ -309,42 +309,45 @@ def load(path: Path, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -
         raise CherryError(f"{path}: `run` must name the run's folder{said}, e.g. run: runs/{path.stem}")
     if not isinstance(given, list) or not all(isinstance(flag, str) for flag in given):
         raise CherryError(f'{path}: `flags` must be a list of texts, e.g. flags: ["--seed", "7"]')
-    sections = {
-        name: section_of(path, name, cls, data.get(name, {}))
-        for name, cls in _SECTIONS.items()
-        if name not in _OPTIONAL or data.get(name) is not None
-    }
     megatron = rules.fill_in(path, data.get("megatron", {}))
-    config = Config(path, Path(run), megatron=megatron, flags=(*given, *flags), **sections)
+    config = Config(path, Path(run), megatron=megatron, flags=(*given, *flags), **_sections(path, data))
     rules.check(config)
     return config
 
 
+def _sections(path: Path, data: dict[str, Any]) -> dict[str, Any]:
+    """All sections but `megatron`; an optional one that is not set is left out."""
+    return {
+        name: section_of(path, name, cls, data.get(name, {}))
+        for name, cls in _SECTIONS.items()
+        if name not in _OPTIONAL or data.get(name) is not None
+    }
+
+
 def outline(path: Path, overrides: Sequence[str] = ()) -> tuple[Recurrence, dict[str, Any]]:
-    """A configuration's recurrence, and its `megatron` section as it stands.
+    """A configuration's recurrence, and its `megatron` section with the defaults of this project.
 
     For checkpoint surgery, which does without Megatron: its import takes longer than the work.
 
     Raises:
-        CherryError: as `load`, but Megatron's flags are not looked at.
+        CherryError: as `load`, but of Megatron's flags names and types alone are looked at.
     """
     data = read_with(path, overrides)
-    flags = rules.by_flag(path, data.get("megatron", {}))
-    return section_of(path, "recurrence", Recurrence, data.get("recurrence", {})), flags
+    megatron, sections = rules.fill_in(path, data.get("megatron", {})), _sections(path, data)
+    try:
+        return sections["recurrence"], outline_values(megatron)
+    except CherryError as error:
+        raise CherryError(f"{path}: {error}") from None
 
 
 def outline_mixture(path: Path, overrides: Sequence[str] = ()) -> Mixture | None:
     """A configuration's mixture of models, likewise; None if it has none."""
-    section = read_with(path, overrides).get("moee")
-    if section is None:
-        return None
-    mixture: Mixture = section_of(path, "moee", Mixture, section)
-    return mixture
+    return _sections(path, read_with(path, overrides)).get("moee")
 
 
 def outline_depths(path: Path, overrides: Sequence[str] = ()) -> int:
     """A configuration's depths of multi-token prediction, likewise."""
-    section: MultiToken = section_of(path, "mtp", MultiToken, read_with(path, overrides).get("mtp", {}))
+    section: MultiToken = _sections(path, read_with(path, overrides))["mtp"]
     return section.depths
 
 

@@ -160,6 +160,8 @@ def refuse_taken(save: Path) -> None:
     Raises:
         CherryError: if there is.
     """
+    if save.is_symlink():
+        raise CherryError(f"{save} is a symbolic link, which no folder replaces; name the folder that it leads to")
     if _is_taken(save):
         raise CherryError(f"{save} exists and is not empty; choose another folder or remove it")
     if save.exists() and save.samefile("."):

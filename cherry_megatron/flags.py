@@ -1,4 +1,9 @@
-"""Megatron's flags: their names as its own parser has them, and values from and to its command line."""
+"""Megatron's flags: their names as its own parser has them, and values from and to its command line.
+
+megatron_flags.txt names all of them with what each takes, for checkpoint surgery: the import of Megatron's parser
+takes longer than the work. It is made from that parser, and made anew for another release of Megatron, by
+`python -m cherry_megatron.flags`; a test holds the two together.
+"""
 
 import argparse
 import difflib
@@ -22,6 +27,15 @@ class _Parser(argparse.ArgumentParser):
         raise CherryError(f"Megatron's flags: {message}")
 
 
+TABLE = Path(__file__).with_name("megatron_flags.txt")
+_NUMBERS: dict[str, Any] = {"int": int, "float": float}
+# What the table says of a flag -> how argparse declares it.
+_DECLARED: dict[str, dict[str, Any]] = {
+    "switch": {"action": "store_true"}, "value": {}, "values": {"nargs": "*"},
+    **{name: {"type": kind} for name, kind in _NUMBERS.items()},
+}  # fmt: skip
+
+
 @cache
 def _parser() -> argparse.ArgumentParser:
     from megatron.training.arguments import add_megatron_arguments
@@ -29,14 +43,60 @@ def _parser() -> argparse.ArgumentParser:
     return add_megatron_arguments(_Parser(allow_abbrev=False, add_help=False))
 
 
-def action_of(flag: str, path: Path | None = None) -> argparse.Action:
+@cache
+def _outline() -> argparse.ArgumentParser:
+    """A parser of the same names that knows switches, numbers and the rest, without Megatron."""
+    parser = _Parser(allow_abbrev=False, add_help=False)
+    for line in TABLE.read_text(encoding="utf-8").splitlines():
+        flag, kind = line.split()
+        parser.add_argument(f"--{flag}", dest=flag, **_DECLARED[kind])
+    return parser
+
+
+def table_of_flags() -> str:
+    """The content of megatron_flags.txt, from Megatron's parser."""
+    options = sorted(_parser()._option_string_actions.items())
+    return "".join(f"{option.removeprefix('--')} {_kind(action)}\n" for option, action in options)
+
+
+def _kind(action: argparse.Action) -> str:
+    if action.nargs is not None:
+        return "values" if action.nargs else "switch"
+    return next((name for name, kind in _NUMBERS.items() if action.type is kind), "value")
+
+
+def action_of(flag: str) -> argparse.Action:
     """Megatron's definition of a flag."""
-    options = _parser()._option_string_actions
+    check_name(flag)
+    return _parser()._option_string_actions[f"--{flag}"]
+
+
+def check_name(flag: str, path: Path | None = None) -> None:
+    """See that Megatron has a flag.
+
+    Args:
+        flag: its name.
+        path: the file that has it as a key of `megatron`; None if it is from a command line.
+
+    Raises:
+        CherryError: with the nearest name.
+    """
+    options = _outline()._option_string_actions
     if f"--{flag}" not in options:
         known = [option.removeprefix("--") for option in options]
         where = f"{path}: unknown key megatron.{flag}" if path else f"unknown Megatron flag --{flag}"
         raise CherryError(f"{where}{nearest(flag, known)}")
-    return options[f"--{flag}"]
+
+
+def outline_values(values: dict[str, Any]) -> dict[str, Any]:
+    """A `megatron` section with its numbers as Megatron reads them, without its import.
+
+    Raises:
+        CherryError: naming a value that is not of the flag's type.
+    """
+    found = vars(_outline().parse_args(megatron_arguments(values)))
+    numbers = {action.dest for action in _outline()._actions if action.type is not None}
+    return {flag: found[flag] if flag in numbers else value for flag, value in values.items()}
 
 
 def flags_starting(words: str) -> list[str]:
@@ -48,7 +108,8 @@ def megatron_arguments(values: dict[str, Any]) -> list[str]:
     """Flags and values as Megatron's command line has them."""
     arguments: list[str] = []
     for key, value in values.items():
-        nargs = action_of(key).nargs
+        check_name(key)
+        nargs = _outline()._option_string_actions[f"--{key}"].nargs
         takes_value = nargs != 0
         if isinstance(value, bool) and not takes_value:
             arguments += [f"--{key}"] if value else []
@@ -73,3 +134,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
         action_of(flag)
         raise CherryError(f"Megatron's flags: do not know what to do with {unknown[0]!r}")
     return known
+
+
+if __name__ == "__main__":
+    TABLE.write_text(table_of_flags(), encoding="utf-8")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cherry_megatron.errors import CherryError
 from cherry_megatron.expert_rules import EXPERT_DEFAULTS
-from cherry_megatron.flags import action_of
+from cherry_megatron.flags import action_of, check_name
 from cherry_megatron.section_rules import GRAPH, check_sections
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def fill_in(path: Path, values: Any) -> dict[str, Any]:
         if key in _FIXED and value != _FIXED[key][0]:
             wanted, why = _FIXED[key]
             raise CherryError(f"{path}: megatron.{key} must be {wanted}: {why}")
-        action_of(key, path)
+        check_name(key, path)
     fixed = {key: value for key, (value, _) in _FIXED.items()}
     # Megatron's check reads the loss back inside what a graph records.
     unchecked = {"no-check-for-nan-in-loss-and-grad": True} if given.get("cuda-graph-impl") == GRAPH else {}
@@ -174,6 +174,12 @@ def _check_sizes(config: "Config") -> None:
         raise CherryError(
             f"heads of size {config.shape.head_size} (megatron.kv-channels, or hidden-size / num-attention-heads) "
             "cannot be rotated; use an even number"
+        )
+    groups = config.value("num-query-groups")
+    if groups != action_of("num-query-groups").default and not config.value("group-query-attention"):
+        raise CherryError(
+            f"megatron.num-query-groups {groups} does nothing without group-query-attention; set that to true, or "
+            "take num-query-groups out"
         )
     if config.value("squared-relu") and config.value("swiglu"):
         raise CherryError("megatron.squared-relu and megatron.swiglu exclude each other; take one out")

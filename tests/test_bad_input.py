@@ -38,6 +38,11 @@ CONFIGS = {
         "padded-vocab-size 514",
     ),
     "heads-do-not-divide-hidden": ({"megatron": {"num-attention-heads": 5}}, [], "not a multiple"),
+    "query-groups-alone": (
+        {"megatron": {"group-query-attention": False, "num-query-groups": 2}},
+        [],
+        "does nothing without group-query-attention",
+    ),
     "fixed-flag": ({"megatron": {"calculate-per-token-loss": False}}, [], "must be True"),
     "derived-flag": ({"megatron": {"num-layers": 6}}, [], "follows from `recurrence.pattern`"),
     "derived-trailing-flag": ({}, ["--", "--save", "x"], "follows from `run`"),

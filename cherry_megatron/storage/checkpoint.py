@@ -75,7 +75,7 @@ class Checkpoint:
         read_hashes: hashes of the chunks read so far, by tensor and chunk.
 
     Raises:
-        CherryError: if it is none, or a file that it names is missing or too short.
+        CherryError: if it is none.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -143,13 +143,18 @@ class Checkpoint:
             for place in (chunk.place for chunk in tensor.chunks):
                 ends[place.file] = max(ends.get(place.file, 0), place.offset + place.length)
         for file, end in ends.items():
-            path = self.folder / file
-            if not path.is_file():
-                raise CherryError(f"{path} is missing; restore the checkpoint")
-            if path.stat().st_size < end:
-                raise CherryError(
-                    f"{path} is truncated ({path.stat().st_size} of at least {end} bytes); restore the checkpoint"
-                )
+            self._check_file(file, end)
+
+    def _check_file(self, file: str, end: int) -> Path:
+        """The path of a file that reaches to `end` at least."""
+        path = self.folder / file
+        if not path.is_file():
+            raise CherryError(f"{path} is missing; restore the checkpoint")
+        if (size := path.stat().st_size) < end:
+            raise CherryError(
+                f"{path} is truncated: it has {size} bytes, and at least {end} by .metadata; restore the checkpoint"
+            )
+        return path
 
     def fetch(self, names: Iterable[str]) -> None:
         """Have the system read these tensors ahead, so that the disk works while the processor does."""
@@ -223,9 +228,7 @@ class Checkpoint:
         place = next((place for found, place in self.objects.items() if found.split("/")[0] == name), None)
         if place is None:
             raise CherryError(f"{self.folder} holds no {name}; name a checkpoint that Megatron-core 0.19 saved")
-        path = self.folder / place.file
-        if not path.is_file():
-            raise CherryError(f"{path} is missing; restore the checkpoint")
+        path = self._check_file(place.file, place.offset + place.length)
         try:
             with path.open("rb") as file:
                 return read_object(file, place.offset, place.length)

@@ -52,21 +52,58 @@ def identity(tensors: Manifest) -> str:
     return hashlib.sha256(manifest_text(tensors).encode()).hexdigest()
 
 
+# What every record has, what one that is among the parents of another has besides, and what one may have.
+_RECORD: dict[str, type[Any]] = {"operation": str, "identity": str, "parents": list}
+_PARENT: dict[str, type[Any]] = {"path": str}
+_DETAILS: dict[str, type[Any]] = {"role": str, "git": dict, "recurrence": dict, "expert": int}
+_NAMES: dict[type[Any], str] = {str: "a text", list: "a list", dict: "keys and values", int: "a number"}
+
+
 def read_lineage(folder: Path) -> dict[str, Any] | None:
     """The record of a checkpoint, or None if it has none.
 
     Raises:
-        CherryError: if it is damaged.
+        CherryError: if it is damaged, naming the first key of it or of an ancestor that is not what it should be.
     """
     path = folder / LINEAGE
     if not path.is_file():
         return None
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        found["operation"], found["parents"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise CherryError(f"{path} is damaged; restore the checkpoint") from None
+        _check(found, "", _RECORD)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CherryError(f"{path} is damaged ({error}); restore the checkpoint") from None
     return found
+
+
+def _check(entry: Any, place: str, kinds: dict[str, type[Any]]) -> None:
+    """See that a record and all in it have what the rest of this project reads.
+
+    Args:
+        entry: the record.
+        place: its key in the whole, with a point behind; nothing for the whole itself.
+        kinds: the keys that it must have, and their types.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    if not isinstance(entry, dict):
+        raise ValueError(f"{place.rstrip('.') or 'the whole'} is {_short(entry)}, not a record")
+    needed = {*kinds, "expert"} if entry.get("operation") == "extract-expert" else {*kinds}
+    for key, kind in (_DETAILS | kinds).items():
+        if (key in needed or key in entry) and not isinstance(entry.get(key), kind):
+            raise ValueError(f"{place}{key} is {_short(entry.get(key))}, not {_NAMES[kind]}")
+    settings = entry.get("config")
+    if isinstance(settings, dict) and not isinstance(settings.get("recurrence", {}), dict):
+        raise ValueError(f"{place}config.recurrence is {_short(settings['recurrence'])}, not {_NAMES[dict]}")
+    for number, before in enumerate(entry["parents"]):
+        _check(before, f"{place}parents[{number}].", _RECORD | _PARENT)
+
+
+def _short(value: Any) -> str:
+    """A value for a message; what is missing is null there."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def record(operation: str, tensors: Manifest, parents: list[dict[str, Any]], **details: Any) -> dict[str, Any]:

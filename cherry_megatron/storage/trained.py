@@ -11,8 +11,9 @@ from typing import Any
 
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.options import Recurrence
+from cherry_megatron.sections import section_of
 from cherry_megatron.storage.checkpoint import Checkpoint
-from cherry_megatron.storage.lineage import chain, read_lineage
+from cherry_megatron.storage.lineage import LINEAGE, chain, read_lineage
 
 # What of a recurrence decides what its weights compute; the number of loops may be meant to be another.
 WALK = ("pattern", "order", "injection")
@@ -54,7 +55,7 @@ def check_walk(source: Checkpoint, recurrence: Recurrence, config: Path, keys: C
     known = {key: value for key, value in trained.get("recurrence", {}).items() if key in (*WALK, "loops")}
     if not known or record["operation"] == "expand":  # whose record has the recurrence before it
         return
-    before = Recurrence(**known)
+    before: Recurrence = section_of(source.folder / LINEAGE, "recurrence", Recurrence, known)
     for key in keys:
         if _meaning(before, key) != _meaning(recurrence, key):
             raise CherryError(

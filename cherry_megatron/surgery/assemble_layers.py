@@ -134,7 +134,7 @@ def _common_ancestor(parts: Sequence[Checkpoint]) -> dict[str, Any]:
     lines: list[dict[str, dict[str, Any]]] = []
     for part in parts:
         record = read_lineage(part.folder)
-        if record is None or "identity" not in record:
+        if record is None:
             raise CherryError(
                 f"{part.folder} has no record of what it was made from (lineage.json), so a common ancestor cannot "
                 "be seen; name models that this project has saved"

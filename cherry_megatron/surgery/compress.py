@@ -1,19 +1,20 @@
 """`cherry compress-depth`: a deep checkpoint becomes one with few layers, or a recurrent one a dense one."""
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from cherry_megatron.config import outline, outline_depths, read_with
+from cherry_megatron.config import outline, outline_depths, outline_mixture, read_with
 from cherry_megatron.errors import CherryError
 from cherry_megatron.files import new_folder
 from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.pattern import Pattern
 from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint, together
-from cherry_megatron.storage.lineage import Manifest, parent, record
+from cherry_megatron.storage.lineage import Manifest, parent, read_lineage, record
 from cherry_megatron.storage.trained import check_walk
 from cherry_megatron.surgery.activations import open_calibration
 from cherry_megatron.surgery.align import Alignment
@@ -89,6 +90,9 @@ class Surgery:
         operation: for the lineage.
         details: likewise.
         lines: what `--dry-run` prints.
+
+    Raises:
+        CherryError: if the record of a part is damaged.
     """
 
     parts: dict[str, Checkpoint]
@@ -97,6 +101,10 @@ class Surgery:
     operation: str
     details: dict[str, Any]
     lines: list[str]
+
+    def __post_init__(self) -> None:
+        for part in self.parts.values():
+            read_lineage(part.folder)  # a damaged one is refused now, not when all is written
 
     @cached_property
     def source(self) -> Checkpoint:
@@ -145,7 +153,7 @@ def plan_compression(
     Raises:
         CherryError: if something does not fit.
     """
-    recurrence, megatron = outline(config, overrides)
+    recurrence, megatron = _one_model(config, overrides)
     source = open_checkpoint(load)
     layers = source_layers(source)
     check_fit(source, layers, config, megatron)
@@ -173,7 +181,7 @@ def plan_compression(
     lines = [
         f"source      {source.folder}: {len(layers.layers)} layers",
         *(_describe(pattern, layer, mixed) for layer, mixed in enumerate(mixes)),
-        *_unused(len(layers.layers), groups),
+        *_uncommon(len(layers.layers), groups),
         f"method      {options.method}, corrections of rank {recurrence.loop_rank}, alignment {options.align}"
         + (f" of {calibration.tokens:,} tokens, {calibration.folder}" if calibration else ""),
         *([_tell(found)] if found else []),
@@ -182,6 +190,16 @@ def plan_compression(
     ]
     made = objects(source, pattern, moments, depths)
     return Surgery({"": source}, jobs, made, "compress-depth", details, lines)
+
+
+def _one_model(config: Path, overrides: Sequence[str]) -> tuple[Recurrence, dict[str, Any]]:
+    """The `outline` of a configuration that is not of a mixture."""
+    if outline_mixture(config, overrides) is not None:
+        raise CherryError(
+            f"{config}: cherry compress-depth writes one model, and moee makes a mixture; take moee out (cherry "
+            "assemble-moee makes one of single models)"
+        )
+    return outline(config, overrides)
 
 
 def _check_moments(options: Options, recurrence: Recurrence, more_depths: int) -> None:
@@ -234,7 +252,7 @@ def plan_expansion(load: Path, config: Path, overrides: Sequence[str]) -> Surger
         config: that it was trained with.
         overrides: as in `config.load`.
     """
-    recurrence, megatron = outline(config, overrides)
+    recurrence, megatron = _one_model(config, overrides)
     source = open_checkpoint(load)
     layers = source_layers(source, looped=True)
     check_fit(source, layers, config, megatron)
@@ -274,9 +292,16 @@ def _describe(pattern: Pattern, layer: int, mixed: Mix) -> str:
     return f"layer {layer:<5} {part:<8} from {', '.join(map(str, mixed.members))}"
 
 
-def _unused(layers: int, groups: Sequence[tuple[int, ...]]) -> list[str]:
-    left = sorted(set(range(layers)).difference(*groups))
-    return [f"in none     {', '.join(map(str, left))}"] if left else []
+def _uncommon(layers: int, groups: Sequence[tuple[int, ...]]) -> list[str]:
+    """The source layers that are not in one group."""
+    times = Counter(layer for group in groups for layer in group)
+    none = [layer for layer in range(layers) if not times[layer]]
+    several = [layer for layer in range(layers) if times[layer] > 1]
+    return [
+        f"{name:<11} {', '.join(map(str, found))}"
+        for name, found in (("in none", none), ("in several", several))
+        if found
+    ]
 
 
 def _tell(found: Found) -> str:

@@ -78,6 +78,11 @@ def _check_configured(source: Checkpoint, layers: Source, config: Path, megatron
                 f"{config}: megatron.swiglu is {bool(megatron.get('swiglu'))}, but the source's "
                 f"{names[f'{FC1}.weight']} has {rows} rows for {neurons} neurons"
             )
+    if megatron.get("num-query-groups") is not None and not megatron.get("group-query-attention"):
+        raise CherryError(
+            f"{config}: megatron.num-query-groups {megatron['num-query-groups']} does nothing without "
+            "group-query-attention; set that to true, or take num-query-groups out"
+        )
     if "num-attention-heads" in megatron and f"{QKV}.weight" in names:
         _check_heads(source, names, config, megatron, hidden)
     for key, value in found.items():

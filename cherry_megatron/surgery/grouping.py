@@ -151,6 +151,12 @@ def _parse(part: str, layers: int, whole: str) -> tuple[int, ...]:
         if step < 1 or last < first or last >= layers:
             raise CherryError(f"--groups {whole!r}: {piece.strip()!r} is not within the layers 0-{layers - 1}")
         members += range(first, last + 1, step)
+    twice = next((layer for layer in members if members.count(layer) > 1), None)
+    if twice is not None:
+        raise CherryError(
+            f"--groups {whole!r}: {part.strip()!r} names layer {twice} twice; name it once (weights are given by "
+            "--method weighted)"
+        )
     return tuple(members)
 
 

@@ -30,8 +30,7 @@ def add_compress_depth(verbs: argparse._SubParsersAction) -> None:
         from cherry_megatron.surgery import compress
 
         found = None
-        if arguments.workers < 0:
-            raise CherryError(f"--workers {arguments.workers} is negative; 0 takes all cores")
+        _check_common(arguments.workers, arguments.save, [arguments.load])
         if arguments.expand:
             _refuse_beside_expand(arguments)
         if arguments.plan is None and arguments.budget is not None:
@@ -58,7 +57,9 @@ def add_compress_depth(verbs: argparse._SubParsersAction) -> None:
 
     parser = add_verb(verbs, "compress-depth", "average the layers of a checkpoint into few, without a GPU", run)
     parser.add_argument("--load", type=Path, required=True, help="a run's folder, or one of checkpoints")
-    parser.add_argument("--save", type=Path, required=True, help="folder to write, of the form that training loads")
+    parser.add_argument(
+        "--save", type=_new_folder, required=True, help="folder to write, of the form that training loads"
+    )
     parser.add_argument("--groups", help="adjacent (default), slots, or e.g. 0-7,8-36/4,...")
     parser.add_argument("--plan", choices=("search",), help="search: find the groups with the lowest loss on text")
     parser.add_argument("--budget", type=int, help="groupings that the search scores at most (default 64)")
@@ -84,8 +85,7 @@ def add_assemble_moee(verbs: argparse._SubParsersAction) -> None:
         from cherry_megatron.surgery import assemble, assemble_layers, compress
 
         seed = arguments.seed or 0
-        if arguments.workers < 0:
-            raise CherryError(f"--workers {arguments.workers} is negative; 0 takes all cores")
+        _check_common(arguments.workers, arguments.save, arguments.load)
         if seed < 0:
             raise CherryError(f"--seed {seed} is negative; use 0 or more")
         inside = MOE in outline(arguments.config, arguments.set)[0].parsed.symbols
@@ -111,12 +111,26 @@ def add_assemble_moee(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--load", type=Path, nargs="+", required=True, help="runs' folders, or of checkpoints: the experts in order"
     )
-    parser.add_argument("--save", type=Path, required=True, help="folder to write, of the form that training loads")
+    parser.add_argument(
+        "--save", type=_new_folder, required=True, help="folder to write, of the form that training loads"
+    )
     parser.add_argument("--seed", type=int, help="of the router's first weights (default 0)")
     parser.add_argument("--extract", type=int, metavar="E", help="the reverse: write expert E as a single model")
     parser.add_argument("--workers", type=int, default=0, help="processes (default: all cores)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, sizes and memory, and stop")
     add_config(parser, flags=False)
+
+
+def _check_common(workers: int, save: Path, loads: list[Path]) -> None:
+    """What compress-depth and assemble-moee refuse before they look at a checkpoint, `--dry-run` or not."""
+    from cherry_megatron.files import refuse_taken
+
+    if workers < 0:
+        raise CherryError(f"--workers {workers} is negative; 0 takes all cores")
+    refuse_taken(save)
+    for load in loads:
+        if save.resolve().is_relative_to(load.resolve()):
+            raise CherryError(f"--save {save} is inside {load}, which is only read; choose a folder beside it")
 
 
 def _refuse_beside_expand(arguments: argparse.Namespace) -> None:
@@ -132,7 +146,6 @@ def _refuse_beside_expand(arguments: argparse.Namespace) -> None:
 
 def _search(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     """What `--plan search` finds; refused before Megatron is imported if anything else does not go with it."""
-    from cherry_megatron.files import refuse_taken
     from cherry_megatron.surgery import compress
 
     if arguments.groups is not None:
@@ -148,8 +161,6 @@ def _search(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
         )
     if arguments.method != "average" or arguments.align != "none":
         raise CherryError("--plan search scores plain means; use it with --method average and --align none")
-    if not arguments.dry_run:
-        refuse_taken(arguments.save)
     options = compress.Options(
         align=arguments.align, calibration=arguments.calibration, optimizer=arguments.optimizer,
         seed=arguments.seed or 0,
@@ -163,6 +174,12 @@ def _search(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
 
     budget = 64 if arguments.budget is None else arguments.budget
     return find_groups(arguments.load, config, machine, budget, arguments.seed or 0)
+
+
+def _new_folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; name the folder to write")
+    return Path(text)
 
 
 def _numbers(text: str) -> list[float]:

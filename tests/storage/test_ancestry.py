@@ -2,13 +2,17 @@
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cherry_megatron.cli import main
 from cherry_megatron.errors import CherryError
-from cherry_megatron.storage.ancestry import describe
+from cherry_megatron.storage.ancestry import _at, _code, describe
+from cherry_megatron.storage.lineage import ancestors, chain, read_lineage
 from cherry_megatron.surgery import compress
 from tests.surgery.conftest import model_tensors, save
 
@@ -106,3 +110,95 @@ def test_a_manifest_that_is_not_the_records_is_noticed(family):
     path.write_text(json.dumps(content))
     with pytest.raises(CherryError, match="do not belong together"):
         describe(family / "smaller", verify=True)
+
+
+@pytest.fixture
+def alone(tmp_path) -> Path:
+    """A checkpoint of 4 layers without parents."""
+    return save(tmp_path / "deep", model_tensors(4))
+
+
+ONE = {"operation": "pretrain", "identity": "0" * 64, "path": "/none", "parents": []}
+WRONG = {
+    "list": ([ONE], 'the whole is [{"operation": "pretrain", '),
+    "number": (7, "the whole is 7, not a record"),
+    "no-parents": ({**ONE, "parents": None}, "parents is null, not a list"),
+    "parents-by-name": ({**ONE, "parents": {"a": 1}}, 'parents is {"a": 1}, not a list'),
+    "texts-as-parents": ({**ONE, "parents": ["a"]}, 'parents[0] is "a", not a record'),
+    "no-operation": ({"identity": "0", "parents": []}, "operation is null, not a text"),
+    "no-identity": ({"operation": "pretrain", "parents": []}, "identity is null, not a text"),
+    "identity": ({**ONE, "identity": 12}, "identity is 12, not a text"),
+    "parent-without-path": ({**ONE, "parents": [{**ONE, "path": None}]}, "parents[0].path is null, not a text"),
+    "grandparent": (
+        {**ONE, "parents": [ONE, {**ONE, "parents": [{**ONE, "identity": []}]}]},
+        "parents[1].parents[0].identity is [], not a text",
+    ),
+    "role": ({**ONE, "parents": [{**ONE, "role": 1}]}, "parents[0].role is 1, not a text"),
+    "code": ({**ONE, "git": "main"}, 'git is "main", not keys and values'),
+    "walk": ({**ONE, "recurrence": "*-"}, 'recurrence is "*-", not keys and values'),
+    "walk-of-a-training": ({**ONE, "config": {"recurrence": []}}, "config.recurrence is [], not keys and values"),
+    "no-expert": ({**ONE, "operation": "extract-expert"}, "expert is null, not a number"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_record_that_is_none_is_refused_before_any_work(name, alone, config, capsys):
+    content, says = WRONG[name]
+    path = alone / "iter_0000007/lineage.json"
+    path.write_text(json.dumps(content))
+    more = ["--save", alone.parent / "new", "--config", config(recurrence={"pattern": "*-[*-]x2"})]
+    for verb in (["lineage", alone], ["compress-depth", "--load", alone, *more]):
+        assert main([*map(str, verb)]) == 2
+        said = capsys.readouterr()
+        assert f"{path} is damaged ({says}" in said.err and said.err.count("\n") == 1 and not said.out, said
+    assert not (alone.parent / "new").exists()
+
+
+@pytest.mark.parametrize("text", ["", '{"operation":', "[" * 100_000, "\0"])
+def test_a_record_that_is_no_json_is_refused(text, alone, capsys):
+    path = alone / "iter_0000007/lineage.json"
+    path.write_text(text)
+    assert main(["lineage", str(alone)]) == 2
+    said = capsys.readouterr().err
+    assert f"{path} is damaged (" in said and said.count("\n") == 1
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.sampled_from(["", "a", "*-"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*ONE, "git", "config"]), inner),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=60)
+@given(
+    st.sampled_from([*ONE, "git", "config", "role", "expert", "recurrence", "time", "iteration"]),
+    JSON,
+    st.booleans(),
+)
+def test_whatever_a_record_holds_it_is_told_or_refused(key, value, of_parent):
+    """Everything that is read of a record that was not refused is of the type that its readers take."""
+    changed = {**ONE, key: value}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "lineage.json").write_text(
+            json.dumps({**ONE, "parents": [changed]} if of_parent else changed)
+        )
+        try:
+            found = read_lineage(Path(folder))
+        except CherryError:
+            return
+    for _, entry in chain(found):
+        assert " ".join([entry["operation"], entry["identity"][:12], entry.get("role", "")])
+        assert _code(entry) and _at(entry) is not None
+    for entry in ancestors(found):
+        assert len(entry["parents"]) >= 0
+
+
+@pytest.mark.parametrize(("key", "value"), [("pattern", 5), ("order", "backwards"), ("loops", "many")])
+def test_a_record_of_no_walk_is_one_sentence(key, value, alone, config, capsys):
+    path = alone / "iter_0000007/lineage.json"
+    path.write_text(json.dumps({**ONE, "recurrence": {"pattern": "*-[*-*-]x4*-", key: value}}))
+    arguments = ["--load", alone, "--save", alone.parent / "new", "--config", config()]
+    assert main([*map(str, ["compress-depth", "--expand", *arguments])]) == 2
+    said = capsys.readouterr().err
+    assert f"{path}: recurrence.{key} " in said and said.count("\n") == 1

@@ -91,7 +91,7 @@ def _three(folder: Path) -> None:
 
 def _record(folder: Path, number: int, **details: object) -> None:
     """What training has written beside a checkpoint."""
-    content = {"operation": "pretrain", "parents": [], **details}
+    content = {"operation": "pretrain", "identity": f"run{number}", "parents": [], **details}
     (folder / f"run{number}" / "iter_0000007" / "lineage.json").write_text(json.dumps(content))
 
 
@@ -172,6 +172,12 @@ def test_what_does_not_fit_is_refused(name, mixture, capsys):
     said = capsys.readouterr().err
     assert says in said and said.count("\n") == 1, said
     assert sorted(path.name for path in mixture.iterdir()) == before
+
+
+def test_no_mixture_is_written_into_a_run(mixture, capsys):
+    assert main(command(mixture, "run0", "run1", save="run1/mixture", more=("--dry-run",))) == 2
+    said = capsys.readouterr()
+    assert f"run1/mixture is inside {mixture}/run1, which is only read" in said.err and not said.out
 
 
 def test_a_record_that_agrees_is_no_obstacle(mixture):

@@ -176,7 +176,7 @@ def test_a_dry_run_writes_nothing(configuration, capsys):
 
 
 def _strangers(folder: Path) -> None:
-    record(folder / "run1", "run1", {"operation": "pretrain", "identity": "other", "parents": []})
+    record(folder / "run1", "run1", {**COMMON, "identity": "other"})
 
 
 def _taught(folder: Path) -> None:
@@ -186,9 +186,9 @@ def _taught(folder: Path) -> None:
 
 
 def _taken_from_one_mixture(folder: Path, *parents: dict[str, Any]) -> None:
-    run = {"operation": "pretrain", "parents": list(parents)}
+    run = {**COMMON, "parents": list(parents)}
     experts = [{**run, "identity": f"expert{number}", "role": f"experts.{number}"} for number in range(3)]
-    mixture = {"operation": "assemble-moee", "identity": "mixture", "parents": experts}
+    mixture = {**COMMON, "operation": "assemble-moee", "identity": "mixture", "parents": experts}
     for number in range(3):
         record(folder / f"run{number}", f"run{number}", mixture, operation="extract-expert", expert=number)
 

@@ -129,3 +129,13 @@ def test_layers_in_no_group_are_named(tmp_path, config):
     save(tmp_path / "deep", model_tensors(8))
     lines = compress.plan_compression(tmp_path / "deep", config(), (), compress.Options(groups="0,1,2+4,7")).lines
     assert "in none     3, 5, 6" in lines
+    assert not [line for line in lines if line.startswith("in several")]
+
+
+def test_layers_in_several_groups_are_named(tmp_path, config):
+    """Which `slots` needs where there are fewer layers than slots."""
+    save(tmp_path / "deep", model_tensors(8))
+    lines = compress.plan_compression(
+        tmp_path / "deep", config(), (), compress.Options(groups="0-1,1-4,4,5-7")
+    ).lines
+    assert "in several  1, 4" in lines

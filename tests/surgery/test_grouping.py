@@ -52,7 +52,9 @@ def test_slots_hold_every_layer_and_none_is_empty(layers, pattern, order):
     assert {layer for group in found for layer in group} == set(range(layers)) and all(found)
 
 
-@given(st.lists(st.lists(st.integers(0, 47), min_size=1, max_size=12).map(tuple), min_size=6, max_size=6))
+@given(
+    st.lists(st.lists(st.integers(0, 47), min_size=1, max_size=12, unique=True).map(tuple), min_size=6, max_size=6)
+)
 def test_groups_are_written_as_they_are_read(found):
     assert groups(groups_text(found)) == [list(group) for group in found]
 
@@ -70,6 +72,8 @@ def test_groups_are_written_short():
         ("a,b", "'a' is no run of layers"),
         ("7-0,1,2,3,4,5", "'7-0' is not within"),
         ("0-7/0,1,2,3,4,5", "'0-7/0' is not within"),
+        ("0,1+1,2,3,4,5", r"'1\+1' names layer 1 twice; name it once"),
+        ("0,1,2,3,4,2-8/3+5-6", r"'2-8/3\+5-6' names layer 5 twice"),
     ],
 )
 def test_groups_that_do_not_fit_are_refused(text, says):

@@ -16,7 +16,8 @@ import yaml
 from cherry_megatron import files
 from cherry_megatron.cli import main
 from cherry_megatron.storage.ancestry import describe
-from cherry_megatron.surgery import writing
+from cherry_megatron.storage.checkpoint import open_checkpoint
+from cherry_megatron.surgery import compress, writing
 from tests.surgery.conftest import model_tensors, save
 
 
@@ -195,6 +196,16 @@ def test_a_shard_that_is_cut_off_is_refused_before_anything_is_written(deep, cap
     refused(deep, f"{shard} is truncated", capsys)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.95])
+def test_a_file_that_ends_before_the_arguments_of_the_training_is_said_to(deep, capsys, share):
+    source = open_checkpoint(deep / "deep")
+    (place,) = source.objects.values()
+    shard, end = source.folder / place.file, place.offset + place.length
+    os.truncate(shard, place.offset + int(share * place.length))
+    size = shard.stat().st_size
+    refused(deep, f"{shard} is truncated: it has {size} bytes, and at least {end} by .metadata", capsys)
+
+
 def test_a_shard_that_is_gone_is_named(deep, capsys):
     shard = next((deep / "deep/iter_0000007").glob("*.distcp"))
     shard.unlink()
@@ -223,10 +234,60 @@ def test_a_shard_that_is_gone_is_named(deep, capsys):
         (["--set", "megatron.norm-epsilon=1.0e-6"], "was trained with 1e-05; set it so"),
         (["--expand"], "holds 8 layers, recurrence.pattern 4"),
         (["--set", "recurrence.lops=3"], "did you mean 'loops'"),
+        (["--set", "megatron.hiden-size=24"], "unknown key megatron.hiden-size; did you mean 'hidden-size'"),
+        (["--set", "megatron.hidden-size=24.0"], "argument --hidden-size: invalid int value: '24.0'"),
+        (["--set", "megatron.train-iters=many"], "config.yaml: Megatron's flags: argument --train-iters: invalid"),
+        (["--set", "megatron.swiglu=1"], "megatron.swiglu is 1; it is a switch: use true or false"),
+        (["--set", "megatron.num-layers=4"], "megatron.num-layers follows from `recurrence.pattern`"),
+        (["--set", "megatron.normalization=LayerNorm"], "megatron.normalization must be RMSNorm"),
+        (["--set", "moee.experts=2"], "moee makes a mixture; take moee out"),
+        (["--set", "moee.experts=2", "--expand"], "moee makes a mixture; take moee out"),
+        (
+            ["--set", "megatron.group-query-attention=false"],
+            "megatron.num-query-groups 2 does nothing without group-query-attention; set that to true",
+        ),
+        (["--set", "evaluation.lops=3"], "unknown key evaluation.lops; did you mean 'loops'"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(deep, capsys, arguments, says):
     refused(deep, says, capsys, *arguments)
+
+
+def test_numbers_may_be_written_as_megatron_reads_them(deep):
+    """YAML takes 1e-5, without a point, for a text."""
+    assert main(command(deep, "--set", "megatron.norm-epsilon=1e-5", "--set", "megatron.hidden-size='24'")) == 0
+
+
+TARGETS = {
+    "taken": (lambda folder: (folder / "small").write_text("mine"), "small", "small exists and is not empty"),
+    "link": (lambda folder: (folder / "small").symlink_to(folder / "other"), "small", "small is a symbolic link"),
+    "link-to-an-empty-folder": (
+        lambda folder: [(folder / "other").mkdir(), (folder / "small").symlink_to("other")],
+        "small",
+        "name the folder that it leads to",
+    ),
+    "inside-the-source": (None, "deep/small", "deep/small is inside"),
+    "inside-by-a-link": (lambda folder: (folder / "link").symlink_to("deep"), "link/small", "which is only read"),
+    "the-source": (None, "deep", "deep exists and is not empty"),
+}
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_target_that_cannot_be_is_refused_before_the_source_is_read(name, more, deep, capsys, monkeypatch):
+    prepare, target, says = TARGETS[name]
+    if prepare is not None:
+        prepare(deep)
+    monkeypatch.setattr(compress, "plan_compression", None)
+    refused(deep, says, capsys, "--save", str(deep / target), *more)
+
+
+@pytest.mark.parametrize("verb", ["compress-depth", "assemble-moee"])
+def test_a_target_without_a_name_is_refused(verb, deep, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([verb, "--load", str(deep / "deep"), "--config", str(deep / "config.yaml"), "--save", ""])
+    assert stopped.value.code == 2
+    assert "argument --save: it is empty; name the folder to write" in capsys.readouterr().err
 
 
 def test_a_target_that_is_there_is_not_touched(deep, capsys):
