@@ -112,5 +112,6 @@ def _saved_step(config: Config) -> int:
 def _surgery(folder: Path) -> Record:
     saved = saved_folder(folder)
     lineage = None if saved is None else read_lineage(newest(saved))
-    wanted = ("plan", "options", "moee", "experts", "seed")  # the first two of a compression, the others of a mixture
+    # The first two of a compression, the others of a mixture; its `seed` is the router's, not the task's.
+    wanted = ("plan", "options", "moee", "experts")
     return {key: lineage[key] for key in wanted if key in lineage} if lineage else {}
