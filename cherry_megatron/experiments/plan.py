@@ -9,7 +9,8 @@ stages:                                    # the first that is ready runs first
     set: {recurrence.pattern: "(*-)x48"}   # as --set
   averaged:
     verb: compress-depth
-    args: {load: "{parent}"}               # flags of the verb; {parent} is that stage's folder, of the same seed
+    args: {load: "{parent}"}               # flags of the verb; {parent} is that stage's folder, of the same seed.
+                                           # A flag that takes several values has a list
   recovered:
     label: plain average                   # for the report; default the stage's name
     verb: pretrain
@@ -38,7 +39,9 @@ from cherry_megatron.yaml_files import read_file
 
 FOLDER = Path("configs/experiments")
 # verb: what names its output, a flag or the key `run`.
-OUTPUTS = {"pretrain": "run", "evaluate": "run", "compress-depth": "save", "calibrate": "output"}
+OUTPUTS = {
+    "pretrain": "run", "evaluate": "run", "compress-depth": "save", "assemble-moee": "save", "calibrate": "output",
+}  # fmt: skip
 _KEYS = ("about", "config", "seeds", "stages")
 _STAGE_KEYS = ("label", "verb", "seeds", "config", "args", "set")
 _REFERENCE = re.compile(r"\{([^{}]*)\}")

@@ -76,7 +76,7 @@ def results(verb: str, folder: Path) -> Record:
         return _training(folder)
     if verb == "evaluate":
         return {"evaluations": read_evaluations(folder)}
-    if verb == "compress-depth":
+    if verb in ("compress-depth", "assemble-moee"):
         return _surgery(folder)
     return {}
 
@@ -92,6 +92,7 @@ def _training(run: Path) -> Record:
     model = together(account(config.recurrence, config.shape, sequence, config.moee, config.mtp.depths))
     return {
         "parameters": model.stored,
+        "active_parameters": model.active,
         "flops_per_token": model.flops,
         "tokens_per_step": batch * sequence,
         "steps": done,
@@ -111,4 +112,6 @@ def _saved_step(config: Config) -> int:
 def _surgery(folder: Path) -> Record:
     saved = saved_folder(folder)
     lineage = None if saved is None else read_lineage(newest(saved))
-    return {key: lineage[key] for key in ("plan", "options") if key in lineage} if lineage else {}
+    # The first two of a compression, the others of a mixture; its `seed` is the router's, not the task's.
+    wanted = ("plan", "options", "moee", "experts")
+    return {key: lineage[key] for key in wanted if key in lineage} if lineage else {}

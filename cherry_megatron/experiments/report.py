@@ -34,14 +34,24 @@ class Row:
         return self._same("parameters")
 
     @property
+    def active_parameters(self) -> int:
+        """Those that a token meets; records of before they were counted are of models without experts."""
+        return int(self.records[0].get("active_parameters", self.parameters))
+
+    @property
     def flops_per_token(self) -> float:
         """Of training."""
         return self._same("flops_per_token")
 
     @property
+    def steps(self) -> int:
+        """Of this stage."""
+        return int(self._same("steps"))
+
+    @property
     def tokens(self) -> int:
         """Trained on."""
-        return self._same("steps") * self._same("tokens_per_step")
+        return int(self.steps * self._same("tokens_per_step"))
 
     @property
     def flops(self) -> float:
@@ -70,6 +80,11 @@ class Row:
         last = self.records[0]["evaluations"][-1:]
         points = [(int(loops), self.final(loops)) for evaluation in last for loops in evaluation["losses"]]
         return [(loops, losses) for loops, losses in sorted(points) if losses]
+
+    def experts(self, iteration: int) -> list[list[float]]:
+        """The losses of each expert of a mixture of models after so many steps, by seed; empty if it is none."""
+        each = [_by_expert(record, iteration) for record in self.records]
+        return [_all([found.get(expert) for found in each]) for expert in sorted({*each[0]}, key=int)]
 
     def _same(self, key: str) -> Any:
         return self.records[0][key]
@@ -144,16 +159,19 @@ def _run(stage: Stage, record: Record) -> Run:
 
 def table(experiment: Experiment, records: dict[str, Record], rows: list[Row], compared: Compared) -> str:
     """The report as Markdown."""
+    experts = any(row.active_parameters != row.parameters for row in rows)
+    head = [
+        "stored parameters", *(["active parameters"] if experts else []), "GFLOP a token", "tokens",
+        "loss at step 0", "loss at step 0, 1 loop", "final loss", "final loss, 1 loop",
+    ]  # fmt: skip
     lines = [
         f"# {experiment.about}",
         "",
-        "| | stored parameters | GFLOP a token | tokens "
-        "| loss at step 0 | loss at step 0, 1 loop | final loss | final loss, 1 loop |",
-        "|---|---|---|---|---|---|---|---|",
-        *map(_line, rows),
+        *_markdown(head, [_cells(row, experts) for row in rows]),
         "",
         "Held-out loss in nats a token, mean ± standard deviation over seeds (their number). GFLOP a token: of "
         "training. Tokens: of this stage alone.",
+        *_mixtures(rows),
         *(["", "## Selective runs", "", *selective_table(compared.rows)] if compared.rows else []),
         *(line for problem in compared.problems for line in ("", f"Not compared: {problem}.")),
         *_missing(experiment, records),
@@ -162,15 +180,40 @@ def table(experiment: Experiment, records: dict[str, Record], rows: list[Row], c
     return "\n".join(lines) + "\n"
 
 
-def _line(row: Row) -> str:
-    cells = [
-        row.stage.label.replace("|", "\\|"),
+def _markdown(head: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a table whose first column has no name."""
+    lines = [f"| | {' | '.join(head)} |", f"|{'---|' * (1 + len(head))}"]
+    return [*lines, *(f"| {' | '.join(cells)} |" for cells in rows)]
+
+
+def _cells(row: Row, experts: bool) -> list[str]:
+    return [
+        _label(row),
         short(row.parameters),
+        *([short(row.active_parameters)] if experts else []),
         f"{row.flops_per_token / 1e9:.4g}",
         short(row.tokens),
         *map(spread, (row.at(0), row.at(0, "1"), row.final(), row.final("1"))),
     ]
-    return f"| {' | '.join(cells)} |"
+
+
+def _mixtures(rows: list[Row]) -> list[str]:
+    """What mixtures of models reach beside each of their experts, on the same text."""
+    steps = [(row, step) for row in rows for step in (0, row.steps) if row.experts(step)]
+    if not steps:
+        return []
+    most = max(len(row.experts(step)) for row, step in steps)
+    cells = []
+    for row, step in steps:
+        losses = [row.at(step), *row.experts(step)]
+        cells.append([_label(row), str(step), *map(spread, losses), *["-"] * (1 + most - len(losses))])
+    head = ["step", "mixture", *(f"expert {number}" for number in range(most))]
+    about = "Held-out loss. Where a sequence is seen by some of the experts, an expert's is over what it sees."
+    return ["", "## Mixtures and their experts", "", *_markdown(head, cells), "", about]
+
+
+def _label(row: Row) -> str:
+    return row.stage.label.replace("|", "\\|")
 
 
 def _missing(experiment: Experiment, records: dict[str, Record]) -> list[str]:
@@ -199,6 +242,14 @@ def _finished(stage: Stage, records: dict[str, Record]) -> list[Record]:
 def _loss(record: Record, evaluations: list[dict[str, Any]], loops: str | None = None) -> float | None:
     wanted = str(record["loops"]) if loops is None else loops
     return evaluations[0]["losses"].get(wanted) if evaluations else None
+
+
+def _by_expert(record: Record, iteration: int) -> dict[str, float]:
+    """Expert -> its loss with all loops after so many steps."""
+    found = [e for e in record["evaluations"] if e["iteration"] == iteration and "moee" in e]
+    reported = found[0]["moee"].get(str(record["loops"]), {}) if found else {}
+    start = "loss/"
+    return {name.removeprefix(start): loss for name, loss in reported.items() if name.startswith(start)}
 
 
 def _all(losses: list[float | None]) -> list[float]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from cherry_megatron.errors import CherryError
-from cherry_megatron.experiments.plan import Task
+from cherry_megatron.experiments.plan import OUTPUTS, Task
 from cherry_megatron.experiments.records import Records, results
 from cherry_megatron.versions import git_state
 
@@ -130,7 +130,7 @@ class Schedule:
 
     def _begin(self, task: Task, slot: Slot) -> None:
         self._put(task, slot, 0.0, finished=False)
-        if task.stage.verb in ("compress-depth", "calibrate") and (self._out / task.name).exists():
+        if OUTPUTS[task.stage.verb] != "run" and (self._out / task.name).exists():
             # It is there whole or not at all; what had begun it was killed before it could say so.
             self._end(task, slot, 0.0, "")
             return

@@ -1,4 +1,4 @@
-"""A whole experiment on the CPU: parent, averaged, recovered, and selective training beside the parent."""
+"""A whole experiment on the CPU: parent, averaged, recovered, a mixture of both, and selective training."""
 
 import json
 import os
@@ -27,6 +27,22 @@ EXPERIMENT = {
             "verb": "pretrain",
             "seeds": [7],
             "set": {"megatron.load": "{averaged}", "megatron.finetune": True},
+        },
+        "assembled": {
+            "verb": "assemble-moee",
+            "seeds": [7],
+            "args": {"load": ["{recovered}", "{averaged}"]},
+            "set": {"moee.experts": 2},
+        },
+        "mixture": {
+            "verb": "pretrain",
+            "seeds": [7],
+            "set": {
+                "megatron.load": "{assembled}",
+                "megatron.finetune": True,
+                "moee.experts": 2,
+                "moee.prefix": 8,
+            },
         },
         "random": {
             "verb": "pretrain",
@@ -83,9 +99,10 @@ def table(done) -> list[str]:
 def test_every_stage_is_run_and_recorded(done, records):
     path, output = done
     out = path.parent / "out"
-    assert "6 of 6 tasks are done, 0 failed" in output
+    assert "8 of 8 tasks are done, 0 failed" in output
     assert records.keys() == {
-        ("parent", 7), ("parent", 8), ("averaged", 7), ("recovered", 7), ("random", 7), ("random", 8)
+        ("parent", 7), ("parent", 8), ("averaged", 7), ("recovered", 7), ("random", 7), ("random", 8),
+        ("assembled", 7), ("mixture", 7),
     }  # fmt: skip
     assert all(record["finished"] and record["device"] == "CPU" for record in records.values())
     assert str(out) not in (out / "records.jsonl").read_text()
@@ -106,6 +123,24 @@ def test_the_report_reads_the_records(table):
     parent, recovered = table[4:6]
     assert parent.startswith("| parent | 115k | ") and parent.split(" | ")[3] == "1.54k"
     assert recovered.startswith("| plain average | ") and "| - |" not in recovered
+
+
+def test_a_mixture_is_assembled_and_reported_beside_its_experts(done, records, table):
+    assembled, mixture = records["assembled", 7], records["mixture", 7]
+    assert assembled["moee"]["experts"] == 2
+    assert "--load recovered/seed-7 averaged/seed-7 --save=assembled/seed-7 " in assembled["command"]
+    each = records["recovered", 7]["parameters"]
+    # The router: a vector of 64 for each of 512 words, 64 x 128 and 2 x 64 weights.
+    assert mixture["parameters"] == mixture["active_parameters"] == 2 * each + 64 * 512 + 64 * 128 + 2 * 64
+    start = mixture["evaluations"][0]
+    assert start["iteration"] == 0 and set(start["moee"]["3"]) >= {"loss/0", "loss/1"}
+    cells = [
+        f"{loss:.4f} (1)" for loss in (start["losses"]["3"], *(start["moee"]["3"][f"loss/{e}"] for e in (0, 1)))
+    ]
+    assert f"| mixture | 0 | {' | '.join(cells)} |" in table
+    # An expert is the run that it was, on other targets: those of the prefix are left out.
+    before = [records["recovered", 7]["evaluations"][step]["losses"]["3"] for step in (-1, 0)]
+    assert all(abs(start["moee"]["3"][f"loss/{e}"] - before[e]) < 0.2 for e in (0, 1))
 
 
 def test_what_the_report_of_selective_training_needs_is_recorded(records):

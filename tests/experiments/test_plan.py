@@ -6,9 +6,11 @@ import pytest
 import yaml
 
 from cherry_megatron.cli import check_arguments
-from cherry_megatron.config import outline
+from cherry_megatron.config import Config, load, outline, outline_mixture
 from cherry_megatron.errors import CherryError
-from cherry_megatron.experiments.plan import Experiment, Stage, find, read
+from cherry_megatron.experiments.plan import Experiment, Stage, Task, find, read
+from cherry_megatron.experiments.run import check
+from cherry_megatron.monitor.accounting import account, together
 
 BASE = {"run": "runs/x", "recurrence": {"pattern": "*-"}, "megatron": {"lr": 1e-3}}
 STAGES = {
@@ -175,3 +177,75 @@ def test_every_selective_stage_of_ours_has_its_full_one():
     selective = {(shared(stage), seed) for stage in stages for seed in stage.seeds if stage.set.get("sgt.alpha")}
     assert selective and selective <= full
     assert full - selective == {(shared(experiment.stages["reference"]), 1)}
+
+
+OURS = Path(__file__).parents[2] / "configs/experiments"
+
+
+@pytest.fixture
+def mixtures(monkeypatch) -> Experiment:
+    """Our experiment of mixtures, with the paths of its defaults."""
+    monkeypatch.delenv("CHERRY_SHARDS", raising=False)
+    monkeypatch.chdir(OURS.parents[1])
+    return read(OURS / "moee.yaml")
+
+
+def test_our_mixtures_can_be_trained_as_declared(mixtures):
+    check(mixtures, Path("o"))  # arguments, CUDA graphs, sections and sizes of every stage
+
+
+def test_our_mixtures_start_from_as_many_experts_as_they_have(mixtures):
+    stages = mixtures.stages
+    for stage in (stage for stage in stages.values() if stage.verb == "assemble-moee"):
+        of_it = [other for other in stages.values() if other.set.get("megatron.load") == f"{{{stage.name}}}"]
+        assert of_it, f"{stage.name} is assembled for nothing"
+        assert len(set(stage.args["load"])) == len(stage.args["load"])
+        for trained in (load_of(mixtures, other.name) for other in of_it):
+            models = trained.moee.experts if trained.moee else trained.value("num-experts")
+            assert models == len(stage.args["load"])
+            assert trained.mtp.depths == stage.set.get("mtp.depths", 0)
+            recurrence, megatron = outline(stage.config, Task(stage, 1).overrides(Path("o")))
+            assert recurrence == trained.recurrence and megatron.get("num-experts") == trained.value("num-experts")
+            assert outline_mixture(stage.config, Task(stage, 1).overrides(Path("o"))) == trained.moee
+
+
+def test_our_mixtures_are_compared_on_one_text(mixtures):
+    trained = {name: load_of(mixtures, name) for name, stage in mixtures.stages.items() if stage.verb == "pretrain"}
+    assert {config.prefix for config in trained.values()} == {64}
+    for key in ("valid-data-path", "seq-length", "padded-vocab-size"):
+        assert len({str(config.value(key)) for config in trained.values()}) == 1
+    assert len({config.evaluation for config in trained.values()}) == 1
+    # No expert has read what is held out, nor another's shard of the same number of experts.
+    read_by = {
+        name: {Path(path).name for path in config.value("train-data-path")} for name, config in trained.items()
+    }
+    four = ("ko-docs", "ko-reviews", "en-1", "en-2")
+    assert set().union(*(read_by[name] for name in four)) == read_by["ko"] | read_by["en"]
+    assert sum(len(read_by[name]) for name in four) == len(read_by["ko"]) + len(read_by["en"]) == 4
+    assert not any("held_out" in names for names in read_by.values())
+
+
+def test_the_dense_models_beside_our_mixtures_have_their_active_size_and_tokens(mixtures):
+    def active(name: str) -> int:
+        config = load_of(mixtures, name)
+        rows = account(config.recurrence, config.shape, config.value("seq-length"), config.moee, config.mtp.depths)
+        return together(rows).active
+
+    def steps(name: str) -> int:
+        return load_of(mixtures, name).value("train-iters")
+
+    for dense, mixture in (("dense-25", "models-2"), ("dense-9", "layers-4")):
+        layer = (active("dense-25") - active("dense-9")) / 16
+        assert abs(active(dense) - active(mixture)) <= layer / 2 + 1, f"{dense} is not the nearest to {mixture}"
+        experts = mixtures.stages[mixture].set["megatron.load"].strip("{}")
+        branches = [name.strip("{}") for name in mixtures.stages[experts].args["load"]]
+        assert steps(dense) == sum(map(steps, ("dense-48", "recovered", *branches, mixture)))
+        for branch in branches:
+            (more,) = [n for n, s in mixtures.stages.items() if s.set == {"megatron.load": f"{{{branch}}}"}]
+            assert steps(more) == steps(mixture) and set(mixtures.stages[more].seeds) == {1, 2, 3}
+    assert steps("unbranched") == steps("ko") + steps("models-2")
+
+
+def load_of(experiment: Experiment, name: str) -> Config:
+    stage = experiment.stage(name)
+    return load(stage.config, Task(stage, stage.seeds[0]).overrides(Path("o")))

@@ -64,8 +64,41 @@ def test_the_table_has_the_numbers_counted_by_hand(files, tmp_path):
         "| new | 1.5M | 0.009 | 20k | - | - | 6.0000 (1) | - |",
     ]
     text = "\n".join(lines)
+    assert lines[2].startswith("| | stored parameters | GFLOP a token |") and "Mixtures" not in text
     assert "averaged: not run." in text and "late: not run." in text and "new: seeds missing: 1, 3." in text
     assert "Trained on H100 in 2.00 hours together, commit abc." in text
+
+
+def test_a_mixture_stands_beside_its_experts(files, tmp_path):
+    def mixed(iteration: int, loss: float, experts: list[float]) -> dict:
+        shown = {f"loss/{number}": of_it for number, of_it in enumerate(experts)}
+        return {**evaluated(iteration, loss), "moee": {"2": {**shown, "load/0": 0.5}, "1": {"loss/0": 99.0}}}
+
+    path, records = files
+    experiment = yaml.safe_load(path.read_text())
+    experiment["stages"] |= {"two": {"verb": "pretrain", "label": "two | models"}, "ten": {"verb": "pretrain"}}
+    path.write_text(yaml.safe_dump(experiment, sort_keys=False))
+    lines = [
+        trained("two", 1, [mixed(0, 5.0, [6.0, 5.5]), mixed(10, 1.0, [1.0, 1.0]), mixed(20, 4.0, [4.5, 4.25])]),
+        trained("two", 2, [mixed(0, 6.0, [6.0, 6.5]), mixed(20, 5.0, [5.5, 5.25])]),
+        trained("ten", 1, [evaluated(0, 7.0), mixed(20, 3.0, [float(number) for number in range(11)])]),
+    ]
+    with records.open("a") as file:
+        file.write("".join(json.dumps({**line, "active_parameters": 1_100_000}) + "\n" for line in lines))
+    report(str(path), records, tmp_path / "report")
+    text = (tmp_path / "report/table.md").read_text()
+    assert text.splitlines()[2].startswith("| | stored parameters | active parameters | GFLOP a token |")
+    assert "| two \\| models | 1.5M | 1.1M | 0.009 |" in text
+    assert "| plain \\| average | 1.5M | 1.5M | 0.009 |" in text, "a record of before has no experts"
+    found = text[text.index("## Mixtures and their experts") :].splitlines()
+    assert found[2] == f"| | step | mixture | {' | '.join(f'expert {number}' for number in range(11))} |"
+    none = " | -" * 9
+    assert found[4:7] == [
+        # 0.7071 = 1 / sqrt(2), half of it for a difference of a half.
+        f"| two \\| models | 0 | 5.5000 ± 0.7071 (2) | 6.0000 ± 0.0000 (2) | 6.0000 ± 0.7071 (2){none} |",
+        f"| two \\| models | 20 | 4.5000 ± 0.7071 (2) | 5.0000 ± 0.7071 (2) | 4.7500 ± 0.7071 (2){none} |",
+        f"| ten | 20 | 3.0000 (1) | {' | '.join(f'{number}.0000 (1)' for number in range(11))} |",
+    ]
 
 
 def test_curves_are_those_of_the_seeds_evaluated_most_often(files):

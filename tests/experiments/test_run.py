@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,26 @@ def test_the_seed_can_be_an_argument(tmp_path):
     assert [records(path)[f"drawn/seed-{seed}"]["command"].count(f"--seed={seed}") for seed in (1, 2)] == [1, 1]
 
 
+MIXTURE = {
+    "verb": "assemble-moee",
+    "args": {"load": ["{parent}", "{branch}"], "seed": "{seed}"},
+    "set": {"moee.experts": 2},
+}
+
+
+def test_a_mixture_waits_for_all_of_its_experts(tmp_path):
+    branch = {"verb": "pretrain", "set": {"megatron.load": "{parent}"}}
+    mixture = {"verb": "pretrain", "set": {"megatron.load": "{mixed}", "moee.experts": 2, "moee.prefix": 8}}
+    path = write(tmp_path, {"mixture": mixture, "mixed": MIXTURE, "branch": branch, "parent": PARENT}, seeds=(3,))
+    status, printed = run(path, jobs_per_gpu=2)
+    assert status == 0
+    assert starts(printed) == ["parent/seed-3", "branch/seed-3", "mixed/seed-3", "mixture/seed-3"]
+    loads = json.loads((tmp_path / "out/mixed/seed-3/loads.json").read_text())
+    assert loads == [str(tmp_path / f"out/{name}/seed-3") for name in ("parent", "branch")]
+    command = "cherry assemble-moee --config * --load parent/seed-3 branch/seed-3 --save=mixed/seed-3 --seed=3"
+    assert fnmatch(records(path)["mixed/seed-3"]["command"], f"{command} --set moee.experts=2")
+
+
 def test_a_search_gets_a_folder_of_the_experiment(tmp_path):
     searched = {"verb": "compress-depth", "args": {"load": "{parent}", "plan": "search"}}
     path = write(tmp_path, {"parent": PARENT, "searched": searched})
@@ -181,12 +202,14 @@ def test_sigterm_stops_in_order(tmp_path):
 
 
 def test_surgery_that_was_not_recorded_is_taken_over(tmp_path):
-    path = write(tmp_path, {"parent": PARENT, "averaged": AVERAGED})
+    mixed = {**MIXTURE, "args": {"load": ["{parent}", "{parent}"]}}
+    path = write(tmp_path, {"parent": PARENT, "averaged": AVERAGED, "mixed": mixed})
     run(path)
     lines = [{**record, "finished": record["verb"] == "pretrain"} for record in records(path).values()]
     (tmp_path / "out/records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     status, printed = run(path)
-    assert status == 0 and starts(printed) == [] and records(path)["averaged/seed-1"]["finished"]
+    assert status == 0 and starts(printed) == []
+    assert all(records(path)[f"{stage}/seed-1"]["finished"] for stage in ("averaged", "mixed"))
 
 
 def _second(path: Path) -> tuple[int, str]:
@@ -209,11 +232,13 @@ def test_two_runners_are_refused(tmp_path):
         ({"verb": "pretrain", "set": {"megatron.train-itres": 3}}, "did you mean 'train-iters'"),
         ({"verb": "compress-depth"}, "the following arguments are required: --load"),
         ({"verb": "compress-depth", "args": {"load": "x", "align": "no"}}, "argument --align: invalid choice"),
+        ({**MIXTURE, "set": {"moee.exprets": 2}}, "unknown key moee.exprets; did you mean 'experts'"),
+        ({**MIXTURE, "set": {"moee.experts": 2, "mtp.depth": 1}}, "unknown key mtp.depth; did you mean 'depths'"),
         ({"verb": "pretrain", "config": "nowhere.yaml"}, "cannot read the configuration"),
     ],
 )
 def test_what_a_later_stage_would_be_refused_for_is_said_first(tmp_path, stage, says):
-    path = write(tmp_path, {"parent": PARENT, "bad": stage})
+    path = write(tmp_path, {"parent": PARENT, "branch": PARENT, "bad": stage})
     status, sentence = run(path)
     assert status == 2 and f"{path}, stage bad: " in sentence and says in sentence
     assert not (tmp_path / "out").exists()

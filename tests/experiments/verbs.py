@@ -1,5 +1,6 @@
 """Stands in for `cherry VERB` in the tests of the schedule: does nothing, in the form and the time that is asked.
 
+assemble-moee                    writes down what it was to load
 compress-depth --groups fail     ends with status 2
 compress-depth --groups sleep    takes its time
 evaluate, of 9 batches           leaves nothing
@@ -23,9 +24,15 @@ def main(verb: str, arguments: list[str]) -> int:
     config = yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text())
     for key, value in sets:
         section, _, name = key.rpartition(".")
-        (config[section] if section else config)[name] = yaml.safe_load(value)
+        (config.setdefault(section, {}) if section else config)[name] = yaml.safe_load(value)
     if verb == "calibrate":
         Path(flags["output"]).mkdir(parents=True)
+        return 0
+    if verb == "assemble-moee":
+        Path(flags["save"]).mkdir(parents=True)
+        loads = arguments[arguments.index("--load") + 1 :]
+        cut = next((i for i, text in enumerate(loads) if text.startswith("--")), len(loads))
+        Path(flags["save"], "loads.json").write_text(json.dumps(loads[:cut]))
         return 0
     if verb == "compress-depth":
         return compress(Path(flags["save"]), flags.get("groups", ""))
