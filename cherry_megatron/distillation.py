@@ -26,9 +26,8 @@ from cherry_megatron.model.mixture import mixture_of
 from cherry_megatron.model.plan import make_plan
 from cherry_megatron.shares import shares
 from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint
-from cherry_megatron.storage.trained import FUNCTION, check_walk, tokenizer_of
-from cherry_megatron.surgery.fits import check_fit, check_layers
-from cherry_megatron.surgery.layers import source_layers
+from cherry_megatron.storage.trained import FUNCTION, tokenizer_of
+from cherry_megatron.surgery.fits import check_model
 
 
 class Teacher:
@@ -160,10 +159,7 @@ def check_teacher(options: Distillation, student: Config) -> None:
         CherryError: naming the first thing that differs.
     """
     teacher, source = teacher_config(options, student), open_checkpoint(Path(options.load))
-    layers = source_layers(source, looped=True)
-    check_fit(source, layers, teacher.source, teacher.megatron)
-    check_layers(source, layers, teacher.recurrence)
-    check_walk(source, teacher.recurrence, teacher.source)
+    check_model(source, teacher.recurrence, teacher.source, teacher.all_flags)
     source.check(list(source.model))
     if student.value("tokenizer-type") == "HuggingFaceTokenizer" and student.value("tokenizer-model") is not None:
         ours, theirs = fingerprint(Path(student.value("tokenizer-model"))), tokenizer_of(source)

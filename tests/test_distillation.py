@@ -162,11 +162,19 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path, write_conf
     # Its checkpoint names both what its weights and what its losses come from.
     student_line, parent, teacher = describe(tmp_path / "copy/run", verify=False)
     assert "teacher pretrain step 5" in teacher and "teacher" not in student_line + parent
-    # The teacher's own settings hold for it, not the student's.
-    content["run"] = str(tmp_path / "other")
-    content["megatron"]["norm-epsilon"] = 0.5
-    path.write_text(yaml.safe_dump(content))
-    assert train(path, flags=flags)[0]["grad_norm"] > 1e-4
+
+
+def test_the_teachers_own_settings_hold_for_it(tmp_path, write_config, train):
+    """Teacher and student have the weights that the seed gives them."""
+    flags = "--train-iters 1 --lr-decay-iters 9 --lr-warmup-iters 0"
+    original = write_config(tmp_path / "original")
+    train(original, flags=f"{flags} --lr 0 --min-lr 0")
+    path = student(tmp_path / "copy", original, write_config, weight=1.0)
+    same, other = (
+        train(path, flags=f"{flags} --norm-epsilon {epsilon}", overrides=(f"run={tmp_path / str(epsilon)}",))
+        for epsilon in (1e-5, 0.5)
+    )
+    assert same[0]["grad_norm"] < 1e-5 and other[0]["grad_norm"] > 1e-4
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,7 @@ def plan_expansion(load: Path, config: Path, overrides: Sequence[str]) -> Surger
     check_fit(source, layers, config, megatron)
     depths = outline_depths(config, overrides)
     _check_depths(source, layers, config, depths, layers.depths == depths)
-    dense, jobs = expansion(source, layers, recurrence)
+    dense, jobs = expansion(source, layers, recurrence, config)
     check_walk(source, recurrence, config)
     source.check([name for job in jobs for name in job.reads])
     lines = [
