@@ -129,3 +129,18 @@ def test_layers_in_no_group_are_named(tmp_path, config):
     save(tmp_path / "deep", model_tensors(8))
     lines = compress.plan_compression(tmp_path / "deep", config(), (), compress.Options(groups="0,1,2+4,7")).lines
     assert "in none     3, 5, 6" in lines
+
+
+@pytest.mark.parametrize(("loops", "says"), [(0, "4 loops"), (3, "3 loops"), (1, None)])
+def test_a_source_that_was_walked_in_loops_is_refused(loops, says, tmp_path, config):
+    """Its tensors are those of four layers one after the other."""
+    save(tmp_path / "deep", model_tensors(4))
+    path, walked = config(recurrence={"pattern": "*-*-"}), f"recurrence={{pattern: '*-[*-*-]x4*-', loops: {loops}}}"
+    compress.plan_compression(tmp_path / "deep", path, (walked,), OPTIONS).run(tmp_path / "looped", 2)
+    if says is None:
+        compress.plan_compression(tmp_path / "looped", path, (), OPTIONS)
+        return
+    with pytest.raises(CherryError, match=rf"looped/iter_0000000 is a recurrent model already \(.*{says}.*\)"):
+        compress.plan_compression(tmp_path / "looped", path, (), OPTIONS)
+    compress.plan_expansion(tmp_path / "looped", path, (walked,)).run(tmp_path / "dense", 2)
+    compress.plan_compression(tmp_path / "dense", path, (), OPTIONS)
