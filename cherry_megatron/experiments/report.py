@@ -111,8 +111,8 @@ def _check_plotted(experiment: Experiment, name: str) -> None:
     if stage.verb != "pretrain":
         trainings = ", ".join(other.name for other in experiment.stages.values() if other.verb == "pretrain")
         raise CherryError(
-            f"--plot {name}: in {experiment.source} it is a stage of {stage.verb}, which has no losses; name some of "
-            f"{trainings}"
+            f"--plot {name}: in {experiment.source} it is a stage of {stage.verb}, which has no losses; name some "
+            f"of {trainings}"
         )
 
 
