@@ -23,7 +23,8 @@ from cherry_megatron.runs import checkpoint_to_load, own_checkpoints
 from cherry_megatron.storage.ancestry import parents_of, record_saved
 from cherry_megatron.storage.checkpoint import OPTIMIZER, TRACKER, Checkpoint, newest, open_checkpoint
 from cherry_megatron.storage.lineage import read_lineage
-from cherry_megatron.storage.trained import FUNCTION
+from cherry_megatron.storage.trained import FUNCTION, WALK, check_function, check_heads, check_walk
+from cherry_megatron.surgery.fits import check_model
 
 # What a run may not change once it has a checkpoint.
 _SHAPE = {
@@ -52,7 +53,7 @@ def unloadable(config: Config) -> list[str]:
     """Why the checkpoint to start from cannot be loaded, one sentence each.
 
     Raises:
-        CherryError: if there should be a checkpoint and is none.
+        CherryError: if there should be a checkpoint and is none, or it is not one of this model.
     """
     folder = checkpoint_to_load(config)
     if folder is None:
@@ -62,6 +63,7 @@ def unloadable(config: Config) -> list[str]:
     checkpoint = Checkpoint(folder)
     if other := _other_kind(config, checkpoint):
         return [f"megatron.load {folder} {other}"]
+    _check_model(config, checkpoint)
     found = _missing_depths(config, checkpoint)
     if config.value("finetune") or config.value("no-load-optim"):
         return found
@@ -70,6 +72,22 @@ def unloadable(config: Config) -> list[str]:
     return [
         f"megatron.load {folder} holds no optimizer state; set megatron.finetune: true to start from its weights"
     ]
+
+
+def _check_model(config: Config, checkpoint: Checkpoint) -> None:
+    """Weights of another run go on as the function that they were; Megatron looks at their sizes alone."""
+    # Experts are alike.
+    one = checkpoint.under(f"experts.{min(checkpoint.experts)}.") if checkpoint.experts else checkpoint
+    # What compression has made was never walked: how it will be is free.
+    compressed = (read_lineage(checkpoint.folder) or {}).get("operation") == "compress-depth"
+    walk = ("pattern",) if compressed else WALK
+    if not config.has_experts:
+        check_model(one, config.recurrence, config.source, config.all_flags, walk)
+        return
+    shape = config.shape
+    check_heads(one, config.source, shape.heads, shape.groups, shape.head_size)
+    check_function(one, config.source, config.all_flags)
+    check_walk(one, config.recurrence, config.source, walk)
 
 
 def _missing_depths(config: Config, checkpoint: Checkpoint) -> list[str]:

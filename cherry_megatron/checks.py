@@ -28,7 +28,7 @@ def obstacles(machine: Machine, config: Config) -> list[str]:
         if config.generation is not None:
             configured_prompts(config)
     except CherryError as error:
-        found.append(str(error))
+        found.append(str(error).removeprefix(f"{config.source}: "))  # which those who print it put in front
     return found
 
 

@@ -189,6 +189,12 @@ class Config:
         found = getattr(self._arguments, action_of(flag).dest)
         return default if found is None else found
 
+    @property
+    def all_flags(self) -> dict[str, Any]:
+        """The values of `megatron` and of `flags`, by flag, as Megatron's parser reads them."""
+        given = {flag.lstrip("-").split("=")[0] for flag in self.flags if flag.startswith("--")}
+        return {flag: self.value(flag) for flag in {*self.megatron, *given}}
+
     @cached_property
     def _arguments(self) -> argparse.Namespace:
         """All flags, as Megatron's parser reads them."""

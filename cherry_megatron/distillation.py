@@ -8,6 +8,8 @@ any layout. A mixture's experts are compared one by one, see model/mixture.py.
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,8 @@ from cherry_megatron.model.mixture import mixture_of
 from cherry_megatron.model.plan import make_plan
 from cherry_megatron.shares import shares
 from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint
-from cherry_megatron.storage.trained import FUNCTION, check_walk, tokenizer_of
-from cherry_megatron.surgery.fits import check_fit, check_layers
-from cherry_megatron.surgery.layers import source_layers
+from cherry_megatron.storage.trained import FUNCTION, tokenizer_of
+from cherry_megatron.surgery.fits import check_model
 
 
 class Teacher:
@@ -56,7 +57,8 @@ class Teacher:
         alone, _ = torch.distributed.new_subgroups(1)
         if mpu.is_pipeline_last_stage():
             self._model = _build(teacher_config(options, student), args, alone)
-            _load(self._model, open_checkpoint(Path(options.load)))
+            with _about("distillation.load"):  # hashes are seen here, because only here all of it is read
+                _load(self._model, open_checkpoint(Path(options.load)))
             self._model.requires_grad_(False).eval().to(torch.cuda.current_device())
 
     def see(self, student: torch.nn.Module, tokens: Tensor | None, position_ids: Tensor | None) -> None:
@@ -133,6 +135,15 @@ def _log_softmax(logits: Tensor, group: Any) -> Tensor:
     return logits - largest - total.log()
 
 
+@contextmanager
+def _about(key: str) -> Iterator[None]:
+    """Have refusals say of which key of the student's configuration they are."""
+    try:
+        yield
+    except CherryError as error:
+        raise CherryError(f"{key}: {error}") from None
+
+
 def teacher_config(options: Distillation, student: Config) -> Config:
     """The teacher's configuration, with the layout and the batch of the student.
 
@@ -142,12 +153,13 @@ def teacher_config(options: Distillation, student: Config) -> Config:
     same = ("tensor-model-parallel-size", "global-batch-size", "micro-batch-size", "seq-length")
     overrides = [f"megatron.{flag}={student.value(flag)}" for flag in same]
     overrides += [f"megatron.max-position-embeddings={student.value('max-position-embeddings')}"]
-    found = load(Path(options.config), [*overrides, "megatron.pipeline-model-parallel-size=1"])
-    found.require_one_model("distillation.config")
-    found.require_no_experts("distillation.config")
+    with _about("distillation.config"):
+        found = load(Path(options.config), [*overrides, "megatron.pipeline-model-parallel-size=1"])
+        found.require_one_model("a teacher")
+        found.require_no_experts("a teacher")
     if found.shape.vocabulary != student.shape.vocabulary:
         raise CherryError(
-            f"distillation.config {options.config} has a vocabulary of {found.shape.vocabulary}, the student one "
+            f"distillation.config: {options.config} has a vocabulary of {found.shape.vocabulary}, the student one "
             f"of {student.shape.vocabulary}; both must read the same tokens"
         )
     return found
@@ -159,17 +171,17 @@ def check_teacher(options: Distillation, student: Config) -> None:
     Raises:
         CherryError: naming the first thing that differs.
     """
-    teacher, source = teacher_config(options, student), open_checkpoint(Path(options.load))
-    layers = source_layers(source, looped=True)
-    check_fit(source, layers, teacher.source, teacher.megatron)
-    check_layers(source, layers, teacher.recurrence)
-    check_walk(source, teacher.recurrence, teacher.source)
-    source.check(list(source.model))
+    teacher = teacher_config(options, student)
+    with _about("distillation.load"):
+        source = open_checkpoint(Path(options.load))
+        source.check(list(source.model))
+    with _about("distillation.config"):
+        check_model(source, teacher.recurrence, teacher.source, teacher.all_flags)
     if student.value("tokenizer-type") == "HuggingFaceTokenizer" and student.value("tokenizer-model") is not None:
         ours, theirs = fingerprint(Path(student.value("tokenizer-model"))), tokenizer_of(source)
         if theirs not in (None, ours):
             raise CherryError(
-                f"distillation.load {source.folder} was trained with the tokenizer {theirs}, the student's is "
+                f"distillation.load: {source.folder} was trained with the tokenizer {theirs}, the student's is "
                 f"{ours} ({student.value('tokenizer-model')}); both must read the same tokens"
             )
 
@@ -216,7 +228,6 @@ def _load(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
         if found is None or found.shape != share.shape:
             has = "none" if found is None else f"one of {list(found.shape)}"
             raise CherryError(
-                f"distillation.load {checkpoint.folder}: the teacher wants {share.key} of "
-                f"{list(share.shape)}, there is {has}"
+                f"{checkpoint.folder}: the teacher wants {share.key} of {list(share.shape)}, there is {has}"
             )
         share.fill(found.dtype, checkpoint.read(share.key)[share.cut])

@@ -1,5 +1,6 @@
 """Learning from a teacher: the divergence against plain PyTorch, and the same training under every layout."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import yaml
 from torch.nn import functional as F
 
 from cherry_megatron.storage.ancestry import describe
+from cherry_megatron.storage.checkpoint import Place, open_checkpoint
 from tests.conftest import run_ranks
 from tests.test_bad_input import verb
 
@@ -97,6 +99,13 @@ def test_without_weight_it_is_plain_training_and_with_it_is_not(single, teacher,
     assert single[-1]["loss"] != plain[-1]["loss"] and single[0]["loss"] == plain[0]["loss"]
 
 
+def _flip(file: Path, place: Place) -> None:
+    """A bit in the middle of a tensor's values."""
+    data = bytearray(file.read_bytes())
+    data[place.offset + place.length // 2] ^= 1
+    file.write_bytes(data)
+
+
 def _refusals(paths: list[Path]) -> list[str]:
     """What is said of the teacher of each configuration."""
     from cherry_megatron.config import load
@@ -148,6 +157,9 @@ def test_a_teacher_is_what_its_configuration_says(teacher, tmp_path, write_confi
         strict=True,
     ):
         assert wanted in says, found
+    for says, name in zip(found[1:4], ("layers", "angles", "heads"), strict=True):
+        assert says.startswith(f"distillation.config: {tmp_path / f'{name}-teacher.yaml'}: ")
+    assert found[4].startswith(f"distillation.load: {teacher.parent}/run")
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path, write_config, train):
@@ -162,11 +174,19 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path, write_conf
     # Its checkpoint names both what its weights and what its losses come from.
     student_line, parent, teacher = describe(tmp_path / "copy/run", verify=False)
     assert "teacher pretrain step 5" in teacher and "teacher" not in student_line + parent
-    # The teacher's own settings hold for it, not the student's.
-    content["run"] = str(tmp_path / "other")
-    content["megatron"]["norm-epsilon"] = 0.5
-    path.write_text(yaml.safe_dump(content))
-    assert train(path, flags=flags)[0]["grad_norm"] > 1e-4
+
+
+def test_the_teachers_own_settings_hold_for_it(tmp_path, write_config, train):
+    """Teacher and student have the weights that the seed gives them."""
+    flags = "--train-iters 1 --lr-decay-iters 9 --lr-warmup-iters 0"
+    original = write_config(tmp_path / "original")
+    train(original, flags=f"{flags} --lr 0 --min-lr 0")
+    path = student(tmp_path / "copy", original, write_config, weight=1.0)
+    same, other = (
+        train(path, flags=f"{flags} --norm-epsilon {epsilon}", overrides=(f"run={tmp_path / str(epsilon)}",))
+        for epsilon in (1e-5, 0.5)
+    )
+    assert same[0]["grad_norm"] < 1e-5 and other[0]["grad_norm"] > 1e-4
 
 
 @pytest.mark.parametrize(
@@ -174,8 +194,8 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path, write_conf
     [
         ({"weight": 2.0}, "distillation.weight 2.0 is not from 0 to 1"),
         ({"temperature": 0.0}, "distillation.temperature 0.0 must be positive"),
-        ({"config": "nowhere.yaml"}, "cannot read the configuration nowhere.yaml"),
-        ({"load": "nowhere"}, "nowhere: no checkpoint there"),
+        ({"config": "nowhere.yaml"}, "distillation.config: cannot read the configuration nowhere.yaml"),
+        ({"load": "nowhere"}, "distillation.load: nowhere: no checkpoint there"),
         ({"wait": 1}, "unknown key distillation.wait"),
     ],
 )
@@ -185,3 +205,26 @@ def test_a_teacher_that_does_not_fit_is_refused(options, says, teacher, tmp_path
     ((status, errors),) = run_ranks(tmp_path / "out", 1, verb, tmp_path, command)
     assert status == 2 and says in errors and "Traceback" not in errors, errors
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda file, place: os.truncate(file, place.offset + 10), "is truncated"),
+        (lambda file, _: file.unlink(), "is missing; restore the checkpoint"),
+        (_flip, "is not what was saved (SHA-256); restore the checkpoint"),
+    ],
+    ids=["truncated", "missing", "flipped"],
+)
+def test_a_damaged_teacher_is_one_sentence(damage, says, teacher, tmp_path, write_config):
+    shutil.copytree(teacher.parent / "run/checkpoints", tmp_path / "teacher")
+    source = open_checkpoint(tmp_path / "teacher")
+    place = source.tensors["output_layer.weight"].chunks[-1].place
+    damage(source.folder / place.file, place)
+    path = student(tmp_path, teacher, write_config, load=str(tmp_path / "teacher"))
+    ((status, errors),) = run_ranks(tmp_path / "out", 1, verb, tmp_path, ["pretrain", "--config", str(path)])
+    (line,) = [line for line in errors.splitlines() if line.startswith("cherry ")]
+    assert (
+        status == 2 and "distillation.load: " in line and str(source.folder / place.file) in line and says in line
+    ), errors
+    assert "Traceback" not in errors and not list((tmp_path / "run").glob("checkpoints/iter_*"))

@@ -107,7 +107,7 @@ def report(name: str, records: Path, out: Path, plotted: Sequence[str] | None = 
     """
     experiment, found = read(find(name)), read_records(records)
     for stage in plotted or ():
-        experiment.stage(stage)
+        _check_plotted(experiment, stage)
     rows = rows_of(experiment, found)
     if not rows:
         raise CherryError(f"{records} has no finished training of a stage of {experiment.source}")
@@ -119,6 +119,16 @@ def report(name: str, records: Path, out: Path, plotted: Sequence[str] | None = 
     for file, text in files.items():
         write_atomically(out / file, text)
     return [out / file for file in files]
+
+
+def _check_plotted(experiment: Experiment, name: str) -> None:
+    stage = experiment.stage(name)
+    if stage.verb != "pretrain":
+        trainings = ", ".join(other.name for other in experiment.stages.values() if other.verb == "pretrain")
+        raise CherryError(
+            f"--plot {name}: in {experiment.source} it is a stage of {stage.verb}, which has no losses; name some "
+            f"of {trainings}"
+        )
 
 
 def rows_of(experiment: Experiment, records: dict[str, Record]) -> list[Row]:

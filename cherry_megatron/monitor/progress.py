@@ -34,6 +34,7 @@ class Progress:
         self.before_first_step = False
         self._run, self._args, self._flops = run, args, flops_per_token
         self._heard: dict[str, float] = {}
+        self._held_out_at: int | None = None  # the step of Megatron's last evaluation
         self._timed = 0.0  # seconds of training steps so far
         self._interval: list[tuple[float, float]] = []  # (loss, seconds) of each step
         self._mixture = MixtureWatch()
@@ -121,7 +122,10 @@ class Progress:
             self._step_ended(iteration)
         elif tag == "lm loss validation":
             # Megatron goes on in the validation split, so two evaluations at one step differ.
-            self.say(f"step {iteration:>7}  held-out loss {value:.4f} on the next {self._args.eval_iters} batches")
+            again, self._held_out_at = iteration == self._held_out_at, iteration
+            batches = self._args.eval_iters
+            which = f"{batches} further batches, after training" if again else f"the next {batches} batches"
+            self.say(f"step {iteration:>7}  held-out loss {value:.4f} on {which}")
 
     def _step_ended(self, iteration: int) -> None:
         args = self._args

@@ -5,6 +5,7 @@ tokens they were trained with: those stand in a checkpoint's lineage and in its 
 """
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,18 +51,29 @@ def check_walk(source: Checkpoint, recurrence: Recurrence, config: Path, keys: C
     Raises:
         CherryError: naming the first key of the configuration that differs.
     """
-    record = read_lineage(source.folder) or {}
-    trained = record["config"] if isinstance(record.get("config"), dict) else record
-    known = {key: value for key, value in trained.get("recurrence", {}).items() if key in (*WALK, "loops")}
-    if not known or record["operation"] == "expand":  # whose record has the recurrence before it
+    before = recorded_recurrence(source)
+    if before is None:
         return
-    before: Recurrence = section_of(source.folder / LINEAGE, "recurrence", Recurrence, known)
     for key in keys:
         if _meaning(before, key) != _meaning(recurrence, key):
             raise CherryError(
                 f"{config}: recurrence.{key} is {getattr(recurrence, key)}, but {source.folder} was trained with "
                 f"{getattr(before, key)}; set it so"
             )
+
+
+def recorded_recurrence(source: Checkpoint) -> Recurrence | None:
+    """How a checkpoint's layers are walked, by its record; None if it has none."""
+    record = read_lineage(source.folder) or {}
+    if record.get("operation") == "expand":  # whose record has the recurrence before it
+        known = {"pattern": record.get("pattern")}
+    else:
+        trained = record["config"] if isinstance(record.get("config"), dict) else record
+        known = {key: value for key, value in trained.get("recurrence", {}).items() if key in (*WALK, "loops")}
+    if not known:
+        return None
+    walked: Recurrence = section_of(source.folder / LINEAGE, "recurrence", Recurrence, known)
+    return walked
 
 
 def _meaning(recurrence: Recurrence, key: str) -> Any:
@@ -94,7 +106,38 @@ def check_function(source: Checkpoint, config: Path, megatron: Mapping[str, Any]
             )
 
 
+def check_heads(source: Checkpoint, config: Path, heads: int, groups: int, size: int) -> None:
+    """Megatron's arguments of the training name the heads of a configuration.
+
+    Args:
+        source: the checkpoint.
+        config: the configuration's file, for the message.
+        heads: its query heads.
+        groups: its query groups.
+        size: channels of a head.
+
+    Raises:
+        CherryError: naming the first that differs.
+    """
+    arguments = source.arguments()
+    trained = arguments.get("num_attention_heads", heads)
+    grouped = arguments.get("group_query_attention", groups != heads)
+    theirs = {
+        "num-attention-heads": (heads, trained),
+        "num-query-groups": (groups, arguments.get("num_query_groups", groups) if grouped else trained),
+        "kv-channels": (size, arguments.get("kv_channels", size)),
+    }
+    for key, (ours, found) in theirs.items():
+        if found is not None and found != ours:
+            raise CherryError(
+                f"{config}: megatron.{key} is {ours}, but {source.folder} was trained with {found}; set it so"
+            )
+
+
 def _plain(value: Any) -> Any:
+    if isinstance(value, str):  # which 1e-6 is in YAML
+        with suppress(ValueError):
+            return float(value)
     return list(value) if isinstance(value, tuple) else value
 
 

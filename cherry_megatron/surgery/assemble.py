@@ -13,22 +13,12 @@ from cherry_megatron.config import outline, outline_depths, outline_mixture
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.options import Mixture, Recurrence
 from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint
-from cherry_megatron.storage.trained import WALK, check_walk, tokenizer_of
+from cherry_megatron.storage.trained import WALK, tokenizer_of
 from cherry_megatron.surgery.compress import Surgery, configuration
 from cherry_megatron.surgery.depth import objects
-from cherry_megatron.surgery.fits import check_fit, check_layers
+from cherry_megatron.surgery.fits import check_model
 from cherry_megatron.surgery.jobs import Constant, Copy, Normal
-from cherry_megatron.surgery.layers import (
-    DEPTHS,
-    EMBEDDING,
-    LINEARS,
-    LOOP_A,
-    LOOP_B,
-    LOOP_SCALES,
-    ROLES,
-    source_layers,
-    sublayer_prefixes,
-)
+from cherry_megatron.surgery.layers import DEPTHS, EMBEDDING, sublayer_prefixes
 from cherry_megatron.surgery.writing import Job, Spec
 
 
@@ -117,10 +107,7 @@ def tensors_of(
     """
     if source.experts:
         raise CherryError(f"{source.folder} is a mixture; name single models, such as --extract makes of it")
-    layers = source_layers(source, looped=True)
-    check_fit(source, layers, config, megatron)
-    check_layers(source, layers, recurrence)
-    check_walk(source, recurrence, config, (*WALK, "loops"))
+    layers = check_model(source, recurrence, config, megatron, (*WALK, "loops"))
     if depths not in (0, layers.depths):
         raise CherryError(
             f"{config}: mtp.depths is {depths}, but {source.folder} has {layers.depths}; set it so, or to 0 to go "
@@ -128,33 +115,10 @@ def tensors_of(
         )
     found = {name: stored for name, stored in layers.top.items() if depths or not name.startswith(DEPTHS)}
     for layer, sublayers in enumerate(sublayer_prefixes(recurrence.parsed)):
-        for place, (symbol, prefix) in enumerate(sublayers):
-            names = layers.layers[layer][place].names
-            _check_roles(source, names, _roles(recurrence, layer, symbol))
-            found |= {prefix + role: name for role, name in names.items()}
+        for place, (_, prefix) in enumerate(sublayers):
+            found |= {prefix + role: name for role, name in layers.layers[layer][place].names.items()}
     source.check(list(found.values()))
     return found
-
-
-def _roles(recurrence: Recurrence, layer: int, symbol: str) -> set[str]:
-    """What a sublayer of a configuration holds."""
-    pattern = recurrence.parsed
-    found = set(ROLES[symbol])
-    if len(pattern.prelude) <= layer < len(pattern.prelude) + len(pattern.core):
-        if recurrence.loop_scales:
-            found |= set(LOOP_SCALES[symbol])
-        if recurrence.loop_rank:
-            found |= {f"{linear}.{factor}" for linear in LINEARS[symbol] for factor in (LOOP_A, LOOP_B)}
-    return found
-
-
-def _check_roles(source: Checkpoint, names: dict[str, str], wanted: set[str]) -> None:
-    for role in sorted(names.keys() ^ wanted):
-        has = f"holds {names[role]}" if role in names else f"has a layer without {role}"
-        raise CherryError(
-            f"{source.folder} {has}, unlike a model of recurrence.loop_scales and loop_rank; set them as it was "
-            "trained with"
-        )
 
 
 def check_alike(parts: list[Checkpoint], tensors: list[dict[str, str]]) -> None:

@@ -15,7 +15,7 @@ from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.pattern import Pattern
 from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint, together
 from cherry_megatron.storage.lineage import Manifest, parent, read_lineage, record
-from cherry_megatron.storage.trained import check_walk
+from cherry_megatron.storage.trained import check_walk, recorded_recurrence
 from cherry_megatron.surgery.activations import open_calibration
 from cherry_megatron.surgery.align import Alignment
 from cherry_megatron.surgery.depth import compression, expansion, objects, peak_bytes, written_bytes
@@ -156,6 +156,7 @@ def plan_compression(
     recurrence, megatron = _one_model(config, overrides)
     source = open_checkpoint(load)
     layers = source_layers(source)
+    _check_dense(source)
     check_fit(source, layers, config, megatron)
     depths = outline_depths(config, overrides)
     _check_depths(source, layers, config, depths, layers.depths <= depths)
@@ -200,6 +201,16 @@ def _one_model(config: Path, overrides: Sequence[str]) -> tuple[Recurrence, dict
             "assemble-moee makes one of single models)"
         )
     return outline(config, overrides)
+
+
+def _check_dense(source: Checkpoint) -> None:
+    """Without vectors of each loop no tensor shows that a source has loops."""
+    walked = recorded_recurrence(source)
+    if walked is not None and walked.loops > 1:
+        raise CherryError(
+            f"{source.folder} is a recurrent model already (recurrence.pattern {walked.pattern}, {walked.loops} "
+            "loops, by its record); name one without loops, such as --expand makes of it"
+        )
 
 
 def _check_moments(options: Options, recurrence: Recurrence, more_depths: int) -> None:
@@ -258,7 +269,7 @@ def plan_expansion(load: Path, config: Path, overrides: Sequence[str]) -> Surger
     check_fit(source, layers, config, megatron)
     depths = outline_depths(config, overrides)
     _check_depths(source, layers, config, depths, layers.depths == depths)
-    dense, jobs = expansion(source, layers, recurrence)
+    dense, jobs = expansion(source, layers, recurrence, config)
     check_walk(source, recurrence, config)
     source.check([name for job in jobs for name in job.reads])
     lines = [

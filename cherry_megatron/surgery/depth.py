@@ -1,6 +1,7 @@
 """Depth compression and its reverse: which tensors a new checkpoint holds, and what each is made of."""
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -133,8 +134,16 @@ def copy_top(source: Checkpoint, layers: Source, name: str, moments: Sequence[st
     return Copy(reads, tuple(writes))
 
 
-def expansion(source: Checkpoint, layers: Source, recurrence: Recurrence) -> tuple[Pattern, list[Job]]:
+def expansion(
+    source: Checkpoint, layers: Source, recurrence: Recurrence, config: Path
+) -> tuple[Pattern, list[Job]]:
     """The pattern and the jobs of the unrolled, dense equivalent, which stock Megatron runs.
+
+    Args:
+        source: the checkpoint.
+        layers: its layers.
+        recurrence: of the configuration that it was trained with.
+        config: its file, for messages.
 
     Raises:
         CherryError: if there is none, or the checkpoint is not that of `recurrence`.
@@ -145,7 +154,7 @@ def expansion(source: Checkpoint, layers: Source, recurrence: Recurrence) -> tup
             f"recurrence.injection {recurrence.injection} adds the prelude's output in every loop, which a dense "
             "model cannot do; only injection none can be expanded"
         )
-    check_layers(source, layers, recurrence)
+    check_layers(source, layers, recurrence, config)
     visits = unroll(pattern, recurrence.loops, recurrence.order)
     dense = Pattern((), tuple(pattern.layers[visit.layer] for visit in visits), (), 1)
     jobs: list[Job] = [copy_top(source, layers, name) for name in layers.top]

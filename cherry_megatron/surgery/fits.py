@@ -4,6 +4,7 @@ Whatever does not fit would otherwise be noticed when training starts, or never:
 layer too few, another order of the loops.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from cherry_megatron.errors import CherryError
 from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.pattern import ATTENTION, MLP
 from cherry_megatron.storage.checkpoint import Checkpoint
-from cherry_megatron.storage.trained import check_function
+from cherry_megatron.storage.trained import WALK, check_function, check_heads, check_walk
 from cherry_megatron.surgery.layers import (
     EMBEDDING,
     FC1,
@@ -27,7 +28,37 @@ from cherry_megatron.surgery.layers import (
     ROLES,
     Source,
     member,
+    source_layers,
 )
+
+
+def check_model(
+    source: Checkpoint,
+    recurrence: Recurrence,
+    config: Path,
+    megatron: dict[str, Any],
+    walk: Collection[str] = WALK,
+) -> Source:
+    """A checkpoint is one of the model that a configuration describes.
+
+    Args:
+        source: the checkpoint.
+        recurrence: of the configuration.
+        config: its file, for messages.
+        megatron: its `megatron` section by flags.
+        walk: what of the recurrence must be as in its record, see `check_walk`.
+
+    Returns:
+        Its layers.
+
+    Raises:
+        CherryError: naming the first that differs.
+    """
+    layers = source_layers(source, looped=True)
+    check_fit(source, layers, config, megatron)
+    check_layers(source, layers, recurrence, config)
+    check_walk(source, recurrence, config, walk)
+    return layers
 
 
 def check_fit(source: Checkpoint, layers: Source, config: Path, megatron: dict[str, Any]) -> None:
@@ -54,7 +85,8 @@ def _check_count(source: Checkpoint, layers: Source) -> None:
     pattern, said = arguments.get("hybrid_layer_pattern"), arguments.get("num_layers")
     counts = {sublayers}
     if isinstance(pattern, str):
-        said = len(pattern.split("/")[0].replace("|", ""))
+        if "|" not in pattern:  # which parts stages, and layers that these share stand in each
+            said = len(pattern.split("/")[0])
     else:  # a GPTModel counts layers
         counts.add(len(layers.layers))
     if said is not None and said not in counts:
@@ -75,8 +107,8 @@ def _check_configured(source: Checkpoint, layers: Source, config: Path, megatron
         found["ffn-hidden-size"] = neurons
         if rows != neurons * (2 if megatron.get("swiglu") else 1):
             raise CherryError(
-                f"{config}: megatron.swiglu is {bool(megatron.get('swiglu'))}, but the source's "
-                f"{names[f'{FC1}.weight']} has {rows} rows for {neurons} neurons"
+                f"{config}: megatron.swiglu is {bool(megatron.get('swiglu'))}, but "
+                f"{names[f'{FC1}.weight']} in {source.folder} has {rows} rows for {neurons} neurons"
             )
     if megatron.get("num-query-groups") is not None and not megatron.get("group-query-attention"):
         raise CherryError(
@@ -104,27 +136,16 @@ def _check_heads(
     rows = source.tensors[names[f"{QKV}.weight"]].shape[0]
     if rows != (heads + 2 * groups) * size:
         raise CherryError(
-            f"{config}: {heads} heads and {groups} query groups of {size} do not make the {rows} rows of the "
-            f"source's {names[f'{QKV}.weight']}"
+            f"{config}: {heads} heads and {groups} query groups of {size} do not make the {rows} rows of "
+            f"{names[f'{QKV}.weight']} in {source.folder}"
         )
     columns = source.tensors[names[f"{PROJ}.weight"]].shape[1]
     if columns != heads * size:
         raise CherryError(
-            f"{config}: {heads} heads of {size} do not make the {columns} columns of {names[f'{PROJ}.weight']}"
+            f"{config}: {heads} heads of {size} do not make the {columns} columns of {names[f'{PROJ}.weight']} "
+            f"in {source.folder}"
         )
-    arguments = source.arguments()
-    trained = arguments.get("num_attention_heads", heads)
-    grouped = arguments.get("group_query_attention", groups != heads)
-    theirs = {
-        "num-attention-heads": (heads, trained),
-        "num-query-groups": (groups, arguments.get("num_query_groups", groups) if grouped else trained),
-        "kv-channels": (size, arguments.get("kv_channels", size)),
-    }
-    for key, (ours, found) in theirs.items():
-        if found is not None and found != ours:
-            raise CherryError(
-                f"{config}: megatron.{key} is {ours}, but {source.folder} was trained with {found}; set it so"
-            )
+    check_heads(source, config, heads, groups, size)
 
 
 def heads_of(config: Path, megatron: dict[str, Any], hidden: int) -> tuple[int, int, int]:
@@ -185,8 +206,14 @@ def _check_shapes(source: Checkpoint, layers: Source) -> None:
 _OF_LOOPS = {role for roles in LOOPED.values() for role in roles}
 
 
-def check_layers(source: Checkpoint, layers: Source, recurrence: Recurrence) -> None:
-    """A checkpoint has the stored layers of a recurrence, and what it has of each loop for all of them.
+def check_layers(source: Checkpoint, layers: Source, recurrence: Recurrence, config: Path) -> None:
+    """A checkpoint has the stored layers of a recurrence, and of each loop what the recurrence has.
+
+    Args:
+        source: the checkpoint.
+        layers: its layers.
+        recurrence: of the configuration.
+        config: its file, for messages.
 
     Raises:
         CherryError: if not.
@@ -194,15 +221,35 @@ def check_layers(source: Checkpoint, layers: Source, recurrence: Recurrence) -> 
     pattern = recurrence.parsed
     if len(layers.layers) != len(pattern.layers):
         raise CherryError(
-            f"{source.folder} holds {len(layers.layers)} layers, recurrence.pattern {len(pattern.layers)}; "
-            "name the configuration that it was trained with"
+            f"{config}: {source.folder} holds {len(layers.layers)} layers, recurrence.pattern "
+            f"{len(pattern.layers)}; name the configuration that it was trained with"
         )
+    core = range(len(pattern.prelude), len(pattern.prelude) + len(pattern.core))
     for layer, symbols in enumerate(pattern.layers):
         for place, symbol in enumerate(symbols):
-            _check_loops(source, member(source, layers, layer, place, symbols), symbol, recurrence)
+            names = member(source, layers, layer, place, symbols)
+            _check_kinds(source, names, symbol, recurrence, layer in core, config)
+            _check_loops(source, names, symbol, recurrence, config)
 
 
-def _check_loops(source: Checkpoint, names: dict[str, str], symbol: str, recurrence: Recurrence) -> None:
+def _check_kinds(
+    source: Checkpoint, names: dict[str, str], symbol: str, recurrence: Recurrence, in_core: bool, config: Path
+) -> None:
+    """A sublayer has vectors and corrections of each loop if the recurrence gives it some, and only then."""
+    for role in LOOPED[symbol]:
+        key = "loop_scales" if role in LOOP_SCALES[symbol] else "loop_rank"
+        value = getattr(recurrence, key)
+        if (role in names) != (in_core and bool(value)):
+            has = f"holds {names[role]}" if role in names else f"has a layer without {role}"
+            raise CherryError(
+                f"{config}: recurrence.{key} is {value}, but {source.folder} {has}; set recurrence as it was "
+                "trained with"
+            )
+
+
+def _check_loops(
+    source: Checkpoint, names: dict[str, str], symbol: str, recurrence: Recurrence, config: Path
+) -> None:
     """What a layer has of each loop is there for as many loops as the configuration says."""
     hidden = source.tensors[names[ROLES[symbol][0]]].shape[0]
     for role in LOOPED[symbol]:
@@ -212,12 +259,12 @@ def _check_loops(source: Checkpoint, names: dict[str, str], symbol: str, recurre
         found = shape[0] // hidden if role in LOOP_SCALES[symbol] else shape[0]
         if role.endswith(LOOP_A) and shape[1] != recurrence.loop_rank:
             raise CherryError(
-                f"{source.folder}: {names[role]} has rank {shape[1]}, recurrence.loop_rank is "
+                f"{config}: {source.folder}: {names[role]} has rank {shape[1]}, recurrence.loop_rank is "
                 f"{recurrence.loop_rank}; name the configuration that it was trained with"
             )
         if found != recurrence.parsed.loops:
             what = "corrections" if role.endswith((LOOP_A, LOOP_B)) else "vectors"
             raise CherryError(
-                f"{source.folder}: {names[role]} has {what} of {found} loops, recurrence.pattern of "
+                f"{config}: {source.folder}: {names[role]} has {what} of {found} loops, recurrence.pattern of "
                 f"{recurrence.parsed.loops}; name the configuration that it was trained with"
             )

@@ -130,6 +130,10 @@ def test_some_stages_are_plotted(files, tmp_path):
     assert ">new<" in made["losses.svg"] and "| new |" in made["table.md"]
     with pytest.raises(CherryError, match=r"there is no stage 'recoverd'; did you mean 'recovered'"):
         report(str(files[0]), files[1], tmp_path / "two", ["recoverd"])
+    with pytest.raises(
+        CherryError, match=r"--plot averaged: .*compress-depth.*; name some of recovered, new, late$"
+    ):
+        report(str(files[0]), files[1], tmp_path / "two", ["recovered", "averaged"])
     assert not (tmp_path / "two").exists()
 
 

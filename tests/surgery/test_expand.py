@@ -160,8 +160,8 @@ def test_keys_are_those_of_a_stock_hybrid_model(tmp_path, config):
 @pytest.mark.parametrize(
     ("pattern", "says"),
     [
-        ("*-[*-]x3*-", "has vectors of 2 loops, recurrence.pattern of 3"),
-        ("*-[**-]x2*-", "holds 3 layers, recurrence.pattern 4"),
+        ("*-[*-]x3*-", "config.yaml: .*small/.* has vectors of 2 loops, recurrence.pattern of 3"),
+        ("*-[**-]x2*-", "config.yaml: .*small/iter_0000000 holds 3 layers, recurrence.pattern 4"),
         ("*-[*--]x2*-", "layer 1 is '[*]-', but recurrence.pattern wants '[*]--'"),
     ],
 )
@@ -173,6 +173,20 @@ def test_a_configuration_of_another_model_is_refused(pattern, says, tmp_path, co
         compress.plan_expansion(
             tmp_path / "small", config(recurrence={"pattern": pattern, "loop_scales": True}), ()
         )
+
+
+@pytest.mark.parametrize(
+    ("key", "held", "asked"), [("loop_scales", False, True), ("loop_scales", True, False), ("loop_rank", 0, 2)]
+)
+def test_what_the_loops_have_is_what_the_configuration_says(key, held, asked, tmp_path, config):
+    """Vectors that are not there would leave no trace, and those that are not asked for would be folded in."""
+    save(tmp_path / "deep", model_tensors(3))
+    recurrence = {"pattern": "*-[*-]x2*-"}
+    path = config(recurrence={**recurrence, key: held})
+    compress.plan_compression(tmp_path / "deep", path, (), compress.Options()).run(tmp_path / "small", 2)
+    has = "holds decoder" if held else "has a layer without"
+    with pytest.raises(CherryError, match=rf"config.yaml: recurrence.{key} is {asked}, but .*small/.* {has}"):
+        compress.plan_expansion(tmp_path / "small", path, (f"recurrence.{key}={asked}",))
 
 
 def test_injection_cannot_be_expanded(tmp_path, config):

@@ -44,6 +44,13 @@ def test_what_it_was_trained_with_fits(tmp_path, config):
         compress.plan_compression(tmp_path / folder, config(), (), OPTIONS)
 
 
+def test_numbers_fit_however_they_are_written(tmp_path, config):
+    save(tmp_path / "deep", model_tensors(8), **{**TRAINED, "layernorm_epsilon": 1e-6})
+    for written in ("1e-6", "0.000001"):
+        overrides = [f"megatron.norm-epsilon={written}", "megatron.rotary-base=10000.0"]
+        compress.plan_compression(tmp_path / "deep", config(), overrides, OPTIONS)
+
+
 @pytest.mark.parametrize("name", OTHER)
 def test_another_function_of_the_same_tensors_is_refused(name, tmp_path, config):
     arguments, says = OTHER[name]
@@ -139,3 +146,18 @@ def test_layers_in_several_groups_are_named(tmp_path, config):
         tmp_path / "deep", config(), (), compress.Options(groups="0-1,1-4,4,5-7")
     ).lines
     assert "in several  1, 4" in lines
+
+
+@pytest.mark.parametrize(("loops", "says"), [(0, "4 loops"), (3, "3 loops"), (1, None)])
+def test_a_source_that_was_walked_in_loops_is_refused(loops, says, tmp_path, config):
+    """Its tensors are those of four layers one after the other."""
+    save(tmp_path / "deep", model_tensors(4))
+    path, walked = config(recurrence={"pattern": "*-*-"}), f"recurrence={{pattern: '*-[*-*-]x4*-', loops: {loops}}}"
+    compress.plan_compression(tmp_path / "deep", path, (walked,), OPTIONS).run(tmp_path / "looped", 2)
+    if says is None:
+        compress.plan_compression(tmp_path / "looped", path, (), OPTIONS)
+        return
+    with pytest.raises(CherryError, match=rf"looped/iter_0000000 is a recurrent model already \(.*{says}.*\)"):
+        compress.plan_compression(tmp_path / "looped", path, (), OPTIONS)
+    compress.plan_expansion(tmp_path / "looped", path, (walked,)).run(tmp_path / "dense", 2)
+    compress.plan_compression(tmp_path / "dense", path, (), OPTIONS)

@@ -1,0 +1,145 @@
+"""What a run starts from is the model that its configuration describes, or the run is refused at once."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cherry_megatron.surgery import assemble, assemble_layers, compress
+from tests.conftest import run_ranks
+from tests.test_bad_input import check
+
+LOOPED = "*-[*-*-]x3*-"
+
+
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory, write_config, train) -> Path:
+    """A folder with a configuration for each checkpoint in it, whose run starts from that."""
+    folder = tmp_path_factory.mktemp("starts")
+    looped = write_config(folder / "looped-before", recurrence={"pattern": LOOPED, "loop_scales": True})
+    # Stages that share the core say so in the checkpoint's arguments.
+    train(looped, 2, "--train-iters 3 --pipeline-model-parallel-size 2")
+    shutil.copytree(folder / "looped-before/run/checkpoints", folder / "looped-start")
+    shutil.copytree(folder / "looped-start", folder / "unrecorded-start")
+    (folder / "unrecorded-start/iter_0000003/lineage.json").unlink()
+    write_config(folder / "looped", megatron={"load": str(folder / "looped-start")})
+    write_config(folder / "unrecorded", megatron={"load": str(folder / "unrecorded-start")})
+
+    def made(name: str, plan, load, *arguments, **sections) -> None:
+        start = {"load": str(folder / f"{name}-start"), "finetune": True}
+        path = write_config(folder / name, **{**sections, "megatron": {**sections.get("megatron", {}), **start}})
+        plan(load, path, (), *arguments).run(folder / f"{name}-start", 1)
+
+    start = folder / "looped-start"
+    compress.plan_expansion(start, looped, ()).run(folder / "expanded-start", 1)
+    dense = {"pattern": "(*-)x8", "loop_scales": False}
+    megatron = {"load": str(folder / "expanded-start"), "finetune": True}
+    write_config(folder / "expanded", recurrence=dense, megatron=megatron)
+    shallow = {"pattern": LOOPED, "loop_scales": False}
+    made("compressed", compress.plan_compression, folder / "expanded-start", compress.Options(), recurrence=shallow)
+    mixture = {"experts": 2, "prefix": 8, "router_hidden": 8}
+    made("mixture", assemble.plan_assembly, [start] * 2, 0, moee=mixture)
+    inside = {"pattern": "*-[*E*E]x3*-"}
+    experts = {"num-experts": 2, "moe-router-topk": 2}
+    made("experts", assemble_layers.plan_layers, [start] * 2, 0, recurrence=inside, megatron=experts)
+    return folder
+
+
+STARTS = ("looped", "unrecorded", "compressed", "expanded", "mixture", "experts")
+GROUPS = ("megatron.group-query-attention=true", "megatron.num-query-groups=2")
+HEADS = ("megatron.num-attention-heads=2", "megatron.kv-channels=16")  # of tensors of the same shapes
+# name: (what it starts from, overrides, flags, what is said)
+CASES = {
+    **{f"{name}-fits": (name, (), (), "") for name in STARTS},
+    # Trained: loops may be fewer; nothing else of the walk may differ, and nothing that no tensor shows.
+    "fewer-loops": ("looped", ("recurrence.loops=1",), (), ""),
+    "order": ("looped", ("recurrence.order=sequence",), (), "order is sequence, but PATH was trained with cycle"),
+    "injection": ("looped", ("recurrence.injection=add",), (), "injection is add, but PATH was trained with none"),
+    "core": ("looped", ("recurrence.pattern='[*-*-*-]x3*-'",), (), "loop_scales is True, but PATH has a layer"),
+    "depth": ("looped", ("recurrence.pattern='*-[*-]x3*-'",), (), "PATH holds 4 layers, recurrence.pattern 3"),
+    "count": ("looped", ("recurrence.pattern='*-[*-*-]x4*-'",), (), "has vectors of 3 loops, recurrence.pattern"),
+    "no-scales": ("looped", ("recurrence.loop_scales=false",), (), "loop_scales is False, but PATH holds"),
+    "rank": ("looped", ("recurrence.loop_rank=2",), (), "loop_rank is 2, but PATH has a layer"),
+    "heads": ("looped", HEADS, (), "num-attention-heads is 2, but PATH was trained with 4; set it so"),
+    "groups": ("looped", GROUPS, (), "2 query groups"),
+    "angles": ("looped", ("megatron.rotary-base=500000",), (), "base is 500000, but PATH was trained with 10000"),
+    "angles-of-a-flag": ("looped", (), ("--rotary-base", "500000"), "rotary-base is 500000, but"),
+    "epsilon": ("looped", ("megatron.norm-epsilon=1e-6",), (), "is 1e-06, but PATH was trained with 1e-05"),
+    "gate": ("looped", ("megatron.swiglu=false",), (), "megatron.swiglu is False, but"),
+    "head": ("looped", ("megatron.untie-embeddings-and-output-weights=false",), (), "output-weights is False, but"),
+    "width": ("looped", ("megatron.ffn-hidden-size=96",), (), "ffn-hidden-size is 96, but PATH has 64"),
+    "heads-without-record": ("unrecorded", HEADS, (), "num-attention-heads is 2, but"),
+    # What changes from run to run.
+    "run": (
+        "looped",
+        ("megatron.attention-dropout=0.1", "megatron.hidden-dropout=0.1", "megatron.bf16=true", "megatron.seed=7",
+         "megatron.tensor-model-parallel-size=2", "megatron.sequence-parallel=true", "megatron.seq-length=64",
+         "megatron.max-position-embeddings=64", "megatron.attention-backend=unfused",
+         "megatron.no-rope-fusion=true", "megatron.lr=0.1", "recurrence.random_loops=[1,3]",
+         "megatron.init-method-std=0.5"),
+        (),
+        "",
+    ),
+    # Compressed and not trained yet: it was never walked.
+    "compressed-order": ("compressed", ("recurrence.order=sequence",), (), ""),
+    "compressed-loops": ("compressed", ("recurrence.loops=1",), (), ""),
+    "compressed-count": ("compressed", ("recurrence.pattern='*-[*-*-]x5*-'",), (), ""),
+    "compressed-injection": ("compressed", ("recurrence.injection=add",), (), ""),
+    "compressed-core": ("compressed", ("recurrence.pattern='*-*-[*-]x3*-'",), (), "recurrence.pattern is"),
+    "compressed-scales": ("compressed", ("recurrence.loop_scales=true",), (), "loop_scales is True, but"),
+    "compressed-heads": ("compressed", HEADS, (), "num-attention-heads is 2, but"),
+    "compressed-angles": ("compressed", ("megatron.rotary-base=500000",), (), "rotary-base is 500000, but"),
+    "expanded-loops": ("expanded", ("recurrence.pattern='*-[(*-)x6]x2*-'",), (), "recurrence.pattern is"),
+    "expanded-depth": ("expanded", ("recurrence.pattern='(*-)x4'",), (), "holds 8 layers, recurrence.pattern 4"),
+    **{
+        f"{name}-{what}": (name, (override,), (), says)
+        for name in ("mixture", "experts")
+        for what, override, says in (
+            ("angles", "megatron.rotary-base=500000", "rotary-base is 500000, but"),
+            ("order", "recurrence.order=sequence", "recurrence.order is sequence, but"),
+        )
+    },
+    "mixture-heads": ("mixture", HEADS, (), "num-attention-heads is 2, but"),
+    "experts-heads": ("experts", HEADS, (), "num-attention-heads is 2, but"),
+}  # fmt: skip
+
+
+def _said(folder: Path, cases: dict) -> dict[str, list[str]]:
+    """Why the start of each case is refused."""
+    from cherry_megatron.checkpoints import unloadable
+    from cherry_megatron.config import load
+    from cherry_megatron.errors import CherryError
+    from cherry_megatron.platform.machine import prepare
+
+    prepare()
+    found = {}
+    for name, (start, overrides, flags, _) in cases.items():
+        try:
+            config = load(folder / start / "config.yaml", overrides, flags)
+            found[name] = unloadable(config)
+        except CherryError as error:
+            found[name] = [str(error)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def said(starts, tmp_path_factory) -> dict[str, list[str]]:
+    (found,) = run_ranks(tmp_path_factory.mktemp("said"), 1, _said, starts, CASES)
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_start_is_the_model_of_the_configuration(name, said, starts):
+    start, _, _, says = CASES[name]
+    if not says:
+        assert said[name] == []
+        return
+    (sentence,) = said[name]
+    folder = next((starts / f"{start}-start").glob("iter_*"))
+    assert says.replace("PATH", str(folder)) in sentence and str(folder) in sentence
+
+
+def test_it_is_one_sentence_and_nothing_is_written(starts):
+    path = starts / "compressed/config.yaml"
+    command = ["pretrain", "--config", str(path), "--set", "megatron.rotary-base=500000"]
+    check(starts / "compressed", command, f"cherry pretrain: {path}: megatron.rotary-base is 500000, but")
