@@ -40,7 +40,7 @@ def draw(rows: list[Row], selective: list[SelectiveRow], plotted: Sequence[str] 
 
     Args:
         rows: the stages of training.
-        plotted: those in the plots over tokens, loops, parameters and FLOPs, by default all.
+        plotted: those in the plots over tokens, loops, parameters, FLOPs and probes, by default all.
         selective: those of selective training, with the full ones that they are compared with.
     """
     losses: dict[str, Callable[[Axes, list[Row]], None]] = {
@@ -52,8 +52,10 @@ def draw(rows: list[Row], selective: list[SelectiveRow], plotted: Sequence[str] 
     some = [row for row in rows if plotted is None or row.stage.name in plotted]
     drawn = {name: figure(plot, some) for name, plot in losses.items()}
     drawn["losses.svg"] = figure(_final, rows, "", max(_HEIGHT, 0.25 * len(rows)))
+    labels = {row.stage.label for row in some}
+    probed = [row for row in selective if row.label in labels]
     for name, label in _COUPLINGS.items():
-        drawn[f"coupling-{name}.svg"] = figure(partial(_coupling, name), selective, label)
+        drawn[f"coupling-{name}.svg"] = figure(partial(_coupling, name), probed, label)
     drawn["recovered.svg"] = figure(_recovered, selective, "", max(_HEIGHT, 0.25 * len(selective)))
     return {name: _svg(made) for name, made in drawn.items() if made is not None}
 

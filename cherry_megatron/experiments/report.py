@@ -97,7 +97,7 @@ def report(name: str, records: Path, out: Path, plotted: Sequence[str] | None = 
         name: of the experiment, or its file.
         records: its records.jsonl.
         out: the folder to write to.
-        plotted: the stages in the plots over tokens, loops, parameters and FLOPs, by default all.
+        plotted: the stages in the plots over tokens, loops, parameters, FLOPs and probes, by default all.
 
     Returns:
         The files that were written.

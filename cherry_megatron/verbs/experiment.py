@@ -40,5 +40,5 @@ def add_experiment(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write table.md and the plots to")
     parser.add_argument(
         "--plot", nargs="+", metavar="STAGE",
-        help="these alone in the plots over tokens, loops, parameters and FLOPs (default all)",
+        help="these alone in the plots over tokens, loops, parameters, FLOPs and probes (default all)",
     )  # fmt: skip

@@ -182,6 +182,8 @@ def test_coupling_and_recovered_are_drawn_where_there_are_some(selective, tmp_pa
     assert {"coupling-cos.svg", "coupling-ratio.svg", "recovered.svg"} <= drawn.keys()
     assert ">semantic one<" in drawn["coupling-cos.svg"] and ">full one<" not in drawn["coupling-cos.svg"]
     assert ">semantic one<" in drawn["recovered.svg"] and ">recovered fraction<" in drawn["recovered.svg"]
+    some = {path.name for path in report(str(selective[0]), selective[1], tmp_path / "some", ["full"])}
+    assert "recovered.svg" in some and not any(name.startswith("coupling") for name in some)
 
 
 def test_each_selective_row_has_its_points(selective):

@@ -21,7 +21,7 @@ from tests.surgery.conftest import model_tensors, save
 def family(tmp_path, config) -> Path:
     """deep -> small -> smaller."""
     save(tmp_path / "deep", model_tensors(8))
-    path = config()
+    path = config(recurrence={"pattern": "(*-)x4"})
     compress.plan_compression(tmp_path / "deep", path, (), compress.Options()).run(tmp_path / "small", 2)
     path = config(recurrence={"pattern": "*-[*-]x2"})
     compress.plan_compression(tmp_path / "small", path, (), compress.Options()).run(tmp_path / "smaller", 2)
