@@ -1,21 +1,20 @@
 #!/bin/sh
-# The demo: real Korean documentation -> tokenizer -> indexed tokens -> 48 layers -> 6, walked as 34 -> recovery
+# The demo: sentences of real Korean documentation -> tokenizer -> indexed tokens -> 48 layers -> 6, walked as 34 -> recovery
 # -> a second expert -> a mixture of both -> a Korean sentence.
 # What is done already is not done again; remove runs/demo to begin anew.
 # usage: demo.sh CHERRY
 set -eu
 cherry=$1 run=runs/demo
 python=$(dirname "$cherry")/python
-docs=$("$python" -c 'import importlib.util as u, pathlib; print(
-    pathlib.Path(u.find_spec("portone_mcp_server").origin).parent / "resources/docs/opi/ko")')
 step() {
     printf '\n$ cherry'
     printf ' %s' "$@"
     echo
     "$cherry" "$@"
 }
-[ -d $run/data/tokenizer ] || step tokenizer --input "$docs" --output $run/data/tokenizer --vocab-size 4096
-[ -e $run/data/text.idx ] || step data --input "$docs" --output $run/data/text --tokenizer $run/data/tokenizer
+[ -e $run/data/text.jsonl ] || "$python" tools/demo_text.py $run/data/text.jsonl
+[ -d $run/data/tokenizer ] || step tokenizer --input $run/data/text.jsonl --output $run/data/tokenizer --vocab-size 4096
+[ -e $run/data/text.idx ] || step data --input $run/data/text.jsonl --output $run/data/text --tokenizer $run/data/tokenizer
 step pretrain --config configs/tiny_base.yaml
 [ -d $run/compressed ] || step compress-depth --load $run/base --save $run/compressed --config configs/tiny_recover.yaml
 [ -d $run/recovered/checkpoints ] || step evaluate --config configs/tiny_recover.yaml

@@ -5,7 +5,6 @@ tokens they were trained with: those stand in a checkpoint's lineage and in its 
 """
 
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,9 +134,6 @@ def check_heads(source: Checkpoint, config: Path, heads: int, groups: int, size:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, str):  # which 1e-6 is in YAML
-        with suppress(ValueError):
-            return float(value)
     return list(value) if isinstance(value, tuple) else value
 
 
