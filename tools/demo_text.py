@@ -15,7 +15,7 @@ from cherry_megatron.files import write_atomically
 
 PACKAGE, PAGES = "portone_mcp_server", "resources/docs/opi/ko"
 SENTENCE = re.compile(r"[^<>{}|=]*[가-힣](다|요)\.")  # which polite Korean ends with
-LINK, MARKS = re.compile(r"\[([^]]*)\]\([^)]*\)"), re.compile(r"^[-*\d. ]+|[`*\\]")
+LINK, MARKS = re.compile(r"\[([^]]*)\]\([^)]*\)"), re.compile(r"^[-*\d. ]+|[][`*\\]")
 
 
 def sentences(page: str) -> list[str]:
