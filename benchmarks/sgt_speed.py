@@ -5,17 +5,19 @@
 PREFIX needs marks `random` of 15%. `cherry pretrain` runs once a variant on cherry_227m, all sequences of a step in
 one micro-batch, so that the GPU and not Python sets the pace. A step's seconds leave probes out; a probe's are the
 wall time that steps with one take more. Plain training runs twice: the difference between the two is what this
-machine cannot tell apart.
+machine cannot tell apart. So the loss function is timed alone, too, as a replayed graph.
 """
 
 import argparse
 import tempfile
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from train_speed import SEQUENCES, median_seconds, train_in
 
+from cherry_megatron.sgt.loss import Supervision, loss_function
 from cherry_megatron.versions import git_state
 
 MARKS = "sgt.marks=random"
@@ -36,6 +38,7 @@ VARIANTS = {
     "a probe each step, loop by loop": [*PROBE, "sgt.probe_loops=true", *NO_OVERLAP],
     "plain again": [],
     "plain again, one graph": GRAPH,
+    "marks, alpha 0.7, again, one graph": [MARKS, "sgt.alpha=0.7", *GRAPH],
 }
 
 
@@ -49,6 +52,35 @@ def wall_seconds(folder: Path) -> list[float]:
     return [after - before for before, after in pairwise(times)]
 
 
+def loss_milliseconds(marked: bool, replays: int = 1000) -> float:
+    """From the tokens' cross-entropies of a step to their gradients, and what is reported."""
+    losses = torch.rand(SEQUENCES, 4096, device="cuda", requires_grad=True)
+    mask = torch.ones(SEQUENCES, 4096, device="cuda")
+    selected = (torch.rand_like(mask) < 0.15).float() if marked else None
+    settings = SimpleNamespace(mode="weighted", alpha=mask.new_tensor(0.7), rho=mask.new_tensor(0.15))
+
+    def step() -> None:
+        weights = None if selected is None else Supervision.weights(settings, selected)  # type: ignore[arg-type]
+        total, _, _ = loss_function(mask, losses, selected, weights)
+        torch.autograd.grad(total, losses)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began.record()
+    for _ in range(replays):
+        graph.replay()
+    ended.record()
+    torch.cuda.synchronize()
+    return began.elapsed_time(ended) / replays
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True)
@@ -56,6 +88,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--limit", type=int, default=200, help="seconds a variant may take")
+    parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     options = parser.parse_args()
     lines = [
         "# What selective supervision costs",
@@ -69,7 +102,8 @@ def main() -> None:
         "|---|---|---|---|---|---|",
     ]
     plain: dict[bool, float] = {}  # with a graph and without
-    for name, overrides in VARIANTS.items():
+    for name in options.only:
+        overrides = VARIANTS[name]
         try:
             with tempfile.TemporaryDirectory() as folder:
                 steps = train_in(Path(folder), "cherry_227m", [*WHOLE, *overrides], [], options)
@@ -85,6 +119,10 @@ def main() -> None:
             )
         print(lines[-1], flush=True)
         options.output.write_text("\n".join(lines) + "\n")
+    alone = [loss_milliseconds(marked) for marked in (False, True)]
+    lines += ["", f"The loss function alone: plain {alone[0]:.3f} ms, with marks and alpha 0.7 {alone[1]:.3f} ms."]
+    print(lines[-1], flush=True)
+    options.output.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
