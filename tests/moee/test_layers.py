@@ -256,16 +256,49 @@ def test_resume_under_every_layout(tmp_path: Path, write_config, train):
     resume(["single", "tp2-ep2", "pp2-ep2", "dp2", "tp2-whole-experts", "ep2"], tmp_path, write_config, train)
 
 
-def test_a_run_keeps_its_experts(tmp_path: Path, write_config, train):
-    from tests.moee.test_training import refused
+def looked_at(path, cases):
+    """Of each case: why a run is refused, before it starts and when it starts; what makes its losses others."""
+    from types import SimpleNamespace
 
+    from cherry_megatron.checkpoints import other_losses, unchanged_start, unloadable
+    from cherry_megatron.config import load
+    from cherry_megatron.errors import CherryError
+    from cherry_megatron.platform.machine import prepare
+    from cherry_megatron.runs import checkpoint_to_load
+
+    prepare()
+    found = []
+    for overrides in cases:
+        config, start = load(path, overrides), ""
+        try:
+            refused = unloadable(config)
+        except CherryError as error:
+            refused = [str(error)]
+        try:
+            unchanged_start(config, SimpleNamespace(load=str(checkpoint_to_load(config).parent)))
+        except CherryError as error:
+            start = str(error)
+        found.append((refused, start, other_losses(config)))
+    return found
+
+
+def test_a_run_keeps_its_experts(tmp_path: Path, write_config, train):
     path = write(write_config, tmp_path, SHARED)
     train(path, 1, STAY)
-    for override, says in {
-        "megatron.num-experts=8": "megatron.num-experts 4, not 8",
-        "megatron.moe-ffn-hidden-size=32": "megatron.moe-ffn-hidden-size 24, not 32",
-        "recurrence.loop_routers=true": "recurrence.loop_routers False, not True",
-    }.items():
-        ((*found,),) = run_ranks(tmp_path / "refused", 1, refused, path, [override])
-        assert any(says in line for line in found), found
-    assert run_ranks(tmp_path / "free", 1, refused, path, ["megatron.moe-router-topk=3"]) == [[]]
+    another = (f"run={tmp_path / 'another'}", f"megatron.load={tmp_path / 'run'}", "megatron.finetune=true")
+    topk, softmax = "megatron.moe-router-topk", "megatron.moe-router-pre-softmax"
+    cases = (
+        (("megatron.num-experts=8",), "megatron.num-experts 4, not 8", "", []),
+        (("megatron.moe-ffn-hidden-size=32",), "megatron.moe-ffn-hidden-size 24, not 32", "", []),
+        (("recurrence.loop_routers=true",), "recurrence.loop_routers False, not True", "", []),
+        ((f"{topk}=3",), "", f"was trained with {topk} 2, not 3; choose another run", ["moe-router-topk"]),
+        ((f"{softmax}=true",), "", f"with {softmax} False, not True", ["moe-router-pre-softmax"]),
+        ((*another, f"{topk}=3"), "", "", ["moe-router-topk"]),
+        (another, "", "", []),
+        ((*another, f"{softmax}=true"), f"{softmax} is True, but", "", ["moe-router-pre-softmax"]),
+    )
+    (found,) = run_ranks(tmp_path / "looked", 1, looked_at, path, [overrides for overrides, *_ in cases])
+    for (_, before, start, losses), (refused, started, other) in zip(cases, found, strict=True):
+        assert len(refused) == bool(before) and all(before in line for line in refused), refused
+        assert start in started and bool(started) == bool(start), started
+        assert other == losses
