@@ -145,8 +145,8 @@ def _common_ancestor(parts: Sequence[Checkpoint]) -> dict[str, Any]:
         strangers = [part for part, line in zip(parts, lines, strict=True) if not set(lines[0]) & set(line)]
         raise CherryError(
             f"{', '.join(str(part.folder) for part in strangers or parts[1:])} and {parts[0].folder} have no "
-            "common ancestor since their layers were made (`cherry lineage`), and the mean of their attention would "
-            "be worth nothing; name models that branch from one, or make a mixture of whole models (moee)"
+            "common ancestor since their layers were made (`cherry lineage`), and the mean of their attention "
+            "would be worth nothing; name models that branch from one, or make a mixture of whole models (moee)"
         )
     return next(entry for name, entry in lines[0].items() if name in shared)
 

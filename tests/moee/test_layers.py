@@ -207,6 +207,30 @@ def test_a_skipped_head_changes_no_gradient(tmp_path: Path, write_config, train)
     assert distance(*found) <= TOLERANCE
 
 
+def passes(path):
+    """How often micro-batches go through the stack in training mode."""
+    from cherry_megatron.model.stack import RecurrentStack
+
+    count, forward = 0, RecurrentStack.forward
+
+    def counted(self, *args, **kwargs):
+        nonlocal count
+        count += self.training
+        return forward(self, *args, **kwargs)
+
+    RecurrentStack.forward = counted
+    _train(path, [], STAY.split())
+    return count
+
+
+@pytest.mark.parametrize("coefficient", [0.5, 0.0])
+def test_one_pass_before_the_step_serves_balance_and_selection(coefficient, tmp_path: Path, write_config):
+    """Without a load-balancing loss it is made for the selection alone."""
+    sections = {**SHARED, "sgt": {"top_loss": 0.3}, "megatron": {"moe-aux-loss-coeff": coefficient}}
+    path = write(write_config, tmp_path, sections)
+    assert run_ranks(tmp_path / "output", 1, passes, path) == [4 + 4]
+
+
 LAYOUTS = {
     "single": (1, ""),
     "ep2": (2, EP),
