@@ -29,6 +29,7 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "position-embedding-type": ("rope", "it is what the recurrent stack is built with"),
     "disable-bias-linear": (True, "it is what the recurrent stack is built with"),
     "normalization": ("RMSNorm", "it is what the recurrent stack is built with"),
+    "override-opt-param-scheduler": (True, "the learning rate of a resume is the configuration's"),
     "optimizer": ("adam", "it is the one whose state is known to resume under any layout"),
 }
 # What would be accepted and not done, or fail deep inside.
@@ -51,6 +52,7 @@ _UNSUPPORTED = {
     "full-validation": "the held-out loss is taken from eval-iters batches",
     "enable-cuda-graph": "it is an older name; use cuda-graph-impl full_iteration",
     "external-cuda-graph": "it is an older name; use cuda-graph-impl full_iteration",
+    "use-checkpoint-opt-param-scheduler": "the learning rate of a resume is the configuration's",
     "mock-data": "training reads the files of `cherry data` alone",
     "per-split-data-args-path": "what it names is not looked at before a run; use train-data-path and its kin",
     "yaml-cfg": "a configuration is a YAML file of this project's own form",
@@ -82,7 +84,6 @@ _DEFAULTS: dict[str, Any] = {
     "tokenizer-type": "HuggingFaceTokenizer",
     "no-create-attention-mask-in-dataloader": True,
     "exit-signal-handler": True,
-    "override-opt-param-scheduler": True,
     "log-interval": 10,
     "eval-interval": 1000,
     "eval-iters": 10,

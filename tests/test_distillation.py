@@ -2,7 +2,9 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,7 +79,7 @@ SAMPLE = ["pp2", pytest.param("tp2-sp", marks=pytest.mark.full), pytest.param("d
           pytest.param("tp2-pp2", marks=pytest.mark.full)]  # fmt: skip
 
 
-def remembering(path: Path, flags: str, run=lambda path, flags: _train(path, [], flags.split())) -> tuple[int, int]:
+def remembering(train: Callable[..., None], *arguments: Any) -> tuple[int, int]:
     """Train; how often a teacher has read, and how many of its logits were held when it read again or at the end."""
     import gc
     import weakref
@@ -97,7 +99,7 @@ def remembering(path: Path, flags: str, run=lambda path, flags: _train(path, [],
         given.append(weakref.ref(self._seen))
 
     Teacher.look = looks
-    run(path, flags)
+    train(*arguments)
     return len(given), held + alive()
 
 
@@ -106,7 +108,7 @@ def alone(tmp_path_factory, teacher, write_config) -> tuple[Path, tuple[int, int
     """A student's run in one process, and what its teacher held."""
     folder = tmp_path_factory.mktemp("single")
     path = student(folder, teacher, write_config)
-    (held,) = run_ranks(folder / "output", 1, remembering, path, "--train-iters 8")
+    (held,) = run_ranks(folder / "output", 1, remembering, _train, path, [], ["--train-iters", "8"])
     return folder / "run", held
 
 
