@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,8 +92,14 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def fill_in(path: Path, values: Any) -> dict[str, Any]:
-    """A file's `megatron` section with this project's defaults; refuses unknown and contradictory keys."""
+def fill_in(path: Path, values: Any, flags: Sequence[str] = ()) -> dict[str, Any]:
+    """A file's `megatron` section with this project's defaults; refuses unknown and contradictory keys.
+
+    Args:
+        path: the file.
+        values: the section.
+        flags: given beside it, as on Megatron's command line.
+    """
     given = by_flag(path, values)
     for key, value in given.items():
         if key in _DERIVED:
@@ -104,7 +111,8 @@ def fill_in(path: Path, values: Any) -> dict[str, Any]:
     fixed = {key: value for key, (value, _) in _FIXED.items()}
     # Megatron's check reads the loss back inside what a graph records.
     unchecked = {"no-check-for-nan-in-loss-and-grad": True} if given.get("cuda-graph-impl") == GRAPH else {}
-    experts = EXPERT_DEFAULTS if given.get("num-experts") is not None else {}
+    has_experts = given.get("num-experts") is not None or "--num-experts" in (f.split("=")[0] for f in flags)
+    experts = EXPERT_DEFAULTS if has_experts else {}
     return {**_DEFAULTS, **experts, **unchecked, **given, **fixed}
 
 

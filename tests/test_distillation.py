@@ -80,7 +80,7 @@ SAMPLE = ["pp2", pytest.param("tp2-sp", marks=pytest.mark.full), pytest.param("d
 
 
 def remembering(train: Callable[..., None], *arguments: Any) -> tuple[int, int]:
-    """Train; how often a teacher has read, and how many of its logits were held when it read again or at the end."""
+    """Train; how often a teacher has read, and how many of its logits were held when it read again or ended."""
     import gc
     import weakref
 

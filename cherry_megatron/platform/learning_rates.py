@@ -1,7 +1,7 @@
 """A resume may have other learning rates than the steps before it.
 
-Megatron-core 0.19.2 tells groups of parameters apart by their rates too (upstream pull request 4705), so it finds none
-of the checkpoint's where these are others. `override-opt-param-scheduler`, which is fixed here, means that the
+Megatron-core 0.19.2 tells groups of parameters apart by their rates too (upstream pull request 4705), so it finds
+none of the checkpoint's where these are others. `override-opt-param-scheduler`, which is fixed here, means that the
 configuration's rates hold. tests/test_resume.py shows it.
 """
 

@@ -50,7 +50,7 @@ def step(
     walk += [(len(prelude) + len(core) + layer, None) for layer in range(len(coda))]
     layers = [*prelude, *core, *coda]
     x = state["embedding.word_embeddings.weight"][batch["tokens"]]
-    balance, report = 0.0, {}
+    balance, report, walks = 0.0, {}, {}
     for layer, loop in walk:
         for place, symbol in enumerate(layers[layer]):
             start = f"decoder.layers.{sum(map(len, layers[:layer])) + place}."
@@ -67,13 +67,17 @@ def step(
                 for own in chosen:
                     count[own] += 1
                 balance = balance + coefficient * len(count) * (count / count.sum() * scores.mean(0)).sum()
-                name = f"layer-{layer + 1}/loop-{(loop or 0) + 1}"
-                report |= {f"load/{name}/{e}": float(c) / len(chosen) for e, c in enumerate(count)}
                 gates = torch.stack([row[own] / row[own].sum() for row, own in zip(scores, chosen, strict=True)])
-                report[f"gate-entropy/{name}"] = float(-(gates * gates.log()).sum(-1).mean())
+                seen = torch.cat((count / len(chosen), -(gates * gates.log()).sum(-1).mean().detach()[None]))
+                walks.setdefault(f"layer-{layer + 1}", {})[f"loop-{(loop or 0) + 1}"] = seen
             else:
                 y = reference.attention(y, w, 4, 4, 8, 10000.0) if symbol == "*" else reference.mlp(y, w)
             x = x + y * out
+    for layer, each in walks.items():
+        names = {layer: sum(each.values()) / len(each), **{f"{layer}/{loop}": seen for loop, seen in each.items()}}
+        for name, (*loads, entropy) in names.items():
+            report |= {f"load/{name}/{e}": float(load) for e, load in enumerate(loads)}
+            report[f"gate-entropy/{name}"] = float(entropy)
     x = reference.rms(x, state["decoder.final_norm.weight"])
     logits = x @ state["output_layer.weight"].T
     losses = F.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none")

@@ -252,13 +252,19 @@ def resume(layouts, tmp_path, write_config, train):
             "save-interval": EACH,
             "global-batch-size": 4,
             "seed": SEED,
+            "log-interval": 2,
         },
         "sgt": {"top_loss": 0.2},
     }
     undisturbed = train(write(write_config, tmp_path / "undisturbed", sections))
-    for step in undisturbed:  # a walk is reported by the steps that have it
+    for step in undisturbed:  # a walk is reported by the steps that have it, once an interval
         drawn = random.Random(f"{SEED}/loops/{step['iteration'] - 1}").randint(1, 2)
-        assert len({name.split("/")[2] for name in step["moee"] if "/layer-2/" in name}) == drawn
+        walks = {name.split("/")[2] for name in step["moee"] if "/layer-2/loop-" in name}
+        assert len(walks) == (0 if step["iteration"] % 2 else drawn)
+        loads = [
+            value for name, value in step["moee"].items() if name.startswith("load/layer-2/") and "loop" not in name
+        ]
+        assert len(loads) == 4 and sum(loads) == pytest.approx(2)
     path = write(write_config, tmp_path / "resumed", sections)
     for number, layout in enumerate(layouts, start=1):
         ranks, flags = LAYOUTS[layout]

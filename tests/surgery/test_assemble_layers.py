@@ -290,3 +290,7 @@ def test_what_was_assembled_is_no_single_model(configuration, capsys):
     record(configuration / "run0", "run0", COMMON)
     assert main(command(configuration, "made", "run1", "run2", save="again")) == 2
     assert "has experts inside layers" in capsys.readouterr().err
+    without = ("--extract", "0", "--set", "recurrence.pattern=*-[*-*-]x4*-", "--set", "megatron.num-experts=null")
+    assert main(command(configuration, "made", save="taken", more=without)) == 2
+    said = capsys.readouterr().err
+    assert "made/iter_0000000 has experts inside layers, which share all else" in said and said.count("\n") == 1
