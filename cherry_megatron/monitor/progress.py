@@ -154,6 +154,8 @@ class Progress:
         for part in ("selected", "unselected", "weighted", "balance"):
             if f"{part} loss" in self._heard:
                 record[f"{part}_loss"] = self._heard[f"{part} loss"]
+        if (apart := "divergence from teacher") in self._heard:
+            record[apart.replace(" ", "_")] = self._heard[apart]
         if torch.cuda.is_available():
             record["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         if self._steps is not None:
