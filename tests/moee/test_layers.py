@@ -18,6 +18,7 @@ EXPERTS = {
 SHARED = {"recurrence": {"pattern": PATTERN}}
 OF_LOOPS = {"recurrence": {"pattern": PATTERN, "loop_routers": True, "loop_scales": False}}
 AHEAD = {"recurrence": {"pattern": PATTERN}, "mtp": {"depths": 2, "weight": 0.3}}
+CUT = {"recurrence": {"pattern": PATTERN, "loop_routers": True, "injection": "add", "backprop_loops": 1}}
 SHARE = 0.6
 ONE = {
     "recurrence": {"pattern": PATTERN},
@@ -68,7 +69,9 @@ def expected(folder, sections):
     loss, balance, gradient, report = step(
         state, batch, PARTS, 2,
         coefficient=megatron["moe-aux-loss-coeff"], top_k=megatron["moe-router-topk"],
-        pre_softmax=megatron.get("moe-router-pre-softmax", False), **further,
+        pre_softmax=megatron.get("moe-router-pre-softmax", False),
+        injection=sections["recurrence"].get("injection", "none"),
+        backprop=sections["recurrence"].get("backprop_loops"), **further,
     )  # fmt: skip
     return loss, balance, {name: value.numpy() for name, value in gradient.items()}, report
 
@@ -117,7 +120,7 @@ def compare(run, loss, balance, gradient, report):
 
 def check(sections, ranks, flags, tmp_path, single, write_config, train):
     wanted = single(sections)
-    assert len({value for name, value in wanted[-1].items() if name.startswith("load/layer-2/loop-1")}) > 1
+    assert len({value for name, value in wanted[-1].items() if name.startswith("load/layer-2/loop-2")}) > 1
     train(write(write_config, tmp_path, sections), ranks, f"{STAY} {flags}")
     compare(tmp_path / "run", *wanted)
 
@@ -178,6 +181,13 @@ FURTHER = {
 @pytest.mark.parametrize("layout", FURTHER)
 def test_with_prediction_of_later_tokens(layout, tmp_path: Path, single, write_config, train):
     check(AHEAD, *FURTHER[layout], tmp_path, single, write_config, train)
+
+
+@pytest.mark.full
+def test_with_a_gradient_through_the_last_loop_alone(tmp_path: Path, single, write_config, train):
+    """Walks without a gradient have no balance, and are not reported."""
+    assert not any("/layer-2/loop-1" in name for name in single(CUT)[-1])
+    check(CUT, 2, f"{PP} {RECOMPUTE}", tmp_path, single, write_config, train)
 
 
 @pytest.fixture(scope="module")
