@@ -97,7 +97,7 @@ def fp8(part: Part) -> None:
         "megatron.hidden-size=512", "megatron.ffn-hidden-size=1280", "megatron.num-attention-heads=4",
         "megatron.seq-length=1024", "megatron.max-position-embeddings=1024", "megatron.micro-batch-size=8",
         "megatron.eval-micro-batch-size=8", "megatron.num-experts=8", "recurrence.pattern=*-[(*E)x2]x4*-",
-        "megatron.lr=1e-3",
+        "megatron.lr=1e-3", "megatron.log-interval=1",
     ]  # fmt: skip
     length = "--train-iters 200"
     bf16 = part.steps("layers_227m", small, length)

@@ -16,7 +16,7 @@ from cherry_megatron.monitor.progress import Progress
 from cherry_megatron.objective import Objective
 from cherry_megatron.platform.undisturbed import clock_stopped, undisturbed
 from cherry_megatron.runs import own_checkpoints
-from cherry_megatron.sgt.online import select
+from cherry_megatron.sgt.online import scores_of, select
 from cherry_megatron.sgt.probe import Probe
 
 
@@ -56,20 +56,20 @@ class BeforeStep:
         if not (reading or at_start):
             return data_iterator
         with undisturbed(model, config):
-            rows = None
+            rows = scores = None
             if reading and data_iterator is not None:
                 rows = [next(data_iterator) for _ in range(get_num_microbatches())]
             if mixture is not None and centring:
                 centre_router(mixture, rows)
             if self._has_experts:
-                balance_over_global_batch(self._objective, rows, model)
+                scores = balance_over_global_batch(self._objective, rows, model)
             if mixture is not None and choosing:
                 choose_experts(mixture, rows)
             if at_start:  # with a router that has been centred
                 with clock_stopped():
                     self._evaluate_as_it_is(model)
             if supervision is not None and selecting:
-                select(self._objective, supervision, rows, model)
+                select(supervision, rows, scores_of(self._objective, rows, model) if scores is None else scores)
             if probing:
                 with clock_stopped():
                     self._probe(rows, model, iteration + 1)

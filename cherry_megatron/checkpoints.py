@@ -38,6 +38,8 @@ _OBJECTIVE = {
     "data": ("shuffle",), "mtp": ("weight",), "sgt": ("marks", "top_loss", "alpha", "alpha_start", "alpha_steps"),
     "moee": ("top_k", "prefix"),
 }  # fmt: skip
+# The same of experts inside layers.
+_ROUTED = ("moe-router-topk", "moe-router-pre-softmax")
 # What decides which text is held out.
 _HELD_OUT = (
     "global-batch-size", "eval-global-batch-size", "seq-length", "split", "data-path", "train-data-path",
@@ -142,12 +144,7 @@ def _changes(config: Config, folder: Path) -> list[str]:
         for key in ("loop_scales", "loop_rank", "loop_routers", "pattern", "order", "injection")
         if _meaning(theirs, key) != _meaning(ours, key)
     ]
-    trained = replace(
-        config,
-        recurrence=Recurrence(before["recurrence"]["pattern"]),
-        megatron=before["megatron"],
-        flags=tuple(before["flags"]),
-    )
+    trained = replace(_flags_of(config, before), recurrence=Recurrence(before["recurrence"]["pattern"]))
     found += [(name, getattr(trained.shape, key), getattr(config.shape, key)) for key, name in _SHAPE.items()]
     found += [(f"megatron.{flag}", trained.value(flag), config.value(flag)) for flag in FUNCTION]
     found += [("mtp.depths", _setting(before, "mtp", "depths"), config.mtp.depths)]
@@ -182,14 +179,19 @@ def _record(folder: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def _flags_of(config: Config, before: dict[str, Any]) -> Config:
+    """A configuration with Megatron's flags as they were recorded."""
+    return replace(config, megatron=before["megatron"], flags=tuple(before["flags"]))
+
+
 def other_losses(config: Config) -> list[str]:
     """The keys whose values differ from training's, so that losses do not compare."""
     folder = checkpoint_to_load(config)
     before = None if folder is None else _record(folder)
     if before is None:
         return []
-    trained = replace(config, megatron=before["megatron"], flags=tuple(before["flags"]))
-    found = [flag for flag in _HELD_OUT if trained.value(flag) != config.value(flag)]
+    trained = _flags_of(config, before)
+    found = [flag for flag in (*_HELD_OUT, *_ROUTED) if trained.value(flag) != config.value(flag)]
     ours, theirs = config.as_dict(), before
     found += [
         f"{section}.{key}"
@@ -276,15 +278,19 @@ def unchanged_start(config: Config, args: Any) -> None:
 
 def _same_objective(config: Config, before: dict[str, Any]) -> None:
     """What a run is compared for must be one thing from its first step to its last."""
-    ours = config.as_dict()
-    for section, keys in _OBJECTIVE.items():
-        for key in keys:
-            old, new = (_setting(settings, section, key) for settings in (before, ours))
-            if old != new:
-                raise CherryError(
-                    f"the run {config.run} was trained with {section}.{key} {old!r}, not {new!r}; choose another "
-                    "run, whose megatron.load can start from this one"
-                )
+    ours, trained = config.as_dict(), _flags_of(config, before)
+    found = [
+        (f"{section}.{key}", _setting(before, section, key), _setting(ours, section, key))
+        for section, keys in _OBJECTIVE.items()
+        for key in keys
+    ]
+    found += [(f"megatron.{flag}", trained.value(flag), config.value(flag)) for flag in _ROUTED]
+    for key, old, new in found:
+        if old != new:
+            raise CherryError(
+                f"the run {config.run} was trained with {key} {old!r}, not {new!r}; choose another run, whose "
+                "megatron.load can start from this one"
+            )
     if _masked_prefix(before) != config.prefix:
         raise CherryError(
             f"the run {config.run} was trained without a loss of the first {_masked_prefix(before)} tokens of a "

@@ -315,8 +315,9 @@ def load(path: Path, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -
         raise CherryError(f"{path}: `run` must name the run's folder{said}, e.g. run: runs/{path.stem}")
     if not isinstance(given, list) or not all(isinstance(flag, str) for flag in given):
         raise CherryError(f'{path}: `flags` must be a list of texts, e.g. flags: ["--seed", "7"]')
-    megatron = rules.fill_in(path, data.get("megatron", {}))
-    config = Config(path, Path(run), megatron=megatron, flags=(*given, *flags), **_sections(path, data))
+    flags = (*given, *flags)
+    megatron = rules.fill_in(path, data.get("megatron", {}), flags)
+    config = Config(path, Path(run), megatron=megatron, flags=flags, **_sections(path, data))
     rules.check(config)
     return config
 

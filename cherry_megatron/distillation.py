@@ -50,7 +50,7 @@ class Teacher:
     def __init__(self, options: Distillation, student: Config, args: Any) -> None:
         self.weight, self._temperature = options.weight, options.temperature
         self.divergence: Tensor | None = None
-        self._seen: Tensor | None = None  # logits of the teacher's last pass, [s, b, v/tp]
+        self._seen: Tensor | None = None  # logits of the teacher's pass until they are forgotten, [s, b, v/tp]
         self._logits: Tensor | None = None  # those that the student's next pass is compared with
         self._model: torch.nn.Module | None = None
         self._watched = False
@@ -78,6 +78,7 @@ class Teacher:
             return
         self.look(tokens, position_ids)
         self.expect()
+        self.forget()
 
     def look(self, tokens: Tensor | None, position_ids: Tensor | None) -> None:
         """The teacher reads rows, [b, s]."""
@@ -90,6 +91,10 @@ class Teacher:
         """The next pass is over these of the rows that the teacher has read; None: over all."""
         assert self._seen is not None
         self._logits = self._seen if rows is None else self._seen[:, rows]
+
+    def forget(self) -> None:
+        """No further pass is over rows that the teacher has read: its logits are among the largest tensors here."""
+        self._seen = None
 
     def take(self) -> Tensor:
         """The divergence of the rows of the last pass, [b, s]."""

@@ -73,7 +73,8 @@ class Objective:
                 assert batch["loss_mask"] is not None
                 rows, arguments["partly"] = selected * batch["loss_mask"], True
         if mixture is None:
-            output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], rows=rows)
+            wanted = {"rows": rows, "agreement": not model.training}
+            output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **wanted)
         else:
             inputs = batch["tokens"], batch["position_ids"]
             output = model(*inputs, None, labels=batch["labels"], chosen=batch[EXPERTS])

@@ -133,7 +133,8 @@ def after_step(config: Config, progress: Progress) -> Callable[..., None]:
 
     def finish(model: list[torch.nn.Module]) -> None:
         if config.has_experts:
-            progress.experts(*report_of_step(model, config.recurrence, config.shape.experts, config.balance))
+            experts, each_walk = config.shape.experts, progress.ends_interval(progress.iteration)
+            progress.experts(*report_of_step(model, config.recurrence, experts, config.balance, each_walk))
 
     return finish
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "position-embedding-type": ("rope", "it is what the recurrent stack is built with"),
     "disable-bias-linear": (True, "it is what the recurrent stack is built with"),
     "normalization": ("RMSNorm", "it is what the recurrent stack is built with"),
+    "override-opt-param-scheduler": (True, "the learning rate of a resume is the configuration's"),
     "optimizer": ("adam", "it is the one whose state is known to resume under any layout"),
 }
 # What would be accepted and not done, or fail deep inside.
@@ -51,6 +53,7 @@ _UNSUPPORTED = {
     "full-validation": "the held-out loss is taken from eval-iters batches",
     "enable-cuda-graph": "it is an older name; use cuda-graph-impl full_iteration",
     "external-cuda-graph": "it is an older name; use cuda-graph-impl full_iteration",
+    "use-checkpoint-opt-param-scheduler": "the learning rate of a resume is the configuration's",
     "mock-data": "training reads the files of `cherry data` alone",
     "per-split-data-args-path": "what it names is not looked at before a run; use train-data-path and its kin",
     "yaml-cfg": "a configuration is a YAML file of this project's own form",
@@ -82,7 +85,6 @@ _DEFAULTS: dict[str, Any] = {
     "tokenizer-type": "HuggingFaceTokenizer",
     "no-create-attention-mask-in-dataloader": True,
     "exit-signal-handler": True,
-    "override-opt-param-scheduler": True,
     "log-interval": 10,
     "eval-interval": 1000,
     "eval-iters": 10,
@@ -90,8 +92,14 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def fill_in(path: Path, values: Any) -> dict[str, Any]:
-    """A file's `megatron` section with this project's defaults; refuses unknown and contradictory keys."""
+def fill_in(path: Path, values: Any, flags: Sequence[str] = ()) -> dict[str, Any]:
+    """A file's `megatron` section with this project's defaults; refuses unknown and contradictory keys.
+
+    Args:
+        path: the file.
+        values: the section.
+        flags: given beside it, as on Megatron's command line.
+    """
     given = by_flag(path, values)
     for key, value in given.items():
         if key in _DERIVED:
@@ -103,7 +111,8 @@ def fill_in(path: Path, values: Any) -> dict[str, Any]:
     fixed = {key: value for key, (value, _) in _FIXED.items()}
     # Megatron's check reads the loss back inside what a graph records.
     unchecked = {"no-check-for-nan-in-loss-and-grad": True} if given.get("cuda-graph-impl") == GRAPH else {}
-    experts = EXPERT_DEFAULTS if given.get("num-experts") is not None else {}
+    has_experts = given.get("num-experts") is not None or "--num-experts" in (f.split("=")[0] for f in flags)
+    experts = EXPERT_DEFAULTS if has_experts else {}
     return {**_DEFAULTS, **experts, **unchecked, **given, **fixed}
 
 

@@ -100,6 +100,9 @@ CASES = {
         )
     },
     "mixture-heads": ("mixture", HEADS, (), "num-attention-heads is 2, but"),
+    # Copies of models have no gates yet.
+    "experts-gates": ("experts", ("megatron.moe-router-pre-softmax=true",), (), ""),
+    "experts-chosen": ("experts", ("megatron.moe-router-topk=1", "megatron.moe-router-pre-softmax=true"), (), ""),
     "experts-heads": ("experts", HEADS, (), "num-attention-heads is 2, but"),
 }  # fmt: skip
 

@@ -2,7 +2,9 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch.nn import functional as F
 
 from cherry_megatron.storage.ancestry import describe
 from cherry_megatron.storage.checkpoint import Place, open_checkpoint
-from tests.conftest import run_ranks
+from tests.conftest import _train, run_ranks
 from tests.test_bad_input import verb
 
 
@@ -77,9 +79,50 @@ SAMPLE = ["pp2", pytest.param("tp2-sp", marks=pytest.mark.full), pytest.param("d
           pytest.param("tp2-pp2", marks=pytest.mark.full)]  # fmt: skip
 
 
+def remembering(train: Callable[..., None], *arguments: Any) -> tuple[int, int]:
+    """Train; how often a teacher has read, and how many of its logits were held when it read again or ended."""
+    import gc
+    import weakref
+
+    from cherry_megatron.distillation import Teacher
+
+    given, held, look = [], 0, Teacher.look
+
+    def alive() -> int:
+        gc.collect()
+        return sum(each() is not None for each in given)
+
+    def looks(self, *inputs):
+        nonlocal held
+        held += alive()
+        look(self, *inputs)
+        given.append(weakref.ref(self._seen))
+
+    Teacher.look = looks
+    train(*arguments)
+    return len(given), held + alive()
+
+
 @pytest.fixture(scope="module")
-def single(tmp_path_factory, teacher, write_config, train):
-    return train(student(tmp_path_factory.mktemp("single"), teacher, write_config), flags="--train-iters 8")
+def alone(tmp_path_factory, teacher, write_config) -> tuple[Path, tuple[int, int]]:
+    """A student's run in one process, and what its teacher held."""
+    folder = tmp_path_factory.mktemp("single")
+    path = student(folder, teacher, write_config)
+    (held,) = run_ranks(folder / "output", 1, remembering, _train, path, [], ["--train-iters", "8"])
+    return folder / "run", held
+
+
+@pytest.fixture(scope="module")
+def single(alone):
+    from cherry_megatron.runs import read_steps
+
+    return read_steps(alone[0])
+
+
+def test_a_teachers_logits_are_let_go_after_the_pass(alone):
+    _, (passes, held) = alone
+    assert passes == 8 * 4
+    assert held == 0
 
 
 @pytest.mark.parametrize("name", SAMPLE)

@@ -62,6 +62,40 @@ def test_resume_matrix(first, second, tmp_path, write_config, train, saved, undi
     check(first, second, tmp_path, write_config, train, saved, undisturbed)
 
 
+RATES = {
+    # With an optimizer of their own.
+    "experts": {"recurrence": {"pattern": "*-[*E]x2*-"}, "megatron": {"num-experts": 2}},
+    "plain": {"recurrence": {"pattern": "*-[*-]x2*-"}},
+}
+CONSTANT = {"lr-decay-style": "constant", "lr-warmup-iters": 0, "min-lr": 0.0}
+
+
+@pytest.mark.parametrize("name", ["experts", pytest.param("plain", marks=pytest.mark.full)])
+def test_resume_with_another_learning_rate(name, tmp_path: Path, write_config, train):
+    """Twice the rate makes twice the step: Adam's and the decay's, from the moments of the steps before."""
+    from cherry_megatron.storage.checkpoint import open_checkpoint
+
+    megatron = {**CONSTANT, "train-iters": 3, "lr": 1e-3, **RATES[name].get("megatron", {})}
+    path = write_config(tmp_path / "before", recurrence=RATES[name]["recurrence"], megatron=megatron)
+    train(path)
+    read, learned = {}, {}
+    for rate in (1e-3, 2e-3):
+        changed = {**megatron, "train-iters": 4, "lr": rate, "min-lr": rate / 10}
+        path = write_config(tmp_path / str(rate), recurrence=RATES[name]["recurrence"], megatron=changed)
+        shutil.copytree(tmp_path / "before/run", tmp_path / str(rate) / "run")
+        (*_, learned[rate]) = train(path)
+    for place in ("before", *learned):
+        found = open_checkpoint(tmp_path / str(place) / "run")
+        read[place] = {weight: found.read(weight).astype(float) for weight in found.model}
+    (slow, fast), start = learned, read["before"]
+    assert [step["learning_rate"] for step in learned.values()] == pytest.approx([slow, fast])
+    assert learned[slow]["grad_norm"] == learned[fast]["grad_norm"]
+    for weight in start:
+        moved = read[slow][weight] - start[weight]
+        assert abs(moved).max() > slow / 100
+        assert read[fast][weight] - start[weight] == pytest.approx(2 * moved, rel=1e-3, abs=1e-6)
+
+
 def test_resume_with_dropout_is_bit_identical(tmp_path: Path, write_config, train):
     sections = {
         "megatron": {**SCHEDULE["megatron"], "hidden-dropout": 0.1, "attention-dropout": 0.1},

@@ -48,9 +48,13 @@ def placed(parts: Sequence[Sequence[int]], width: int) -> Tensor:
 
 
 def filled(width: int, rows: int) -> int:
-    """Columns, at least so many, that sequence parallelism can cut and FP8 can multiply."""
+    """Columns, at least so many, that sequence parallelism can cut and FP8 can multiply.
+
+    Experts inside layers are given tokens of each rank's own, in multiples too where the router fills them up.
+    """
     args = get_args()
     ranks = args.tensor_model_parallel_size if args.sequence_parallel else 1
     fp8 = FP8_MULTIPLE // math.gcd(FP8_MULTIPLE, rows) if args.fp8 else 1
-    multiple = math.lcm(ranks, fp8)
+    padded = args.moe_router_padding_for_fp8 or args.moe_router_padding_for_quantization
+    multiple = ranks * fp8 if padded else math.lcm(ranks, fp8)
     return -(-width // multiple) * multiple

@@ -29,13 +29,19 @@ class RecurrentModel(HybridModel):
     ahead: Ahead | None = None
 
     def forward(
-        self, *args: Any, labels: Tensor | None = None, rows: Tensor | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        labels: Tensor | None = None,
+        rows: Tensor | None = None,
+        agreement: bool = False,
+        **kwargs: Any,
     ) -> Tensor:
         """As HybridModel's, but that the losses of multi-token prediction are left in `ahead`.
 
         Args:
             labels: [b, s].
             rows: [b, s], 0 or 1: tokens whose loss is wanted; by default all.
+            agreement: see whether multi-token prediction finds what the model does.
             Others: as HybridModel's. With multi-token prediction the last stage needs the tokens, too.
 
         Returns:
@@ -45,7 +51,7 @@ class RecurrentModel(HybridModel):
         if labels is not None and rows is not None and self.post_process:
             return self._some_losses(self._hidden(*args, **kwargs), labels, rows)
         if labels is not None and self.mtp_process:
-            return self._all_losses(self._hidden(*args, **kwargs), labels)
+            return self._all_losses(self._hidden(*args, **kwargs), labels, agreement)
         predicts_ahead, self.mtp_process = self.mtp_process, False  # of no use for logits
         try:
             return super().forward(*args, labels=labels, **kwargs)
@@ -95,14 +101,14 @@ class RecurrentModel(HybridModel):
         finally:
             self.post_process = True
 
-    def _all_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def _all_losses(self, hidden: Tensor, labels: Tensor, agreement: bool) -> Tensor:
         """Cross-entropy of the next tokens; that of later ones goes into `ahead`. hidden: as `_hidden` gives it."""
         group, config = self.pg_collection.tp, self.config
         # A teacher compares the first logits that the output layer gives.
         next_token, *later = hidden.chunk(1 + config.mtp_num_layers)
         logits = self._logits(next_token)
         # Before the cross-entropy, which overwrites the logits.
-        chosen = None if self.training else likeliest(logits, group)
+        chosen = likeliest(logits, group) if agreement else None
         losses = self.compute_language_model_loss(labels, logits)
         found, agrees = [], []
         for depth, state in enumerate(later, start=1):

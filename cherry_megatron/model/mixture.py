@@ -9,8 +9,9 @@ With multi-token prediction every expert has depths of its own, and what is pred
 depth d at position t, -logsumexp_e(log g_e - CE_e,d) with the gates of position t.
 
 With a teacher every expert is compared with it, and their divergences are mixed by the gates. KL is convex, so that
-KL(teacher || sum_e g_e p_e) <= sum_e g_e KL(teacher || p_e): what is made small is a bound of the mixture's own
-divergence, which would need every expert's distribution on one rank.
+KL(teacher || sum_e g_e p_e) <= sum_e g_e KL(teacher || p_e): at temperature 1 what is made small is a bound of the
+mixture's own divergence, which would need every expert's distribution on one rank. At another temperature it is one
+of the divergence from the mixture of the experts' softened distributions, which the softened mixture is not.
 """
 
 from dataclasses import dataclass
@@ -102,6 +103,8 @@ class Comparing(Protocol):
     def look(self, tokens: Tensor, position_ids: Tensor) -> None: ...
 
     def expect(self, rows: Tensor | None = None) -> None: ...
+
+    def forget(self) -> None: ...
 
     def take(self) -> Tensor: ...
 
@@ -215,6 +218,8 @@ class MixtureModel(MegatronModule):
         for number, expert in self.experts.items():
             rows = chosen[:, int(number)].nonzero().flatten() if self.options.routes else None
             found.append(_numbers(expert, tokens, position_ids, labels, rows, self.teacher))
+        if self.teacher is not None:
+            self.teacher.forget()
         # [experts here, numbers, ep * b, s]: to each rank those of its rows.
         mine = torch.stack(found).float().unflatten(2, (group.size(), b)).movedim(2, 0).contiguous()
         theirs: Tensor = all_to_all(group, mine)  # [ep, experts of that rank, numbers, b, s]

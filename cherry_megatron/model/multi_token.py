@@ -77,7 +77,7 @@ class Ahead:
     Attributes:
         losses: [depths, b, s], cross-entropy of depth d at position t, for the target of position t + d, in nats.
         agrees: [depths, b, s], whether the likeliest token there is the one that the model has at position t + d,
-            once it sees the tokens between: what greedy speculative decoding accepts. In evaluation alone.
+            once it sees the tokens between: what greedy speculative decoding accepts. Where it is asked for.
         weight: of the mean over depths in the loss.
     """
 

@@ -1,7 +1,7 @@
 """The recurrent stack: prelude, a core walked several times with the same weights, coda."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -136,7 +136,11 @@ class RecurrentStack(HybridStack):
                         assert injected is not None, "the plan says which stages receive the prelude's output"
                         hidden = hidden + injected
                 before = hidden
-                with self._gradient_of(loop):
+                if self._is_cut(loop):
+                    with torch.no_grad():
+                        hidden = self._walk(visits, hidden, arguments)
+                    hidden = hidden.detach()  # Megatron adds to the residual stream with gradients switched on
+                else:
                     hidden = self._walk(visits, hidden, arguments)
                 if loop is not None and self.observe is not None and self._ends_core(visits[-1]):
                     self.observe(loop, before if self._begins_walk(visits[0]) else None, hidden)
@@ -181,12 +185,10 @@ class RecurrentStack(HybridStack):
             for start in range(0, len(segment), len(segment) if whole else 1):
                 yield loop, segment[start : start + (len(segment) if whole else 1)]
 
-    def _gradient_of(self, loop: int | None) -> AbstractContextManager[None]:
-        """No gradient before the last `backprop_loops` loops."""
+    def _is_cut(self, loop: int | None) -> bool:
+        """Whether it is before the last `backprop_loops` loops, which alone carry the gradient."""
         last = self.recurrence.backprop_loops
-        if last is None or loop is None or loop >= self.loops - last or not self.training:
-            return nullcontext()
-        return torch.no_grad()
+        return last is not None and loop is not None and loop < self.loops - last and self.training
 
     def _walk(self, visits: list[Visit], hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Run one segment, recomputing its activations in the backward pass if asked to."""

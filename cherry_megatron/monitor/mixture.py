@@ -7,11 +7,14 @@ from megatron.core import mpu
 from torch import Tensor
 
 from cherry_megatron.model.mixture import MixtureModel
-from cherry_megatron.monitor.experts import LEFT_OUT, left_out
 from cherry_megatron.monitor.tags import MOEE, of_step
 
-# What an expert that is of use has: tokens that it explains, sequences that the router itself would give it.
-_SHARES = {"responsibility": "responsible for {:.1%} of the tokens", "wanted": "wanted by {:.1%} of the sequences"}
+_LEFT_OUT = 0.1  # of an even share
+# What a model that is of use has: tokens that it explains, sequences that the router itself would give it.
+_OF_MODELS = {
+    "responsibility": "responsible for {:.1%} of the tokens",
+    "wanted": "wanted by {:.1%} of the sequences",
+}
 
 
 class MixtureWatch:
@@ -39,21 +42,35 @@ class MixtureWatch:
         counts, and not the load.
         """
         steps, self._steps = self._steps, []
-        lines = [line for name, words in _SHARES.items() for line in _left_out(steps, name, words)]
-        return [*lines, *left_out(steps)]
+        found = [
+            _left_out(steps, name, "", words, "moee.balance, or moee.top_k") for name, words in _OF_MODELS.items()
+        ]
+        for layer in _layers(steps):
+            words = "sees {:.1%} of the tokens"
+            found.append(_left_out(steps, f"load/{layer}", f" of {layer}", words, "megatron.moe-aux-loss-coeff"))
+        return [line for lines in found for line in lines]
 
 
-def _left_out(steps: list[dict[str, float]], name: str, words: str) -> list[str]:
+def _layers(steps: list[dict[str, float]]) -> list[str]:
+    """The layers with experts, by what is reported over all loops of each."""
+    names = (tag.split("/") for tag in (steps[0] if steps else {}) if tag.startswith("load/layer-"))
+    return list(dict.fromkeys(name[1] for name in names if len(name) == 3))
+
+
+def _left_out(steps: list[dict[str, float]], name: str, whose: str, words: str, advice: str) -> list[str]:
     """The alarm by one kind of share: its tags are `name`/expert."""
     start = f"{name}/"
-    shares = [{n.removeprefix(start): v for n, v in step.items() if n.startswith(start)} for step in steps]
+    shares = [
+        {tag.removeprefix(start): share for tag, share in step.items() if tag.startswith(start)} for step in steps
+    ]
+    shares = [{e: share for e, share in step.items() if e.isdecimal()} for step in shares]  # without single loops
     shares = [step for step in shares if step]  # without a token with a loss there are none
     if not shares:
         return []
-    limits = [LEFT_OUT * sum(step.values()) / len(step) for step in shares]
+    limits = [_LEFT_OUT * sum(step.values()) / len(step) for step in shares]
     return [
-        f"expert {expert} is left out: {words.format(max(step[expert] for step in shares))} at most, in each of "
-        f"the last {len(shares)} steps; raise moee.balance, or moee.top_k"
+        f"expert {expert}{whose} is left out: {words.format(max(step[expert] for step in shares))} at most, in "
+        f"each of the last {len(shares)} steps; raise {advice}"
         for expert in shares[0]
         if all(step[expert] < limit for step, limit in zip(shares, limits, strict=True))
     ]

@@ -54,6 +54,10 @@ class Progress:
         # A training that has nothing left to do begins no step.
         return max(int(args.iteration), int(args.curr_iteration) + 1)
 
+    def ends_interval(self, iteration: int) -> bool:
+        """Whether a line is printed after a step."""
+        return iteration % self._args.log_interval == 0 or iteration == self._args.train_iters
+
     def __enter__(self) -> "Progress":
         if self._writer is not None and not self._args.skip_train:
             self._steps = append_lines(self._run / "steps.jsonl")
@@ -128,7 +132,6 @@ class Progress:
             self.say(f"step {iteration:>7}  held-out loss {value:.4f} on {which}")
 
     def _step_ended(self, iteration: int) -> None:
-        args = self._args
         # Where the output layer is left out for them, the loss of unselected tokens is not known.
         shown = "lm loss" if "lm loss" in self._heard else "selected loss"
         # Megatron's timer, which stands still during evaluation and saving.
@@ -151,6 +154,8 @@ class Progress:
         for part in ("selected", "unselected", "weighted", "balance"):
             if f"{part} loss" in self._heard:
                 record[f"{part}_loss"] = self._heard[f"{part} loss"]
+        if (apart := "divergence from teacher") in self._heard:
+            record[apart.replace(" ", "_")] = self._heard[apart]
         if torch.cuda.is_available():
             record["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         if self._steps is not None:
@@ -158,7 +163,7 @@ class Progress:
         if self._bar is not None:
             self._bar.n = iteration
             self._bar.refresh()
-        if iteration % args.log_interval == 0 or iteration == args.train_iters:
+        if self.ends_interval(iteration):
             self._report(iteration)
         self._heard.clear()  # a step of fewer loops says nothing of the others
 

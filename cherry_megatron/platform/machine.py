@@ -11,7 +11,7 @@ from functools import cache
 
 import torch
 
-from cherry_megatron.platform import cpu, optimizer_state, wheel
+from cherry_megatron.platform import cpu, learning_rates, optimizer_state, wheel
 from cherry_megatron.versions import installed_version
 
 
@@ -115,6 +115,7 @@ def prepare() -> Machine:
         cpu.activate()
     wheel.use_shipped_helpers()
     optimizer_state.save_by_padded_offsets()
+    learning_rates.resume_with_own_rates()
     return machine
 
 

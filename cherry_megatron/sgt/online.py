@@ -12,19 +12,18 @@ from cherry_megatron.objective import Objective
 from cherry_megatron.sgt.loss import Supervision
 
 
-def select(objective: Objective, supervision: Supervision, rows: Rows, model: list[torch.nn.Module]) -> None:
+def select(supervision: Supervision, rows: Rows, scores: list[Tensor]) -> None:
     """Mark the targets with the highest loss of the global batch, and set rho to their exact share.
 
-    All ranks call it. It costs a forward pass.
+    All ranks call it.
 
     Args:
-        objective, supervision: of the training; `top_loss` of the targets is selected.
+        supervision: of the training; `top_loss` of the targets is selected.
         rows: the micro-batches of the step, which get `selected` on the last stage.
-        model: chunks of this rank.
+        scores: what `scores_of` gives of them.
     """
     share = supervision.options.top_loss
     assert share is not None
-    scores = scores_of(objective, rows, model)
     if not mpu.is_pipeline_last_stage():
         return
     selected, rho = highest(torch.stack(scores).float(), _masks(rows), share, mpu.get_data_parallel_group())

@@ -20,6 +20,8 @@ from cherry_megatron.versions import git_state, installed_versions
 
 MANIFEST, LINEAGE = "manifest.json", "lineage.json"
 FORMAT = 1
+# What makes other layers of some: two results of one source have no layer in common.
+MAKES_LAYERS = ("compress-depth", "expand")
 # tensor -> the chunk's place in it -> SHA-256
 Manifest = dict[str, dict[str, str]]
 
@@ -152,7 +154,7 @@ def chain(lineage: dict[str, Any], depth: int = 0) -> Iterator[tuple[int, dict[s
 
 
 def ancestors(lineage: dict[str, Any], expert: str | None = None) -> Iterator[dict[str, Any]]:
-    """A record and those before it whose weights became its own, nearest first.
+    """A record and those before it whose weights became its own, nearest first, back to where its layers were made.
 
     A teacher is left out, and of a mixture that an expert was taken out of all but what became that expert.
 
@@ -162,6 +164,8 @@ def ancestors(lineage: dict[str, Any], expert: str | None = None) -> Iterator[di
     """
     if expert is None:
         yield lineage
+        if lineage["operation"] in MAKES_LAYERS:
+            return
     if lineage["operation"] == "extract-expert":
         expert = f"experts.{lineage['expert']}"
     for before in lineage["parents"]:

@@ -29,6 +29,8 @@ FUNCTION: dict[str, tuple[str, Any]] = {
     "glu-linear-offset": ("glu_linear_offset", 0.0),
     "activation-func-clamp-value": ("activation_func_clamp_value", None),
 }
+# The same of experts inside layers; how many of them a token goes to may be meant to be another.
+_GATES = {"moe-router-pre-softmax": ("moe_router_pre_softmax", False)}
 # What the stack's layers are built with, see rules.py.
 _BUILT_WITH: dict[str, Any] = {
     "position_embedding_type": "rope", "normalization": "RMSNorm", "layernorm_zero_centered_gamma": False,
@@ -92,7 +94,7 @@ def check_function(source: Checkpoint, config: Path, megatron: Mapping[str, Any]
         CherryError: naming the first that differs.
     """
     arguments = source.arguments()
-    for flag, (name, default) in FUNCTION.items():
+    for flag, (name, default) in (FUNCTION | _gates(source)).items():
         ours, theirs = megatron.get(flag, default), arguments.get(name, default)
         if _plain(ours) != _plain(theirs):
             raise CherryError(
@@ -103,6 +105,15 @@ def check_function(source: Checkpoint, config: Path, megatron: Mapping[str, Any]
             raise CherryError(
                 f"{source.folder} was trained with {name} {arguments[name]!r}; layers here have {wanted!r}"
             )
+
+
+def _gates(source: Checkpoint) -> dict[str, tuple[str, Any]]:
+    """What decides the gates of experts inside layers, if such were trained.
+
+    Those that were just assembled have the arguments of the models that they are made of.
+    """
+    assembled = (read_lineage(source.folder) or {}).get("operation") == "assemble-moee"
+    return {} if assembled or not source.experts_inside else _GATES
 
 
 def check_heads(source: Checkpoint, config: Path, heads: int, groups: int, size: int) -> None:

@@ -82,6 +82,11 @@ def plan_extraction(load: Path, config: Path, overrides: Sequence[str], number: 
     """
     (recurrence, megatron), depths = outline(config, overrides), outline_depths(config, overrides)
     source, start = open_checkpoint(load), expert_prefix(number)
+    if source.experts_inside:
+        raise CherryError(
+            f"{source.folder} has experts inside layers, which share all else, so that none can be taken out as a "
+            "model; --extract is for mixtures of whole models (moee)"
+        )
     if not source.experts:
         raise CherryError(f"{source.folder} is a single model; name a mixture, or leave --extract out")
     if number not in source.experts:

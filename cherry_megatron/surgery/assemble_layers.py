@@ -4,7 +4,7 @@ Where the configuration's pattern has an `E`, each model's MLP becomes one exper
 attention, norms, other MLPs, vectors of each loop, output layer) is averaged over the models, heads and neurons
 matched to the first one's before; the residual stream keeps its order, so an expert reads and writes what its MLP
 did. Means of what has grown apart from different beginnings are worth nothing, so the models must have a common
-ancestor.
+ancestor, and the same layers since: two compressions of one model have none in common.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -145,8 +145,8 @@ def _common_ancestor(parts: Sequence[Checkpoint]) -> dict[str, Any]:
         strangers = [part for part, line in zip(parts, lines, strict=True) if not set(lines[0]) & set(line)]
         raise CherryError(
             f"{', '.join(str(part.folder) for part in strangers or parts[1:])} and {parts[0].folder} have no "
-            "common ancestor (`cherry lineage`), and the mean of their attention would be worth nothing; name "
-            "models that branch from one, or make a mixture of whole models (moee)"
+            "common ancestor since their layers were made (`cherry lineage`), and the mean of their attention "
+            "would be worth nothing; name models that branch from one, or make a mixture of whole models (moee)"
         )
     return next(entry for name, entry in lines[0].items() if name in shared)
 

@@ -74,3 +74,34 @@ def test_the_layout_does_not_matter(name, trained, tmp_path: Path):
     ranks, flags = LAYOUTS[name]
     for theirs in run_ranks(tmp_path, ranks, with_model, path, flags, all_kinds):
         assert theirs == found
+
+
+def with_drafts(prompts, model):
+    """Greedy and drawn texts without drafts, and whether they are those with drafts by multi-token prediction."""
+    from cherry_megatron.inference.draft import Drafting
+
+    found = []
+    for temperature in (0.0, 0.8):
+        plain = continued(model, prompts, temperature, loops=2)
+        drafts = [continued(model, prompts, temperature, loops=2, drafting=Drafting(tokens=k)) for k in (None, 3)]
+        assert all(drafted.drafted > 0 for drafted in drafts)
+        found.append((plain.texts, all(drafted.texts == plain.texts for drafted in drafts)))
+    return found
+
+
+@pytest.mark.full
+def test_drafts_by_multi_token_prediction_change_no_text(write_config, train, tmp_path: Path):
+    path = write_config(
+        tmp_path / "deep",
+        recurrence={"pattern": "*-[*E]x2*E"},
+        mtp={"depths": 2, "weight": 0.3},
+        megatron={
+            "seq-length": 96, "max-position-embeddings": 96, "num-experts": 4, "train-iters": 6, "lr": 1e-2,
+        },
+    )  # fmt: skip
+    train(path)
+    (one,) = run_ranks(tmp_path / "one", 1, with_model, path, "", with_drafts)
+    assert all(same for _, same in one) and one[0] != one[1]
+    assert (
+        run_ranks(tmp_path / "two", 2, with_model, path, "--expert-model-parallel-size 2", with_drafts) == [one] * 2
+    )

@@ -14,18 +14,21 @@ from tests.moee.conftest import write_mixture  # noqa: F401
 EXPERTS, TOP_K, DRAFTED, LOOPS = 3, 2, 2, 2
 
 
-@pytest.fixture(scope="module")
-def mixed(write_mixture, train, tmp_path_factory) -> Path:  # noqa: F811
+def trained(folder: Path, depths: int, write_mixture, train) -> Path:  # noqa: F811
+    """The configuration of a trained run."""
     sections = {
         "megatron": {"seq-length": 96, "max-position-embeddings": 96, "train-iters": 6, "lr": 1e-2},
         "recurrence": {"injection": "add"},
-        "mtp": {"depths": 1, "weight": 0.5},
+        "mtp": {"depths": depths, "weight": 0.5},
     }
-    path = write_mixture(
-        tmp_path_factory.mktemp("mixed"), sections, experts=EXPERTS, top_k=TOP_K, prefix=PREFIX, capacity=3.0
-    )
+    path = write_mixture(folder, sections, experts=EXPERTS, top_k=TOP_K, prefix=PREFIX, capacity=3.0)
     train(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def mixed(write_mixture, train, tmp_path_factory) -> Path:  # noqa: F811
+    return trained(tmp_path_factory.mktemp("mixed"), 1, write_mixture, train)
 
 
 def said(prompts, model):
@@ -126,3 +129,26 @@ def test_layout(name, mixed, single, tmp_path: Path):
         for (text, _, ours), (also, _, theirs) in zip(found, single[2], strict=True):
             assert text == also
             assert np.abs(np.exp(ours) - np.exp(theirs)).max() <= 1e-6
+
+
+def by_two_depths(prompts, model):
+    """Texts without drafts and with fewer, as many and more than there are depths; the share that was taken."""
+    from cherry_megatron.inference.draft import Drafting
+
+    sharpen(model)
+    found = []
+    for temperature in (0.0, 0.8):
+        plain = continued(model, prompts, temperature, loops=LOOPS, tokens=12)
+        for tokens in (1, 2, 5):
+            drafts = Drafting(tokens=tokens)
+            ours = continued(model, prompts, temperature, loops=LOOPS, tokens=12, drafting=drafts)
+            found.append((ours.texts == plain.texts, ours.accepted / ours.drafted))
+    return found
+
+
+@pytest.mark.full
+def test_drafts_by_two_depths_change_no_token(write_mixture, train, tmp_path: Path):  # noqa: F811
+    path = trained(tmp_path / "deep", 2, write_mixture, train)
+    (found,) = run_ranks(tmp_path / "output", 1, with_model, path, "", by_two_depths)
+    assert all(same for same, _ in found)
+    assert any(0.02 < share < 0.98 for _, share in found)

@@ -4,6 +4,8 @@ import random
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 from tests.conftest import run_ranks
 
 LARGEST = 12  # tokens of a micro-batch
@@ -31,3 +33,38 @@ def test_passes(tmp_path: Path):
             assert max(map(len, spans)) == width
             assert width <= max(LARGEST // len(held), least)
         assert all(width >= least for width, _ in pieces[1:]), "the last of several has room for what is asked"
+
+
+def fill(cases):
+    from cherry_megatron.inference import passes
+
+    found = []
+    for width, rows, ranks, sharing, fp8, padded in cases:
+        passes.get_args = lambda given=(ranks, sharing, fp8, padded): SimpleNamespace(
+            tensor_model_parallel_size=given[0], sequence_parallel=given[1], fp8=given[2],
+            moe_router_padding_for_fp8=given[3], moe_router_padding_for_quantization=False,
+        )  # fmt: skip
+        found.append(passes.filled(width, rows))
+    return found
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_filled(padded, tmp_path: Path):
+    """The fewest columns that ranks can share out; of what FP8 multiplies, all ranks' or each one's, 32 or more."""
+    cases = [
+        (width, rows, ranks, sharing, fp8, padded and fp8 is not None)
+        for width in (1, 2, 31, 32, 33, 50)
+        for rows in (1, 3, 4, 6, 40)
+        for ranks in (1, 2, 3, 4)
+        for sharing in (False, True)
+        for fp8 in (None, "hybrid")
+    ]
+
+    def fits(columns, rows, ranks, sharing, fp8, of_each):
+        over = ranks if sharing else 1
+        tokens = columns // over * rows if of_each else columns * rows
+        return columns % over == 0 and (fp8 is None or tokens % 32 == 0)
+
+    (found,) = run_ranks(tmp_path, 1, fill, cases)
+    for (width, *case), columns in zip(cases, found, strict=True):
+        assert columns == next(n for n in range(width, 1000) if fits(n, *case)), (width, case)

@@ -88,6 +88,25 @@ def test_an_untrained_mixture_is_token_by_token_no_worse_than_its_experts_mean(t
     assert gap > 0.1, "the experts are too alike to show anything"
 
 
+def evaluated_ahead():
+    """The losses of two depths by a mixture that must not compare logits."""
+    import torch
+
+    from cherry_megatron.model import head
+    from cherry_megatron.model.options import Mixture
+
+    head.likeliest = None
+    model = build(Mixture(experts=2, prefix=4), depths=2).eval()
+    with torch.no_grad():
+        run(model, torch.zeros(2, 16, dtype=torch.long).cuda())
+    return model.ahead.losses.shape, model.ahead.agrees
+
+
+def test_a_mixture_looks_for_no_likeliest_token(tmp_path: Path):
+    """What the mixture itself finds likeliest no rank knows, so what its experts find is of no use."""
+    assert run_ranks(tmp_path, 1, evaluated_ahead) == [((2, 2, 16), None)]
+
+
 @settings(deadline=None)  # the first one imports torch
 @given(st.lists(st.tuples(st.floats(-20, 20), st.floats(0, 30)), min_size=1, max_size=8))
 def test_jensen(pairs):

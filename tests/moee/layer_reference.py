@@ -28,7 +28,7 @@ def experts(x, w, loop, top_k, pre_softmax):
 
 def step(
     state, batch, pattern, loops, *, coefficient, top_k, pre_softmax=False, depths=0, ahead=0.0, teacher=None,
-    share=0.0,
+    share=0.0, injection="none", backprop=None,
 ):  # fmt: skip
     """Loss, load-balancing loss, gradients and report of a training step on the whole global batch.
 
@@ -40,6 +40,7 @@ def step(
         coefficient: of the load-balancing loss.
         top_k, pre_softmax: of the router.
         depths, ahead: of multi-token prediction, and its weight.
+        injection, backprop: of the recurrence; the loops that the gradient goes through, by default all.
         teacher, share: logits [rows, s, v], and the share of the divergence from them in the loss.
     """
     trained = {name: value.double().requires_grad_() for name, value in state.items()}
@@ -50,8 +51,13 @@ def step(
     walk += [(len(prelude) + len(core) + layer, None) for layer in range(len(coda))]
     layers = [*prelude, *core, *coda]
     x = state["embedding.word_embeddings.weight"][batch["tokens"]]
-    balance, report = 0.0, {}
+    balance, report, walks = 0.0, {}, {}
     for layer, loop in walk:
+        cut = backprop is not None and loop is not None and loop < loops - backprop
+        if layer == len(prelude) and loop == 0:
+            injected = x
+        elif layer == len(prelude) and loop is not None and injection == "add":
+            x = x + injected
         for place, symbol in enumerate(layers[layer]):
             start = f"decoder.layers.{sum(map(len, layers[:layer])) + place}."
             w = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
@@ -63,17 +69,23 @@ def step(
             y = reference.rms(x, weight)
             if symbol == "E":
                 y, scores, chosen = experts(y, w, loop, top_k, pre_softmax)
+            if symbol == "E" and not cut:
                 count = torch.zeros(scores.shape[1], dtype=torch.float64)
                 for own in chosen:
                     count[own] += 1
                 balance = balance + coefficient * len(count) * (count / count.sum() * scores.mean(0)).sum()
-                name = f"layer-{layer + 1}/loop-{(loop or 0) + 1}"
-                report |= {f"load/{name}/{e}": float(c) / len(chosen) for e, c in enumerate(count)}
                 gates = torch.stack([row[own] / row[own].sum() for row, own in zip(scores, chosen, strict=True)])
-                report[f"gate-entropy/{name}"] = float(-(gates * gates.log()).sum(-1).mean())
-            else:
+                seen = torch.cat((count / len(chosen), -(gates * gates.log()).sum(-1).mean().detach()[None]))
+                walks.setdefault(f"layer-{layer + 1}", {})[f"loop-{(loop or 0) + 1}"] = seen
+            elif symbol != "E":
                 y = reference.attention(y, w, 4, 4, 8, 10000.0) if symbol == "*" else reference.mlp(y, w)
             x = x + y * out
+            x = x.detach() if cut else x
+    for layer, each in walks.items():
+        names = {layer: sum(each.values()) / len(each), **{f"{layer}/{loop}": seen for loop, seen in each.items()}}
+        for name, (*loads, entropy) in names.items():
+            report |= {f"load/{name}/{e}": float(load) for e, load in enumerate(loads)}
+            report[f"gate-entropy/{name}"] = float(entropy)
     x = reference.rms(x, state["decoder.final_norm.weight"])
     logits = x @ state["output_layer.weight"].T
     losses = F.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none")

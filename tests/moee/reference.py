@@ -46,12 +46,13 @@ def step(state, batch, options, model):
         state: name -> tensor of the mixture's checkpoint.
         batch: tokens, labels, loss_mask, [rows, s] of the global batch.
         options: experts, top_k, prefix, balance, capacity; depths and weight of multi-token prediction;
-            `teacher`: its weights and its own `model`, the share and the temperature of its divergence, or None.
+            `teacher`: its weights and its own `model`, the share and the temperature of its divergence, or None;
+            `sgt`: top_loss and alpha of selective supervision, or None.
         model: walk, heads, groups, size of an expert.
 
     Returns:
         Mean loss without the balance and what is predicted ahead, the gradient by name of the whole, what is
-        reported of the mixture, the experts of each row, and the mean loss of each depth.
+        reported of the mixture, the experts of each row, the mean loss of each depth, and the mean divergence.
     """
     state = {name: value.double() for name, value in state.items()}
     trained = {name: value.requires_grad_() for name, value in state.items() if name != "router.centre"}
@@ -73,33 +74,48 @@ def step(state, batch, options, model):
     wanted = [set(sorted(range(experts), key=lambda e: -row[e])[:k]) for row in scores.tolist()]
     load = torch.tensor([sum(e in row for row in wanted) for e in range(experts)], dtype=torch.float64)
     load /= load.sum()  # of what the router wants, whether there is room or not
-    total = added = apart = 0.0
-    later = [0.0] * options["depths"]
+    mask = batch["loss_mask"].double()
+    missed, apart, later = [], [], [[] for _ in range(options["depths"])]
+    added = 0.0
     seen = []  # the row, the gates over its experts, their losses, of each token with a loss
-    for row, mask in enumerate(batch["loss_mask"].double()):
+    for row in range(len(gates)):
         found = {e: _likelihoods(models[e], batch, row, len(later), model) for e in sorted(chosen[row])}
         likelihoods = {e: of_depths[0] for e, of_depths in found.items()}
         weight = sum(gates[row][:, e] for e in likelihoods)
         for depth in range(1, len(later) + 1):
             together = sum((gates[row][:, e] / weight)[:-depth] * p[depth] for e, p in found.items())
-            later[depth - 1] = later[depth - 1] - (mask[depth:] * together.log()).sum()
+            later[depth - 1].append(-together.log())
         likelihood = sum(gates[row][:, e] / weight * p for e, p in likelihoods.items())
-        total = total - (mask * likelihood.log()).sum()
+        missed.append(-likelihood.log())
         if teacher is not None:
             mixed = {e: gates[row][:, e] / weight for e in found}
-            apart = apart + (mask * _divergence(mixed, models, teacher, batch["tokens"][row], model)).sum()
+            apart.append(_divergence(mixed, models, teacher, batch["tokens"][row], model))
         if k < experts:
-            added = added + options["balance"] * experts * (load * scores[row]).sum() * mask.sum()
-        for t in mask.nonzero().flatten().tolist():
+            added = added + options["balance"] * experts * (load * scores[row]).sum() * mask[row].sum()
+        for t in mask[row].nonzero().flatten().tolist():
             g = {e: float(gates[row][t, e] / weight[t]) for e in likelihoods}
             seen.append((row, g, {e: float(p[t]) for e, p in likelihoods.items()}))
-    tokens = batch["loss_mask"].sum()
-    ahead = sum(later) * options["weight"] / len(later) if later else 0.0
+    missed, later = torch.stack(missed), [torch.stack(of) for of in later]
+    apart = torch.stack(apart) if apart else torch.zeros_like(missed)
+    tokens, counted = mask.sum(), mask * _weights(missed.detach(), mask, options.get("sgt"))
+    ahead = sum((of * counted[:, depth:]).sum() for depth, of in enumerate(later, start=1))
+    ahead = ahead * options["weight"] / len(later) if later else 0.0
     share = 0.0 if teacher is None else teacher["share"]
-    (((1 - share) * total + share * apart + added + ahead) / tokens).backward()
+    ((((1 - share) * missed + share * apart) * counted).sum() + added + ahead).div(tokens).backward()
     report = _report(seen, chosen, wanted, experts)
-    means = [float(of / batch["loss_mask"][:, depth:].sum()) for depth, of in enumerate(later, start=1)]
-    return float(total / tokens), {name: value.grad for name, value in trained.items()}, report, chosen, means
+    gradient = {name: value.grad for name, value in trained.items()}
+    means = [float((of * mask[:, d:]).sum() / mask[:, d:].sum()) for d, of in enumerate((missed, *later))]
+    return means[0], gradient, report, chosen, means[1:], float((apart * mask).sum() / tokens)
+
+
+def _weights(losses, mask, sgt):
+    """How much each target counts, [rows, s]: those with the highest losses more, if any."""
+    if sgt is None:
+        return torch.ones_like(losses)
+    eligible = sorted(losses[mask > 0].tolist(), reverse=True)
+    count = round(sgt["top_loss"] * len(eligible))
+    selected = (losses >= eligible[count - 1]).double()
+    return 1 - sgt["alpha"] + sgt["alpha"] * selected * len(eligible) / count
 
 
 def _likelihoods(weights, batch, row, depths, model):

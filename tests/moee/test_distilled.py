@@ -7,11 +7,14 @@ import pytest
 import yaml
 
 from tests.conftest import run_ranks
+from tests.moee.test_layers import RECOMPUTE
 from tests.moee.test_training import EP, SOME, STAY, TOLERANCE, TP, record, written
 from tests.sgt.conftest import distance, first_gradient
+from tests.test_distillation import remembering
 
 LEARNING = {"weight": 0.4, "temperature": 1.5}
 AHEAD = {**SOME, "depths": 1}
+SELECTIVE = {**SOME, "sgt": {"top_loss": 0.3, "alpha": 0.7}}
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +29,16 @@ def teacher(tmp_path_factory, write_config, train) -> Path:
 
 
 def student(write_mixture, folder: Path, teacher: Path, options: dict) -> Path:
-    path = written(write_mixture, folder, options)
+    path = written(write_mixture, folder, {key: value for key, value in options.items() if key != "sgt"})
     content = yaml.safe_load(path.read_text())
     content["distillation"] = {"config": str(teacher), "load": str(teacher.parent / "run"), **LEARNING}
+    content |= {"sgt": options["sgt"]} if "sgt" in options else {}
     path.write_text(yaml.safe_dump(content))
     return path
 
 
 def expected(folder: Path, of_teacher: Path, options: dict):
-    """The reference's gradient and loss of the step on the recorded rows."""
+    """The reference's gradient, loss and divergence of the step on the recorded rows."""
     import torch
 
     from cherry_megatron.model.pattern import parse, unroll
@@ -57,8 +61,10 @@ def expected(folder: Path, of_teacher: Path, options: dict):
         "top_k": options["experts"], "prefix": 8, "depths": 0, "weight": 0.3, **options,
         "teacher": {"state": theirs, "model": of_teacher, **learning},
     }  # fmt: skip
-    loss, gradient, *_ = reference.step(weights(folder / "run"), torch.load(folder / "batch.pt"), options, model)
-    return {name: value.numpy() for name, value in gradient.items()}, loss
+    loss, gradient, *_, apart = reference.step(
+        weights(folder / "run"), torch.load(folder / "batch.pt"), options, model
+    )
+    return {name: value.numpy() for name, value in gradient.items()}, loss, apart
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +77,8 @@ def single(tmp_path_factory, teacher, write_mixture):
         if key not in done:
             folder = tmp_path_factory.mktemp("single")
             path = student(write_mixture, folder, teacher, options)
-            run_ranks(folder / "output", 1, record, path, folder, STAY)
+            ((passes, held),) = run_ranks(folder / "output", 1, remembering, record, path, folder, STAY)
+            assert passes == 4 and held == 0, "a teacher's logits are not let go"
             (done[key],) = run_ranks(folder / "reference", 1, expected, folder, teacher.parent / "run", options)
             compare(folder / "run", *done[key])
         return done[key]
@@ -79,11 +86,12 @@ def single(tmp_path_factory, teacher, write_mixture):
     return get
 
 
-def compare(run: Path, gradient: dict, loss: float) -> None:
+def compare(run: Path, gradient: dict, loss: float, apart: float) -> None:
     from cherry_megatron.runs import read_steps
 
     (step,) = read_steps(run)
     assert step["loss"] == pytest.approx(loss, rel=TOLERANCE), "the cross-entropy alone"
+    assert step["divergence_from_teacher"] == pytest.approx(apart, rel=TOLERANCE)
     assert distance(first_gradient(run), gradient) <= TOLERANCE
 
 
@@ -93,6 +101,7 @@ CASES = {
     "ahead-dp2": (AHEAD, 2, ""),
     "all-ep2": ({"experts": 2}, 2, EP),
     "ahead-ep2-tp2": (AHEAD, 4, f"{EP} {TP}"),
+    "selective-ep2-recompute": (SELECTIVE, 2, f"{EP} {RECOMPUTE} --micro-batch-size 1"),
 }
 SAMPLE = ("some-ep2",)
 

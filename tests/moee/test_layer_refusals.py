@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import run_ranks
 from tests.test_bad_input import check_configuration
 
 EXPERTS = {"recurrence": {"pattern": "*E[*E]x2*-"}, "megatron": {"num-experts": 4}}
@@ -15,6 +16,11 @@ CONFIGS = {
         "num-experts to a positive number",
     ),
     "experts-without-a-layer": ({"megatron": {"num-experts": 4}}, [], "recurrence.pattern has no layer 'E'"),
+    "experts-of-a-flag-and-another-balance": (
+        {"recurrence": EXPERTS["recurrence"]},
+        ["--", "--num-experts", "4", "--moe-router-load-balancing-type", "seq_aux_loss"],
+        "must be global_aux_loss",
+    ),
     "coefficient-without-a-layer": ({}, ["--", "--moe-aux-loss-coeff", "0.1"], "has no layer 'E'"),
     "experts-of-experts": (EXPERTS | {"moee": {"experts": 2, "prefix": 8}}, [], "take one of them out"),
     "more-than-all-experts-of-a-layer": (
@@ -93,6 +99,22 @@ CONFIGS = {
         "fp8-recipe delayed does not go with a layer 'E'",
     ),
 }
+
+
+def _flagged(path: Path) -> tuple[dict, dict]:
+    """The sections of a file that names the experts, and of one to which a flag adds them."""
+    from cherry_megatron.config import load
+    from cherry_megatron.platform.machine import prepare
+
+    prepare()
+    inside, beside = load(path, ("megatron.num-experts=4",)), load(path, (), ("--num-experts", "4"))
+    return inside.megatron, {**beside.megatron, "num-experts": beside.value("num-experts")}
+
+
+def test_the_number_of_experts_may_be_a_flag(tmp_path: Path, write_config):
+    path = write_config(tmp_path, recurrence=EXPERTS["recurrence"])
+    ((inside, beside),) = run_ranks(tmp_path / "output", 1, _flagged, path)
+    assert beside == inside
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -18,6 +18,7 @@ EXPERTS = {
 SHARED = {"recurrence": {"pattern": PATTERN}}
 OF_LOOPS = {"recurrence": {"pattern": PATTERN, "loop_routers": True, "loop_scales": False}}
 AHEAD = {"recurrence": {"pattern": PATTERN}, "mtp": {"depths": 2, "weight": 0.3}}
+CUT = {"recurrence": {"pattern": PATTERN, "loop_routers": True, "injection": "add", "backprop_loops": 1}}
 SHARE = 0.6
 ONE = {
     "recurrence": {"pattern": PATTERN},
@@ -68,7 +69,9 @@ def expected(folder, sections):
     loss, balance, gradient, report = step(
         state, batch, PARTS, 2,
         coefficient=megatron["moe-aux-loss-coeff"], top_k=megatron["moe-router-topk"],
-        pre_softmax=megatron.get("moe-router-pre-softmax", False), **further,
+        pre_softmax=megatron.get("moe-router-pre-softmax", False),
+        injection=sections["recurrence"].get("injection", "none"),
+        backprop=sections["recurrence"].get("backprop_loops"), **further,
     )  # fmt: skip
     return loss, balance, {name: value.numpy() for name, value in gradient.items()}, report
 
@@ -117,7 +120,7 @@ def compare(run, loss, balance, gradient, report):
 
 def check(sections, ranks, flags, tmp_path, single, write_config, train):
     wanted = single(sections)
-    assert len({value for name, value in wanted[-1].items() if name.startswith("load/layer-2/loop-1")}) > 1
+    assert len({value for name, value in wanted[-1].items() if name.startswith("load/layer-2/loop-2")}) > 1
     train(write(write_config, tmp_path, sections), ranks, f"{STAY} {flags}")
     compare(tmp_path / "run", *wanted)
 
@@ -180,6 +183,13 @@ def test_with_prediction_of_later_tokens(layout, tmp_path: Path, single, write_c
     check(AHEAD, *FURTHER[layout], tmp_path, single, write_config, train)
 
 
+@pytest.mark.full
+def test_with_a_gradient_through_the_last_loop_alone(tmp_path: Path, single, write_config, train):
+    """Walks without a gradient have no balance, and are not reported."""
+    assert not any("/layer-2/loop-1" in name for name in single(CUT)[-1])
+    check(CUT, 2, f"{PP} {RECOMPUTE}", tmp_path, single, write_config, train)
+
+
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory, write_config, train):
     """The sections of a student with experts, whose teacher has none."""
@@ -207,6 +217,30 @@ def test_a_skipped_head_changes_no_gradient(tmp_path: Path, write_config, train)
     assert distance(*found) <= TOLERANCE
 
 
+def passes(path):
+    """How often micro-batches go through the stack in training mode."""
+    from cherry_megatron.model.stack import RecurrentStack
+
+    count, forward = 0, RecurrentStack.forward
+
+    def counted(self, *args, **kwargs):
+        nonlocal count
+        count += self.training
+        return forward(self, *args, **kwargs)
+
+    RecurrentStack.forward = counted
+    _train(path, [], STAY.split())
+    return count
+
+
+@pytest.mark.parametrize("coefficient", [0.5, 0.0])
+def test_one_pass_before_the_step_serves_balance_and_selection(coefficient, tmp_path: Path, write_config):
+    """Without a load-balancing loss it is made for the selection alone."""
+    sections = {**SHARED, "sgt": {"top_loss": 0.3}, "megatron": {"moe-aux-loss-coeff": coefficient}}
+    path = write(write_config, tmp_path, sections)
+    assert run_ranks(tmp_path / "output", 1, passes, path) == [4 + 4]
+
+
 LAYOUTS = {
     "single": (1, ""),
     "ep2": (2, EP),
@@ -228,13 +262,19 @@ def resume(layouts, tmp_path, write_config, train):
             "save-interval": EACH,
             "global-batch-size": 4,
             "seed": SEED,
+            "log-interval": 2,
         },
         "sgt": {"top_loss": 0.2},
     }
     undisturbed = train(write(write_config, tmp_path / "undisturbed", sections))
-    for step in undisturbed:  # a walk is reported by the steps that have it
+    for step in undisturbed:  # a walk is reported by the steps that have it, once an interval
         drawn = random.Random(f"{SEED}/loops/{step['iteration'] - 1}").randint(1, 2)
-        assert len({name.split("/")[2] for name in step["moee"] if "/layer-2/" in name}) == drawn
+        walks = {name.split("/")[2] for name in step["moee"] if "/layer-2/loop-" in name}
+        assert len(walks) == (0 if step["iteration"] % 2 else drawn)
+        loads = [
+            value for name, value in step["moee"].items() if name.startswith("load/layer-2/") and "loop" not in name
+        ]
+        assert len(loads) == 4 and sum(loads) == pytest.approx(2)
     path = write(write_config, tmp_path / "resumed", sections)
     for number, layout in enumerate(layouts, start=1):
         ranks, flags = LAYOUTS[layout]
@@ -256,16 +296,49 @@ def test_resume_under_every_layout(tmp_path: Path, write_config, train):
     resume(["single", "tp2-ep2", "pp2-ep2", "dp2", "tp2-whole-experts", "ep2"], tmp_path, write_config, train)
 
 
-def test_a_run_keeps_its_experts(tmp_path: Path, write_config, train):
-    from tests.moee.test_training import refused
+def looked_at(path, cases):
+    """Of each case: why a run is refused, before it starts and when it starts; what makes its losses others."""
+    from types import SimpleNamespace
 
+    from cherry_megatron.checkpoints import other_losses, unchanged_start, unloadable
+    from cherry_megatron.config import load
+    from cherry_megatron.errors import CherryError
+    from cherry_megatron.platform.machine import prepare
+    from cherry_megatron.runs import checkpoint_to_load
+
+    prepare()
+    found = []
+    for overrides in cases:
+        config, start = load(path, overrides), ""
+        try:
+            refused = unloadable(config)
+        except CherryError as error:
+            refused = [str(error)]
+        try:
+            unchanged_start(config, SimpleNamespace(load=str(checkpoint_to_load(config).parent)))
+        except CherryError as error:
+            start = str(error)
+        found.append((refused, start, other_losses(config)))
+    return found
+
+
+def test_a_run_keeps_its_experts(tmp_path: Path, write_config, train):
     path = write(write_config, tmp_path, SHARED)
     train(path, 1, STAY)
-    for override, says in {
-        "megatron.num-experts=8": "megatron.num-experts 4, not 8",
-        "megatron.moe-ffn-hidden-size=32": "megatron.moe-ffn-hidden-size 24, not 32",
-        "recurrence.loop_routers=true": "recurrence.loop_routers False, not True",
-    }.items():
-        ((*found,),) = run_ranks(tmp_path / "refused", 1, refused, path, [override])
-        assert any(says in line for line in found), found
-    assert run_ranks(tmp_path / "free", 1, refused, path, ["megatron.moe-router-topk=3"]) == [[]]
+    another = (f"run={tmp_path / 'another'}", f"megatron.load={tmp_path / 'run'}", "megatron.finetune=true")
+    topk, softmax = "megatron.moe-router-topk", "megatron.moe-router-pre-softmax"
+    cases = (
+        (("megatron.num-experts=8",), "megatron.num-experts 4, not 8", "", []),
+        (("megatron.moe-ffn-hidden-size=32",), "megatron.moe-ffn-hidden-size 24, not 32", "", []),
+        (("recurrence.loop_routers=true",), "recurrence.loop_routers False, not True", "", []),
+        ((f"{topk}=3",), "", f"was trained with {topk} 2, not 3; choose another run", ["moe-router-topk"]),
+        ((f"{softmax}=true",), "", f"with {softmax} False, not True", ["moe-router-pre-softmax"]),
+        ((*another, f"{topk}=3"), "", "", ["moe-router-topk"]),
+        (another, "", "", []),
+        ((*another, f"{softmax}=true"), f"{softmax} is True, but", "", ["moe-router-pre-softmax"]),
+    )
+    (found,) = run_ranks(tmp_path / "looked", 1, looked_at, path, [overrides for overrides, *_ in cases])
+    for (_, before, start, losses), (refused, started, other) in zip(cases, found, strict=True):
+        assert len(refused) == bool(before) and all(before in line for line in refused), refused
+        assert start in started and bool(started) == bool(start), started
+        assert other == losses

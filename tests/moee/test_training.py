@@ -67,13 +67,13 @@ def expected(folder, options):
     walk = [(visit.layer, visit.loop) for visit in unroll(parse("*-[*-]x2"), 2, "cycle")]
     model = {"walk": walk, "heads": 4, "groups": 4, "size": 8}
     options = {"top_k": options["experts"], "prefix": 8, "depths": 0, "weight": WEIGHT, **options}
-    loss, gradient, report, chosen, ahead = step(state, batch, options, model)
+    loss, gradient, report, chosen, ahead, _ = step(state, batch, options, model)
     if "experts" in batch:
         assert [set(row.nonzero().flatten().tolist()) for row in batch["experts"]] == chosen
         assert (batch["experts"].sum(0) > 0).all()
     # Evaluation has room for all.
     roomy = {**options, "capacity": float(options["experts"])}
-    later, _, held_out_report, _, later_ahead = step(state, held_out, roomy, model)
+    later, _, held_out_report, _, later_ahead, _ = step(state, held_out, roomy, model)
     gradient = {name: value.numpy() for name, value in gradient.items()}
     model["walk"] = [(visit.layer, visit.loop) for visit in unroll(parse("*-[*-]x2"), 1, "cycle")]
     once = [step(state, rows, roomy, model)[0] for rows in (batch, held_out)]

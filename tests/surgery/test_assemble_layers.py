@@ -186,11 +186,17 @@ def _taught(folder: Path) -> None:
 
 
 def _taken_from_one_mixture(folder: Path, *parents: dict[str, Any]) -> None:
-    run = {**COMMON, "parents": list(parents)}
+    run = {**COMMON, "operation": "pretrain", "parents": list(parents)}
     experts = [{**run, "identity": f"expert{number}", "role": f"experts.{number}"} for number in range(3)]
     mixture = {**COMMON, "operation": "assemble-moee", "identity": "mixture", "parents": experts}
     for number in range(3):
         record(folder / f"run{number}", f"run{number}", mixture, operation="extract-expert", expert=number)
+
+
+def _expanded_apart(folder: Path) -> None:
+    for number in range(3):
+        made = {**COMMON, "operation": "expand", "identity": f"expanded{number}", "parents": [COMMON]}
+        record(folder / f"run{number}", f"run{number}", made)
 
 
 def _without_a_record(folder: Path) -> None:
@@ -214,6 +220,7 @@ REFUSED = {
     "strangers": (_strangers, (), "run1/iter_0000007 and "),
     "taught-alike": (_taught, (), "have no common ancestor"),
     "of-one-mixture": (_taken_from_one_mixture, (), "have no common ancestor"),
+    "expanded-apart": (_expanded_apart, (), "have no common ancestor"),
     "no-record": (_without_a_record, (), "run2/iter_0000007 has no record of what it was made from"),
     "two-kinds": (_mixture_too, (), "moee.experts are whole models, and a layer 'E' has experts too"),
     "number": (None, ("--set", "megatron.num-experts=4"), "--load names 3 checkpoints, but"),
@@ -238,6 +245,32 @@ def test_experts_of_a_mixture_may_have_a_common_ancestor(configuration):
     assert main(command(configuration, *RUNS, more=("--dry-run",))) == 0
 
 
+COMPRESSIONS = {
+    "one": ("--method", "random", "--seed", "1"),
+    "same": ("--method", "random", "--seed", "1"),
+    "other-seed": ("--method", "random", "--seed", "2"),
+    "mean": ("--groups", "0-1,2-3,4-5,6-7"),
+    "other-groups": ("--groups", "0,1-3,4-6,7"),
+}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "related"),
+    [("one", "same", True), ("one", "other-seed", False), ("one", "mean", False), ("mean", "other-groups", False)],
+)
+def test_compressions_of_one_model_are_strangers(first, second, related, tmp_path, config, capsys):
+    """However near their source is; two that are the same model bit for bit are not."""
+    save(tmp_path / "deep", model_tensors(8))
+    record(tmp_path / "deep", "deep")
+    for name in (first, second):
+        made = ["--load", str(tmp_path / "deep"), "--save", str(tmp_path / name), "--workers", "1"]
+        assert main(["compress-depth", "--config", str(config()), *made, *COMPRESSIONS[name]]) == 0
+    config(recurrence={"pattern": PATTERN}, megatron={"num-experts": 2})
+    assert main(command(tmp_path, first, second, more=("--dry-run",))) == (0 if related else 2)
+    said = capsys.readouterr()
+    assert related or "have no common ancestor since their layers were made" in said.err
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_does_not_fit_is_refused(name, configuration, capsys):
     prepare, more, says = REFUSED[name]
@@ -257,3 +290,7 @@ def test_what_was_assembled_is_no_single_model(configuration, capsys):
     record(configuration / "run0", "run0", COMMON)
     assert main(command(configuration, "made", "run1", "run2", save="again")) == 2
     assert "has experts inside layers" in capsys.readouterr().err
+    without = ("--extract", "0", "--set", "recurrence.pattern=*-[*-*-]x4*-", "--set", "megatron.num-experts=null")
+    assert main(command(configuration, "made", save="taken", more=without)) == 2
+    said = capsys.readouterr().err
+    assert "made/iter_0000000 has experts inside layers, which share all else" in said and said.count("\n") == 1
