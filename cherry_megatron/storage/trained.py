@@ -24,6 +24,7 @@ FUNCTION: dict[str, tuple[str, Any]] = {
     "squared-relu": ("squared_relu", False),
     "rotary-interleaved": ("rotary_interleaved", False),
     "window-size": ("window_size", None),
+    "window-attn-skip-freq": ("window_attn_skip_freq", None),
     "softmax-type": ("softmax_type", "vanilla"),
     "no-rope-freq": ("no_rope_freq", None),
     "glu-linear-offset": ("glu_linear_offset", 0.0),
@@ -93,7 +94,8 @@ def check_function(source: Checkpoint, config: Path, megatron: Mapping[str, Any]
     """
     arguments = source.arguments()
     for flag, (name, default) in FUNCTION.items():
-        ours, theirs = megatron.get(flag, default), arguments.get(name, default)
+        ours, theirs = megatron.get(flag), arguments.get(name, default)
+        ours = default if ours is None else ours
         if _plain(ours) != _plain(theirs):
             raise CherryError(
                 f"{config}: megatron.{flag} is {ours}, but {source.folder} was trained with {theirs}; set it so"

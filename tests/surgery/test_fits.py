@@ -23,6 +23,7 @@ OTHER = {
     "rotary-base": ({"rotary_base": 500000}, "rotary-base is 10000, but"),
     "norm-epsilon": ({"layernorm_epsilon": 1e-6}, "norm-epsilon is 1e-05, but"),
     "window": ({"window_size": (128, 0)}, "window-size is None, but"),
+    "window-of-some-layers": ({"window_attn_skip_freq": 2}, "window-attn-skip-freq is None, but"),
     "interleaved": ({"rotary_interleaved": True}, "rotary-interleaved is False, but"),
     "positions": ({"position_embedding_type": "none"}, "position_embedding_type 'none'; layers here have 'rope'"),
     "part-of-a-head": ({"rotary_percent": 0.25}, "rotary_percent 0.25"),
@@ -48,6 +49,24 @@ def test_numbers_fit_however_they_are_written(tmp_path, config):
     save(tmp_path / "deep", model_tensors(8), **{**TRAINED, "layernorm_epsilon": 1e-6})
     for written in ("1e-6", "0.000001"):
         compress.plan_compression(tmp_path / "deep", config(), [f"megatron.norm-epsilon={written}"], OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("name", "trained", "key", "written"),
+    [
+        ("window_size", (8, 0), "window-size", "'8,0'"),
+        ("window_size", (8, 0), "window-size", "(8, 0)"),
+        ("window_size", [8, 0], "window-size", "(8,0)"),
+        ("no_rope_freq", [0, 1] * 4, "no-rope-freq", "'([0,1]*4)'"),
+        ("no_rope_freq", 2, "no-rope-freq", "2"),
+        ("window_attn_skip_freq", [0, 0, 1], "window-attn-skip-freq", "'[0]*2+[1]'"),
+    ],
+)
+def test_windows_and_kinds_of_layers_fit_however_they_are_written(name, trained, key, written, tmp_path, config):
+    save(tmp_path / "deep", model_tensors(8), **{**TRAINED, name: trained})
+    compress.plan_compression(tmp_path / "deep", config(), [f"megatron.{key}={written}"], OPTIONS)
+    with pytest.raises(CherryError, match=f"megatron.{key} is None, but .* was trained with"):
+        compress.plan_compression(tmp_path / "deep", config(), (), OPTIONS)
 
 
 @pytest.mark.parametrize("name", OTHER)
