@@ -7,6 +7,7 @@
     megatron:                    # Megatron's flag names
       hidden-size: 1280
     flags: ["--seed", "7"]       # optional: as after `--`, which is how a run's config.yaml keeps them
+    changed: [megatron.rotary-base]  # optional: what differs on purpose from what megatron.load names
 
 A value may name environment variables as ${NAME} or ${NAME:-default}. Command-line values override
 the file: `--set recurrence.loops=4`, and any Megatron flag after `--`.
@@ -148,6 +149,7 @@ class Config:
         recurrence, mtp, evaluation, generation, distillation, data, sgt, moee: sections of the file.
         megatron: flag name without dashes in front -> value, defaults of this project filled in.
         flags: Megatron flags of the file's `flags`, then those given after `--`; they come last and win.
+        changed: keys that are meant to differ from what the checkpoint of `megatron.load` was trained with.
     """
 
     source: Path
@@ -162,6 +164,7 @@ class Config:
     moee: Mixture | None = None
     megatron: dict[str, Any] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, in the order of the YAML format."""
@@ -177,6 +180,7 @@ class Config:
             **({"moee": dataclasses.asdict(self.moee)} if self.moee else {}),
             "megatron": dict(sorted(self.megatron.items())),
             "flags": list(self.flags),
+            **({"changed": list(self.changed)} if self.changed else {}),
         }
 
     def hash(self) -> str:
@@ -294,7 +298,7 @@ _SECTIONS = {
     "distillation": Distillation, "data": Data, "sgt": Selective, "moee": Mixture,
 }  # fmt: skip
 _OPTIONAL = ("generation", "distillation", "sgt", "moee")
-_TOP_KEYS = ("extends", "run", *_SECTIONS, "megatron", "flags")
+_TOP_KEYS = ("extends", "run", *_SECTIONS, "megatron", "flags", "changed")
 
 
 def load(path: Path, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -> Config:
@@ -316,7 +320,9 @@ def load(path: Path, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -
     if not isinstance(given, list) or not all(isinstance(flag, str) for flag in given):
         raise CherryError(f'{path}: `flags` must be a list of texts, e.g. flags: ["--seed", "7"]')
     megatron = rules.fill_in(path, data.get("megatron", {}))
-    config = Config(path, Path(run), megatron=megatron, flags=(*given, *flags), **_sections(path, data))
+    changed = rules.changed_keys(path, data.get("changed", []), megatron.get("load"))
+    sections = _sections(path, data)
+    config = Config(path, Path(run), megatron=megatron, flags=(*given, *flags), changed=changed, **sections)
     rules.check(config)
     return config
 

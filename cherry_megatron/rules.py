@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from cherry_megatron.errors import CherryError
 from cherry_megatron.expert_rules import EXPERT_DEFAULTS
-from cherry_megatron.flags import action_of, check_name
+from cherry_megatron.flags import action_of, check_name, nearest
 from cherry_megatron.section_rules import GRAPH, check_sections
+from cherry_megatron.storage.trained import CHANGEABLE
 
 if TYPE_CHECKING:
     from cherry_megatron.config import Config
@@ -105,6 +106,32 @@ def fill_in(path: Path, values: Any) -> dict[str, Any]:
     unchecked = {"no-check-for-nan-in-loss-and-grad": True} if given.get("cuda-graph-impl") == GRAPH else {}
     experts = EXPERT_DEFAULTS if given.get("num-experts") is not None else {}
     return {**_DEFAULTS, **experts, **unchecked, **given, **fixed}
+
+
+def changed_keys(path: Path, values: Any, load: Any) -> tuple[str, ...]:
+    """A file's `changed`: what a run may have otherwise than the checkpoint that it starts from.
+
+    Args:
+        path: the file.
+        values: what it says.
+        load: its `megatron.load`.
+
+    Raises:
+        CherryError: naming a key that cannot be changed.
+    """
+    if not isinstance(values, list) or not all(isinstance(key, str) for key in values):
+        raise CherryError(f"{path}: `changed` must be a list of keys, e.g. changed: [megatron.rotary-base]")
+    for key in values:
+        if key not in CHANGEABLE:
+            raise CherryError(
+                f"{path}: `changed` names {key}, which a run has as the checkpoint that it starts from"
+                f"{nearest(key, CHANGEABLE)}"
+            )
+        if values.count(key) > 1:
+            raise CherryError(f"{path}: `changed` names {key} twice; keep one")
+    if values and load is None:
+        raise CherryError(f"{path}: `changed` is of what megatron.load names; set that, or take `changed` out")
+    return tuple(values)
 
 
 def by_flag(path: Path, values: Any) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """What a run starts from is the model that its configuration describes, or the run is refused at once."""
 
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,8 +14,18 @@ from tests.test_bad_input import check
 LOOPED = "*-[*-*-]x3*-"
 
 
+def forget(checkpoint: Path, *names: str) -> None:
+    """Remove files of a checkpoint, also from what its hashes are of."""
+    path = checkpoint / "integrity.json"
+    integrity = json.loads(path.read_text())
+    for name in names:
+        (checkpoint / name).unlink()
+        del integrity["files"][name]
+    path.write_text(json.dumps(integrity))
+
+
 @pytest.fixture(scope="module")
-def starts(tmp_path_factory, write_config, train) -> Path:
+def starts(tmp_path_factory, data, write_config, train) -> Path:
     """A folder with a configuration for each checkpoint in it, whose run starts from that."""
     folder = tmp_path_factory.mktemp("starts")
     looped = write_config(folder / "looped-before", recurrence={"pattern": LOOPED, "loop_scales": True})
@@ -21,7 +33,7 @@ def starts(tmp_path_factory, write_config, train) -> Path:
     train(looped, 2, "--train-iters 3 --pipeline-model-parallel-size 2")
     shutil.copytree(folder / "looped-before/run/checkpoints", folder / "looped-start")
     shutil.copytree(folder / "looped-start", folder / "unrecorded-start")
-    (folder / "unrecorded-start/iter_0000003/lineage.json").unlink()
+    forget(folder / "unrecorded-start/iter_0000003", "lineage.json")
     write_config(folder / "looped", megatron={"load": str(folder / "looped-start")})
     write_config(folder / "unrecorded", megatron={"load": str(folder / "unrecorded-start")})
 
@@ -37,16 +49,25 @@ def starts(tmp_path_factory, write_config, train) -> Path:
     write_config(folder / "expanded", recurrence=dense, megatron=megatron)
     shallow = {"pattern": LOOPED, "loop_scales": False}
     made("compressed", compress.plan_compression, folder / "expanded-start", compress.Options(), recurrence=shallow)
+    corrected = {**shallow, "loop_rank": 2}
+    made(
+        "corrected", compress.plan_compression, folder / "expanded-start", compress.Options(), recurrence=corrected
+    )
     mixture = {"experts": 2, "prefix": 8, "router_hidden": 8}
     made("mixture", assemble.plan_assembly, [start] * 2, 0, moee=mixture)
     inside = {"pattern": "*-[*E*E]x3*-"}
     experts = {"num-experts": 2, "moe-router-topk": 2}
     made("experts", assemble_layers.plan_layers, [start] * 2, 0, recurrence=inside, megatron=experts)
+    shutil.copytree(data / "tokenizer", folder / "other-tokenizer")
+    tokens = folder / "other-tokenizer/tokenizer.json"
+    tokens.write_text(tokens.read_text() + " ")
     return folder
 
 
-STARTS = ("looped", "unrecorded", "compressed", "expanded", "mixture", "experts")
+STARTS = ("looped", "unrecorded", "compressed", "corrected", "expanded", "mixture", "experts")
 GROUPS = ("megatron.group-query-attention=true", "megatron.num-query-groups=2")
+ANGLES, OTHER_TOKENS = "megatron.rotary-base=500000", "megatron.tokenizer-model=FOLDER/other-tokenizer"
+DENSE_LOOPED = "recurrence.pattern='*-[(*-)x6]x2*-'"
 HEADS = ("megatron.num-attention-heads=2", "megatron.kv-channels=16")  # of tensors of the same shapes
 # name: (what it starts from, overrides, flags, what is said)
 CASES = {
@@ -69,6 +90,27 @@ CASES = {
     "head": ("looped", ("megatron.untie-embeddings-and-output-weights=false",), (), "output-weights is False, but"),
     "width": ("looped", ("megatron.ffn-hidden-size=96",), (), "ffn-hidden-size is 96, but PATH has 64"),
     "heads-without-record": ("unrecorded", HEADS, (), "num-attention-heads is 2, but"),
+    "tokenizer": ("looped", (OTHER_TOKENS,), (), "or name megatron.tokenizer-model in `changed` to go on"),
+    # Changed on purpose.
+    "changed-angles": ("looped", (ANGLES, "changed=[megatron.rotary-base]"), (), ""),
+    "changed-tokenizer": ("looped", (OTHER_TOKENS, "changed=[megatron.tokenizer-model]"), (), ""),
+    "changed-walk": (
+        "looped",
+        ("recurrence.order=sequence", "megatron.window-size='8,0'",
+         "changed=[recurrence.order, megatron.window-size]"),
+        (),
+        "",
+    ),
+    "changed-of-a-mixture": ("mixture", (ANGLES, "changed=[megatron.rotary-base]"), (), ""),
+    "changed-of-experts": ("experts", (ANGLES, "changed=[megatron.rotary-base]"), (), ""),
+    "changed-of-a-compression": ("compressed", (ANGLES, "changed=[megatron.rotary-base]"), (), ""),
+    "changed-other": (
+        "looped", (ANGLES, "changed=[recurrence.order]"), (), "or name megatron.rotary-base in `changed` to go on",
+    ),
+    "changed-nothing": (
+        "looped", ("changed=[recurrence.order]",), (), "names recurrence.order, of which PATH is not known",
+    ),
+    "changed-free": ("compressed", ("changed=[recurrence.order]",), (), "recurrence.order, of which PATH is not"),
     # What changes from run to run.
     "run": (
         "looped",
@@ -89,7 +131,14 @@ CASES = {
     "compressed-scales": ("compressed", ("recurrence.loop_scales=true",), (), "loop_scales is True, but"),
     "compressed-heads": ("compressed", HEADS, (), "num-attention-heads is 2, but"),
     "compressed-angles": ("compressed", ("megatron.rotary-base=500000",), (), "rotary-base is 500000, but"),
-    "expanded-loops": ("expanded", ("recurrence.pattern='*-[(*-)x6]x2*-'",), (), "recurrence.pattern is"),
+    # Corrections are of the loops of an order.
+    "corrected-order": ("corrected", ("recurrence.order=sequence",), (), "sequence, but PATH was made for cycle"),
+    "corrected-injection": ("corrected", ("recurrence.injection=add",), (), "is add, but PATH was made for none"),
+    "corrected-rank": ("corrected", ("recurrence.loop_rank=0",), (), "loop_rank is 0"),
+    "expanded-loops": ("expanded", (DENSE_LOOPED,), (), "or make a model of other loops of it by `cherry comp"),
+    "expanded-order": ("expanded", ("recurrence.order=sequence",), (), ""),
+    "expanded-injection": ("expanded", ("recurrence.injection=add",), (), ""),
+    "expanded-in-parts": ("expanded", ("recurrence.pattern='(*-)x2[(*-)x6]x1'",), (), ""),
     "expanded-depth": ("expanded", ("recurrence.pattern='(*-)x4'",), (), "holds 8 layers, recurrence.pattern 4"),
     **{
         f"{name}-{what}": (name, (override,), (), says)
@@ -115,6 +164,7 @@ def _said(folder: Path, cases: dict) -> dict[str, list[str]]:
     found = {}
     for name, (start, overrides, flags, _) in cases.items():
         try:
+            overrides = [override.replace("FOLDER", str(folder)) for override in overrides]
             config = load(folder / start / "config.yaml", overrides, flags)
             found[name] = unloadable(config)
         except CherryError as error:
@@ -143,3 +193,51 @@ def test_it_is_one_sentence_and_nothing_is_written(starts):
     path = starts / "compressed/config.yaml"
     command = ["pretrain", "--config", str(path), "--set", "megatron.rotary-base=500000"]
     check(starts / "compressed", command, f"cherry pretrain: {path}: megatron.rotary-base is 500000, but")
+
+
+def test_what_is_changed_is_said_and_recorded(starts, tmp_path, train):
+    """And it is the run's own from then on: another one is refused, named or not."""
+    path = starts / "looped/config.yaml"
+    run = tmp_path / "run"
+    overrides = (f"run={run}", ANGLES, "changed=[megatron.rotary-base]", "megatron.finetune=true")
+    train(path, 1, "--train-iters 1 --lr-warmup-iters 0", overrides)
+    said = (starts / "looped/output/rank0.out").read_text()
+    start = starts / "looped-start/iter_0000003"
+    assert f"starts from {start} (weights only), with megatron.rotary-base 500000 for 10000\n" in said
+    record = json.loads((run / "checkpoints/iter_0000001/lineage.json").read_text())
+    assert record["config"]["changed"] == ["megatron.rotary-base"]
+    assert record["config"]["megatron"]["rotary-base"] == 500000
+    command = ["pretrain", "--config", str(path), "--set", f"run={run}"]
+    for override in overrides[2:]:
+        command += ["--set", override]
+    check(tmp_path, command, "was trained with megatron.rotary-base 500000, not 10000; choose another run")
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        (
+            "[megatron.hidden-size]",
+            "names megatron.hidden-size, which a run has as the checkpoint",
+        ),
+        ("[recurrence.pattern]", "names recurrence.pattern, which"),
+        ("[rotary-base]", "did you mean 'megatron.rotary-base'?"),
+        ("megatron.rotary-base", "`changed` must be a list of keys"),
+        ("[5]", "`changed` must be a list of keys"),
+        ("[recurrence.order, recurrence.order]", "names recurrence.order twice"),
+    ],
+)
+def test_what_cannot_be_changed_is_refused(changed, says, starts):
+    from cherry_megatron.config import load
+    from cherry_megatron.errors import CherryError
+
+    with pytest.raises(CherryError, match=re.escape(says)):
+        load(starts / "looped/config.yaml", [f"changed={changed}"])
+
+
+def test_without_a_start_there_is_nothing_to_change(tmp_path, write_config):
+    from cherry_megatron.config import load
+    from cherry_megatron.errors import CherryError
+
+    with pytest.raises(CherryError, match=r"`changed` is of what megatron\.load names; set that"):
+        load(write_config(tmp_path), ["changed=[recurrence.order]"])

@@ -15,7 +15,7 @@ from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.pattern import Pattern
 from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint, together
 from cherry_megatron.storage.lineage import Manifest, parent, read_lineage, record
-from cherry_megatron.storage.trained import check_walk, recorded_recurrence
+from cherry_megatron.storage.trained import check_trained, recorded_recurrence
 from cherry_megatron.surgery.activations import open_calibration
 from cherry_megatron.surgery.align import Alignment
 from cherry_megatron.surgery.depth import compression, expansion, objects, peak_bytes, written_bytes
@@ -158,6 +158,7 @@ def plan_compression(
     layers = source_layers(source)
     _check_dense(source)
     check_fit(source, layers, config, megatron)
+    check_trained(source, recurrence, config, megatron, ())
     depths = outline_depths(config, overrides)
     _check_depths(source, layers, config, depths, layers.depths <= depths)
     _check_moments(options, recurrence, depths if layers.depths < depths else 0)
@@ -270,7 +271,7 @@ def plan_expansion(load: Path, config: Path, overrides: Sequence[str]) -> Surger
     depths = outline_depths(config, overrides)
     _check_depths(source, layers, config, depths, layers.depths == depths)
     dense, jobs = expansion(source, layers, recurrence, config)
-    check_walk(source, recurrence, config)
+    check_trained(source, recurrence, config, megatron)
     source.check([name for job in jobs for name in job.reads])
     lines = [
         f"source      {source.folder}: {len(layers.layers)} stored layers",

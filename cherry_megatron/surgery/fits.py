@@ -12,7 +12,7 @@ from cherry_megatron.errors import CherryError
 from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.pattern import ATTENTION, MLP
 from cherry_megatron.storage.checkpoint import Checkpoint
-from cherry_megatron.storage.trained import WALK, check_function, check_heads, check_walk
+from cherry_megatron.storage.trained import WALK, check_heads, check_trained
 from cherry_megatron.surgery.layers import (
     EMBEDDING,
     FC1,
@@ -38,6 +38,7 @@ def check_model(
     config: Path,
     megatron: dict[str, Any],
     walk: Collection[str] = WALK,
+    changed: Collection[str] | None = None,
 ) -> Source:
     """A checkpoint is one of the model that a configuration describes.
 
@@ -46,7 +47,7 @@ def check_model(
         recurrence: of the configuration.
         config: its file, for messages.
         megatron: its `megatron` section by flags.
-        walk: what of the recurrence must be as in its record, see `check_walk`.
+        walk, changed: what must be as it was trained, see `check_trained`.
 
     Returns:
         Its layers.
@@ -57,12 +58,12 @@ def check_model(
     layers = source_layers(source, looped=True)
     check_fit(source, layers, config, megatron)
     check_layers(source, layers, recurrence, config)
-    check_walk(source, recurrence, config, walk)
+    check_trained(source, recurrence, config, megatron, walk, changed)
     return layers
 
 
 def check_fit(source: Checkpoint, layers: Source, config: Path, megatron: dict[str, Any]) -> None:
-    """A checkpoint's layers are whole, and of the sizes, the type and the function of a configuration.
+    """A checkpoint's layers are whole, and of the sizes and the type of a configuration.
 
     Args:
         source: the checkpoint.
@@ -76,7 +77,6 @@ def check_fit(source: Checkpoint, layers: Source, config: Path, megatron: dict[s
     _check_count(source, layers)
     _check_configured(source, layers, config, megatron)
     _check_shapes(source, layers)
-    check_function(source, config, megatron)
 
 
 def _check_count(source: Checkpoint, layers: Source) -> None:

@@ -133,7 +133,7 @@ def test_a_dense_equivalent_of_another_walk_is_refused(key, value, tmp_path, con
     walked = config(recurrence={"pattern": "*-[*-]x2*-", key: value})
     compress.plan_compression(tmp_path / "deep", walked, (), OPTIONS).run(tmp_path / "small", 2)
     path = config(recurrence={"pattern": "*-[*-]x2*-"})
-    with pytest.raises(CherryError, match=rf"recurrence.{key} is \w+, but .* was trained with {value}; set it so"):
+    with pytest.raises(CherryError, match=rf"recurrence.{key} is \w+, but .* was made for {value}; set it so"):
         compress.plan_expansion(tmp_path / "small", path, ())
     loops = config(recurrence={"pattern": "*-[*-]x2*-", key: value, "loops": 1})
     if key == "order":
