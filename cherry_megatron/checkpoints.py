@@ -29,8 +29,6 @@ from cherry_megatron.storage.trained import (
     WALK,
     Differences,
     check_changes,
-    check_heads,
-    check_trained,
     other_function,
     other_walk,
     tokenizer_of,
@@ -89,12 +87,7 @@ def unloadable(config: Config) -> list[str]:
 def _check_model(config: Config, checkpoint: Checkpoint) -> None:
     """Weights of another run go on as the function that they were; Megatron looks at their sizes alone."""
     one, walk = _one_model(checkpoint), _walk(checkpoint)
-    if config.has_experts:
-        shape = config.shape
-        check_heads(one, config.source, shape.heads, shape.groups, shape.head_size)
-        check_trained(one, config.recurrence, config.source, config.all_flags, walk, config.changed)
-    else:
-        check_model(one, config.recurrence, config.source, config.all_flags, walk, config.changed)
+    check_model(one, config.recurrence, config.source, config.all_flags, walk, config.changed)
     check_changes(checkpoint, config.source, _other_tokenizer(config, checkpoint), config.changed)
 
 

@@ -58,13 +58,15 @@ def starts(tmp_path_factory, data, write_config, train) -> Path:
     inside = {"pattern": "*-[*E*E]x3*-"}
     experts = {"num-experts": 2, "moe-router-topk": 2}
     made("experts", assemble_layers.plan_layers, [start] * 2, 0, recurrence=inside, megatron=experts)
+    routed = {**inside, "loop_routers": True}
+    made("routed", assemble_layers.plan_layers, [start] * 2, 0, recurrence=routed, megatron=experts)
     shutil.copytree(data / "tokenizer", folder / "other-tokenizer")
     tokens = folder / "other-tokenizer/tokenizer.json"
     tokens.write_text(tokens.read_text() + " ")
     return folder
 
 
-STARTS = ("looped", "unrecorded", "compressed", "corrected", "expanded", "mixture", "experts")
+STARTS = ("looped", "unrecorded", "compressed", "corrected", "expanded", "mixture", "experts", "routed")
 GROUPS = ("megatron.group-query-attention=true", "megatron.num-query-groups=2")
 ANGLES, OTHER_TOKENS = "megatron.rotary-base=500000", "megatron.tokenizer-model=FOLDER/other-tokenizer"
 DENSE_LOOPED = "recurrence.pattern='*-[(*-)x6]x2*-'"
@@ -150,6 +152,21 @@ CASES = {
     },
     "mixture-heads": ("mixture", HEADS, (), "num-attention-heads is 2, but"),
     "experts-heads": ("experts", HEADS, (), "num-attention-heads is 2, but"),
+    "experts-groups": ("experts", GROUPS, (), "2 query groups"),
+    "experts-gate": ("experts", ("megatron.swiglu=false",), (), "megatron.swiglu is False, but"),
+    "experts-width": ("experts", ("megatron.moe-ffn-hidden-size=32",), (), "size is 32, but PATH has 64"),
+    "experts-scales": ("experts", ("recurrence.loop_scales=false",), (), "loop_scales is False, but PATH holds"),
+    "experts-head": (
+        "experts", ("megatron.untie-embeddings-and-output-weights=false",), (), "weights is False, but PATH",
+    ),
+    "experts-kinds": ("experts", ("recurrence.pattern='*-[*E*-]x3*-'",), (), "is '*E', but recurrence.pattern"),
+    "experts-core": ("experts", ("recurrence.pattern='*-*E[*E]x3*-'",), (), "loop_scales is True, but PATH"),
+    "experts-count": ("experts", ("recurrence.pattern='*-[*E*E]x4*-'",), (), "has vectors of 3 loops, recurrence"),
+    "experts-depth": ("experts", ("recurrence.pattern='*-[*E*E*E]x3*-'",), (), "holds 4 layers, recur"),
+    "experts-routers": ("experts", ("recurrence.loop_routers=true",), (), "is [2, 32], not [3, 2, 32]"),
+    "routed-router": ("routed", ("recurrence.loop_routers=false",), (), "is [3, 2, 32], not [2, 32]"),
+    "experts-other": ("experts", ("megatron.num-experts=4",), (), "has 2 experts in each layer 'E', and"),
+    "experts-none": ("experts", ("recurrence.pattern='*-[*-*-]x3*-'", "megatron.num-experts=null"), (), "has 2"),
 }  # fmt: skip
 
 
@@ -193,6 +210,17 @@ def test_it_is_one_sentence_and_nothing_is_written(starts):
     path = starts / "compressed/config.yaml"
     command = ["pretrain", "--config", str(path), "--set", "megatron.rotary-base=500000"]
     check(starts / "compressed", command, f"cherry pretrain: {path}: megatron.rotary-base is 500000, but")
+
+
+@pytest.mark.parametrize("name", ["unrecorded", "routed"])
+def test_what_fits_is_trained_and_fits_again(name, starts, tmp_path, train):
+    path, run = starts / name / "config.yaml", tmp_path / "run"
+    overrides = (f"run={run}", "megatron.finetune=true", "megatron.train-iters=1", "megatron.lr-warmup-iters=0")
+    (step,) = train(path, 1, "", overrides)
+    assert step["loss"] < 7  # the loss of a guess is the logarithm of 512: 6.2
+    again = (f"run={tmp_path / 'again'}", f"megatron.load={run}")
+    (found,) = run_ranks(tmp_path / "said", 1, _said, starts, {"it": (name, again, (), "")})
+    assert found["it"] == []
 
 
 def test_what_is_changed_is_said_and_recorded(starts, tmp_path, train):
