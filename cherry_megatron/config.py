@@ -195,9 +195,8 @@ class Config:
 
     @property
     def all_flags(self) -> dict[str, Any]:
-        """The values of `megatron` and of `flags`, by flag, as Megatron's parser reads them."""
-        given = {flag.lstrip("-").split("=")[0] for flag in self.flags if flag.startswith("--")}
-        return {flag: self.value(flag) for flag in {*self.megatron, *given}}
+        """What `megatron` and `flags` set, by flag; of a flag that none sets `value` knows Megatron's default."""
+        return outline_values(self.megatron, self.flags)
 
     @cached_property
     def _arguments(self) -> argparse.Namespace:
@@ -313,18 +312,24 @@ def load(path: Path, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -
         CherryError: one sentence that names file and key, with the nearest valid name.
     """
     data = read_with(path, overrides)
-    run, given = data.get("run"), data.get("flags", [])
+    run = data.get("run")
     if not isinstance(run, str) or not run:
         said = "" if run is None else f", as text (it is {run!r})"
         raise CherryError(f"{path}: `run` must name the run's folder{said}, e.g. run: runs/{path.stem}")
-    if not isinstance(given, list) or not all(isinstance(flag, str) for flag in given):
-        raise CherryError(f'{path}: `flags` must be a list of texts, e.g. flags: ["--seed", "7"]')
-    megatron = rules.fill_in(path, data.get("megatron", {}))
+    megatron, given = rules.fill_in(path, data.get("megatron", {})), _flags(path, data)
     changed = rules.changed_keys(path, data.get("changed", []), megatron.get("load"))
     sections = _sections(path, data)
     config = Config(path, Path(run), megatron=megatron, flags=(*given, *flags), changed=changed, **sections)
     rules.check(config)
     return config
+
+
+def _flags(path: Path, data: dict[str, Any]) -> list[str]:
+    """A file's `flags`."""
+    given = data.get("flags", [])
+    if not isinstance(given, list) or not all(isinstance(flag, str) for flag in given):
+        raise CherryError(f'{path}: `flags` must be a list of texts, e.g. flags: ["--seed", "7"]')
+    return given
 
 
 def _sections(path: Path, data: dict[str, Any]) -> dict[str, Any]:
@@ -336,31 +341,42 @@ def _sections(path: Path, data: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def outline(path: Path, overrides: Sequence[str] = ()) -> tuple[Recurrence, dict[str, Any]]:
-    """A configuration's recurrence, and its `megatron` section with the defaults of this project.
+@dataclass(frozen=True)
+class Outline:
+    """What checkpoint surgery reads of a configuration.
 
-    For checkpoint surgery, which does without Megatron: its import takes longer than the work.
+    Attributes:
+        recurrence: its section.
+        depths: of multi-token prediction.
+        moee: the mixture of models, if it is one.
+        megatron: what `megatron`, with the defaults of this project, and `flags` set, by flag.
+        settings: all sections as they stand, for the record.
+    """
+
+    recurrence: Recurrence
+    depths: int
+    moee: Mixture | None
+    megatron: dict[str, Any]
+    settings: dict[str, Any]
+
+
+def outline(path: Path, overrides: Sequence[str] = ()) -> Outline:
+    """Read a configuration for checkpoint surgery.
+
+    It does without Megatron, whose import takes longer than the work.
 
     Raises:
-        CherryError: as `load`, but of Megatron's flags names and types alone are looked at.
+        CherryError: as `load`, but of Megatron's flags hardly more than names and types are looked at.
     """
-    data = read_with(path, overrides)
-    megatron, sections = rules.fill_in(path, data.get("megatron", {})), _sections(path, data)
+    settings = read_with(path, overrides)
+    megatron, flags = rules.fill_in(path, settings.get("megatron", {})), _flags(path, settings)
+    sections = _sections(path, settings)
     try:
-        return sections["recurrence"], outline_values(megatron)
+        megatron = outline_values(megatron, flags)
+        rules.check_query_groups(megatron)
     except CherryError as error:
         raise CherryError(f"{path}: {error}") from None
-
-
-def outline_mixture(path: Path, overrides: Sequence[str] = ()) -> Mixture | None:
-    """A configuration's mixture of models, likewise; None if it has none."""
-    return _sections(path, read_with(path, overrides)).get("moee")
-
-
-def outline_depths(path: Path, overrides: Sequence[str] = ()) -> int:
-    """A configuration's depths of multi-token prediction, likewise."""
-    section: MultiToken = _sections(path, read_with(path, overrides))["mtp"]
-    return section.depths
+    return Outline(sections["recurrence"], sections["mtp"].depths, sections.get("moee"), megatron, settings)
 
 
 def read_with(path: Path, overrides: Sequence[str]) -> dict[str, Any]:

@@ -123,15 +123,23 @@ def check_name(flag: str, path: Path | None = None) -> None:
         raise CherryError(f"{where}{nearest(flag, known)}")
 
 
-def outline_values(values: dict[str, Any]) -> dict[str, Any]:
-    """A `megatron` section with its values as Megatron reads them, without its import.
+def names_of(flags: Iterable[str]) -> set[str]:
+    """The names of flags as they follow after `--`."""
+    return {flag.removeprefix("--").partition("=")[0] for flag in flags if flag.startswith("--")}
+
+
+def outline_values(values: dict[str, Any], flags: Iterable[str] = ()) -> dict[str, Any]:
+    """What a `megatron` section and the flags after it set, as Megatron reads it, without its import.
 
     Raises:
-        CherryError: naming a value that is not of the flag's type.
+        CherryError: naming a flag that is unknown, or a value that is not of the flag's type.
     """
-    found = vars(_outline().parse_args(megatron_arguments(values)))
-    typed = {action.dest for action in _outline()._actions if action.type is not None}
-    return {flag: found[flag] if flag in typed else value for flag, value in values.items()}
+    given = names_of(flags)
+    for flag in given:
+        check_name(flag)
+    found = vars(_outline().parse_args([*megatron_arguments(values), *flags]))
+    read = given | {action.dest for action in _outline()._actions if action.type is not None}
+    return {flag: found[flag] if flag in read else values[flag] for flag in (*values, *sorted(given))}
 
 
 def flags_starting(words: str) -> list[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cherry_megatron.errors import CherryError
 from cherry_megatron.expert_rules import EXPERT_DEFAULTS
-from cherry_megatron.flags import action_of, check_name, nearest
+from cherry_megatron.flags import action_of, check_name, names_of, nearest
 from cherry_megatron.section_rules import GRAPH, check_sections
 from cherry_megatron.storage.trained import CHANGEABLE
 
@@ -149,7 +149,7 @@ def by_flag(path: Path, values: Any) -> dict[str, Any]:
 
 def check(config: "Config") -> None:
     """Refuse contradictions between keys that would otherwise surface deep inside Megatron."""
-    megatron_keys = {flag.lstrip("-").split("=")[0] for flag in config.flags if flag.startswith("--")}
+    megatron_keys = names_of(config.flags)
     for key in megatron_keys & set(_DERIVED):
         raise CherryError(f"--{key} follows from `{_DERIVED[key]}`; set that instead")
     for key in megatron_keys & set(_AT_THE_START):
@@ -162,6 +162,7 @@ def check(config: "Config") -> None:
             if config.value(flag) != action_of(flag).default:
                 raise CherryError(f"megatron.{flag}: {why}; take it out")
         _check_numbers(config)
+        check_query_groups(config.all_flags)
         _check_sizes(config)
         _check_split(config)
         _check_tensor_parallel(config)
@@ -189,6 +190,16 @@ def _check_numbers(config: "Config") -> None:
         raise CherryError(f"megatron.min-lr {config.value('min-lr')} is more than lr {config.value('lr')}")
 
 
+def check_query_groups(given: dict[str, Any]) -> None:
+    """Refuse groups that Megatron would pass over, by the flags that are set."""
+    groups = given.get("num-query-groups")
+    if groups is not None and not given.get("group-query-attention"):
+        raise CherryError(
+            f"megatron.num-query-groups {groups} does nothing without group-query-attention; set that to true, or "
+            "take num-query-groups out"
+        )
+
+
 def _check_sizes(config: "Config") -> None:
     longest = config.value("max-position-embeddings")
     if config.positive("seq-length") > longest:
@@ -201,12 +212,6 @@ def _check_sizes(config: "Config") -> None:
         raise CherryError(
             f"heads of size {config.shape.head_size} (megatron.kv-channels, or hidden-size / num-attention-heads) "
             "cannot be rotated; use an even number"
-        )
-    groups = config.value("num-query-groups")
-    if groups != action_of("num-query-groups").default and not config.value("group-query-attention"):
-        raise CherryError(
-            f"megatron.num-query-groups {groups} does nothing without group-query-attention; set that to true, or "
-            "take num-query-groups out"
         )
     if config.value("squared-relu") and config.value("swiglu"):
         raise CherryError("megatron.squared-relu and megatron.swiglu exclude each other; take one out")

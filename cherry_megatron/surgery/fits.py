@@ -110,11 +110,6 @@ def _check_configured(source: Checkpoint, layers: Source, config: Path, megatron
         own = "moe-ffn-hidden-size" if megatron.get("moe-ffn-hidden-size") is not None else "ffn-hidden-size"
         found.append((own, _check_gate(source, names, EXPERT_FC1, EXPERT_FC2, config, megatron)))
         found.append(("num-experts", source.tensors[names[f"{EXPERT_FC1}.weight"]].shape[0]))
-    if megatron.get("num-query-groups") is not None and not megatron.get("group-query-attention"):
-        raise CherryError(
-            f"{config}: megatron.num-query-groups {megatron['num-query-groups']} does nothing without "
-            "group-query-attention; set that to true, or take num-query-groups out"
-        )
     if "num-attention-heads" in megatron and f"{QKV}.weight" in names:
         _check_heads(source, names, config, megatron, hidden)
     for key, value in found:

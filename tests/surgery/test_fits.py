@@ -69,6 +69,28 @@ def test_windows_and_kinds_of_layers_fit_however_they_are_written(name, trained,
         compress.plan_compression(tmp_path / "deep", config(), (), OPTIONS)
 
 
+@pytest.mark.parametrize(
+    "flags", [["--rotary-base", "500000"], ["--rotary-base=500000"], ["--seed", "3", "--rotary-base", "500000"]]
+)
+def test_the_flags_of_a_runs_own_configuration_count(flags, tmp_path, config):
+    save(tmp_path / "deep", model_tensors(8), **{**TRAINED, "rotary_base": 500000})
+    path = config(megatron={"rotary-base": 7})
+    with pytest.raises(CherryError, match="rotary-base is 7, but"):
+        compress.plan_compression(tmp_path / "deep", path, (), OPTIONS)
+    path.write_text(path.read_text() + f"flags: {json.dumps(flags)}\n")
+    compress.plan_compression(tmp_path / "deep", path, (), OPTIONS)
+    with pytest.raises(CherryError, match=r"unknown Megatron flag --rotary-bas; did you mean 'rotary-base'"):
+        compress.plan_compression(tmp_path / "deep", path, ("flags=['--rotary-bas=3']",), OPTIONS)
+
+
+@pytest.mark.parametrize("groups", [1, 2, HEADS])
+def test_query_groups_without_a_word_of_them_are_refused(groups, tmp_path, config):
+    save(tmp_path / "deep", model_tensors(8), **TRAINED)
+    path = config(megatron={"group-query-attention": None, "num-query-groups": groups})
+    with pytest.raises(CherryError, match=f"num-query-groups {groups} does nothing without group-query-attention"):
+        compress.plan_compression(tmp_path / "deep", path, (), OPTIONS)
+
+
 @pytest.mark.parametrize("name", OTHER)
 def test_another_function_of_the_same_tensors_is_refused(name, tmp_path, config):
     arguments, says = OTHER[name]
