@@ -73,6 +73,11 @@ def unloadable(config: Config) -> list[str]:
     checkpoint = Checkpoint(folder)
     if other := _other_kind(config, checkpoint):
         return [f"megatron.load {folder} {other}"]
+    if foreign := _foreign(checkpoint):
+        return [
+            f"megatron.load {folder} is not one of this project: {foreign}; make one of it by `cherry "
+            "compress-depth` with this configuration, which takes each layer as it is where there are as many"
+        ]
     _check_model(config, checkpoint)
     found = _missing_depths(config, checkpoint) + _unchanged(config, checkpoint)
     if config.value("finetune") or config.value("no-load-optim"):
@@ -82,6 +87,15 @@ def unloadable(config: Config) -> list[str]:
     return [
         f"megatron.load {folder} holds no optimizer state; set megatron.finetune: true to start from its weights"
     ]
+
+
+def _foreign(checkpoint: Checkpoint) -> str | None:
+    """What Megatron would stumble over in a checkpoint that Megatron-LM has saved; None if there is nothing."""
+    if not (checkpoint.folder / "integrity.json").is_file():
+        return "it has no integrity.json"
+    if "decoder.final_layernorm.weight" in checkpoint.model:
+        return "its layers have the names of Megatron's GPTModel"
+    return None
 
 
 def _check_model(config: Config, checkpoint: Checkpoint) -> None:

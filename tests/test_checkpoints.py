@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from cherry_megatron.model.pattern import parse
+from cherry_megatron.storage.checkpoint import open_checkpoint
 from cherry_megatron.surgery import assemble, assemble_layers, compress
+from cherry_megatron.surgery.depth import objects
+from cherry_megatron.surgery.jobs import Copy
+from cherry_megatron.surgery.writing import Spec
 from tests.conftest import run_ranks
 from tests.test_bad_input import check
 
@@ -269,3 +274,40 @@ def test_without_a_start_there_is_nothing_to_change(tmp_path, write_config):
 
     with pytest.raises(CherryError, match=r"`changed` is of what megatron\.load names; set that"):
         load(write_config(tmp_path), ["changed=[recurrence.order]"])
+
+
+def as_a_gpt(name: str) -> str:
+    """A tensor's name in Megatron's GPTModel, which numbers layers, each of two sublayers."""
+    _, _, number, rest = name.split(".", 3) if name.startswith("decoder.layers.") else ("", "", "", name)
+    for ours, theirs in {
+        "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+        "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+        "decoder.final_norm.": "decoder.final_layernorm.",
+    }.items():
+        rest = rest.replace(ours, theirs)
+    return f"decoder.layers.{int(number) // 2}.{rest}" if number else rest
+
+
+@pytest.mark.parametrize("gpt", [False, True], ids=["hybrid", "gpt"])
+def test_a_checkpoint_of_plain_megatron_is_named_and_can_be_made_one_of_ours(gpt, starts, tmp_path, train):
+    source = open_checkpoint(starts / "expanded-start")
+    made = objects(source, parse("(*-)x8"), False)
+    if gpt:
+        made["common_state/shard_0_1"][0]["args"].state |= {"hybrid_layer_pattern": None, "num_layers": 8}
+    names = {name: as_a_gpt(name) if gpt else name for name in source.model}
+    jobs = [Copy((n,), (Spec(new, source.model[n].dtype, source.model[n].shape),)) for n, new in names.items()]
+    folder = compress.Surgery({"": source}, jobs, made, "none", {}, []).run(tmp_path / "plain", 1)
+    for name in ("lineage.json", "manifest.json"):
+        forget(folder, name)
+    if not gpt:  # which Megatron writes if it is asked to
+        (folder / "integrity.json").unlink()
+    path = starts / "expanded/config.yaml"
+    load = f"megatron.load={tmp_path / 'plain'}"
+    (found,) = run_ranks(tmp_path / "said", 1, _said, starts, {"it": ("expanded", (load,), (), "")})
+    why = "names of Megatron's GPTModel" if gpt else "it has no integrity.json"
+    assert len(found["it"]) == 1 and why in found["it"][0] and "by `cherry compress-depth`" in found["it"][0]
+    compress.plan_compression(tmp_path / "plain", path, (), compress.Options()).run(tmp_path / "ours", 1)
+    ours = open_checkpoint(tmp_path / "ours")
+    assert {n: ours.read(n).tobytes() for n in ours.model} == {n: source.read(n).tobytes() for n in source.model}
+    once = ("megatron.train-iters=1", "megatron.lr-warmup-iters=0", f"run={tmp_path / 'run'}")
+    assert len(train(path, 1, "", (f"megatron.load={tmp_path / 'ours'}", *once))) == 1

@@ -187,11 +187,15 @@ def test_whatever_a_record_holds_it_is_told_or_refused(key, value, of_parent):
             found = read_lineage(Path(folder))
         except CherryError:
             return
-    for _, entry in chain(found):
-        assert " ".join([entry["operation"], entry["identity"][:12], entry.get("role", "")])
-        assert _code(entry) and _at(entry) is not None
-    for entry in ancestors(found):
-        assert len(entry["parents"]) >= 0
+    told = [entry for _, entry in chain(found)]
+    assert told == ([found, changed] if of_parent else [found])
+    for entry in told:
+        texts = [entry["operation"], entry["identity"], entry.get("role", ""), _code(entry), _at(entry)]
+        assert all(isinstance(text, str) for text in texts)
+        assert _at(entry) == (f" step {entry['iteration']}" if "iteration" in entry else "")
+    followed = list(ancestors(found))
+    assert all(entry in told for entry in followed)
+    assert not [entry for entry in followed[1:] if entry.get("role") == "teacher"]
 
 
 @pytest.mark.parametrize(("key", "value"), [("pattern", 5), ("order", "backwards"), ("loops", "many")])
