@@ -22,6 +22,8 @@ from cherry_megatron.model.pattern import parse
 from cherry_megatron.runs import checkpoint_to_load, own_checkpoints
 from cherry_megatron.storage.ancestry import parents_of, record_saved
 from cherry_megatron.storage.checkpoint import OPTIMIZER, TRACKER, Checkpoint, newest, open_checkpoint
+from cherry_megatron.storage.fits import check_model
+from cherry_megatron.storage.layers import LOOP_A
 from cherry_megatron.storage.lineage import read_lineage
 from cherry_megatron.storage.trained import (
     FUNCTION,
@@ -33,8 +35,6 @@ from cherry_megatron.storage.trained import (
     other_walk,
     tokenizer_of,
 )
-from cherry_megatron.surgery.fits import check_model
-from cherry_megatron.surgery.layers import LOOP_A
 
 # What a run may not change once it has a checkpoint.
 _SHAPE = {

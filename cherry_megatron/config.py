@@ -34,7 +34,7 @@ from cherry_megatron.model.plan import Plan, make_plan
 from cherry_megatron.model.shape import Shape
 from cherry_megatron.sections import section_of
 from cherry_megatron.sgt.options import Selective
-from cherry_megatron.yaml_files import read_file
+from cherry_megatron.yaml_files import read_file, set_value
 
 
 @dataclass(frozen=True)
@@ -387,30 +387,11 @@ def read_with(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """
     data = read_file(path)
     for override in overrides:
-        _override(data, override)
+        set_value(data, override)
     for key in data:
         if key not in _TOP_KEYS:
             raise CherryError(f"{path}: unknown key {key!r}{nearest(key, _TOP_KEYS)}")
     return data
-
-
-def _override(data: dict[str, Any], override: str) -> None:
-    name, found, text = override.partition("=")
-    keys = name.split(".")
-    if not found or len(keys) > 2 or not all(keys):
-        raise CherryError(f"--set {override!r}: write it as section.key=value")
-    if keys == ["extends"]:
-        raise CherryError(f"--set {override!r}: only a file can extend another; write it there")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text  # such as *-[(*-)x4]x2*-, in which YAML sees the name of an anchor
-    section = data
-    if len(keys) == 2:
-        section = data.setdefault(keys[0], {})
-        if not isinstance(section, dict):
-            raise CherryError(f"--set {override!r}: {keys[0]!r} is not a section")
-    section[keys[-1]] = value
 
 
 def _plain(value: Any) -> Any:

@@ -13,12 +13,12 @@ from cherry_megatron.config import outline
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.options import Mixture, Recurrence
 from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint
+from cherry_megatron.storage.fits import check_model
+from cherry_megatron.storage.layers import DEPTHS, EMBEDDING, sublayer_prefixes
 from cherry_megatron.storage.trained import WALK, tokenizer_of
 from cherry_megatron.surgery.compress import Surgery, configuration
 from cherry_megatron.surgery.depth import objects
-from cherry_megatron.surgery.fits import check_model
 from cherry_megatron.surgery.jobs import Constant, Copy, Normal
-from cherry_megatron.surgery.layers import DEPTHS, EMBEDDING, sublayer_prefixes
 from cherry_megatron.surgery.writing import Job, Spec
 
 

@@ -17,14 +17,8 @@ from cherry_megatron.errors import CherryError
 from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.pattern import AHEAD, MLP, MOE
 from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint
-from cherry_megatron.storage.lineage import ancestors, read_lineage
-from cherry_megatron.surgery.align import Alignment
-from cherry_megatron.surgery.assemble import check_alike, expert_prefix, tensors_of
-from cherry_megatron.surgery.compress import Surgery, configuration, initial_std
-from cherry_megatron.surgery.depth import objects
-from cherry_megatron.surgery.fits import heads_of
-from cherry_megatron.surgery.jobs import Average, Merge, Router, Stack
-from cherry_megatron.surgery.layers import (
+from cherry_megatron.storage.fits import heads_of
+from cherry_megatron.storage.layers import (
     DEPTH_NORMS,
     DEPTHS,
     EMBEDDING,
@@ -40,6 +34,12 @@ from cherry_megatron.surgery.layers import (
     inner_prefix,
     sublayer_prefixes,
 )
+from cherry_megatron.storage.lineage import ancestors, read_lineage
+from cherry_megatron.surgery.align import Alignment
+from cherry_megatron.surgery.assemble import check_alike, expert_prefix, tensors_of
+from cherry_megatron.surgery.compress import Surgery, configuration, initial_std
+from cherry_megatron.surgery.depth import objects
+from cherry_megatron.surgery.jobs import Average, Merge, Router, Stack
 from cherry_megatron.surgery.writing import Job, Spec
 
 

@@ -14,16 +14,16 @@ from cherry_megatron.files import new_folder
 from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.pattern import Pattern
 from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint, together
+from cherry_megatron.storage.fits import check_fit, heads_of
+from cherry_megatron.storage.layers import EMBEDDING, Source, source_layers
 from cherry_megatron.storage.lineage import Manifest, parent, record
 from cherry_megatron.storage.trained import check_trained, recorded_recurrence
 from cherry_megatron.surgery.activations import open_calibration
 from cherry_megatron.surgery.align import Alignment
 from cherry_megatron.surgery.depth import compression, expansion, objects, peak_bytes, written_bytes
 from cherry_megatron.surgery.depths import new_depths
-from cherry_megatron.surgery.fits import check_fit, heads_of
 from cherry_megatron.surgery.grouping import METHODS, Method, Mix, make_groups, mix
 from cherry_megatron.surgery.jobs import Drawn
-from cherry_megatron.surgery.layers import EMBEDDING, Source, source_layers
 from cherry_megatron.surgery.search import Found
 from cherry_megatron.surgery.writing import CHECKPOINT, Job, publish, run_jobs
 

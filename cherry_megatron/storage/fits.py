@@ -12,8 +12,7 @@ from cherry_megatron.errors import CherryError
 from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.pattern import ATTENTION, MLP, MOE
 from cherry_megatron.storage.checkpoint import Checkpoint
-from cherry_megatron.storage.trained import WALK, check_heads, check_trained
-from cherry_megatron.surgery.layers import (
+from cherry_megatron.storage.layers import (
     EMBEDDING,
     EXPERT_FC1,
     EXPERT_FC2,
@@ -33,6 +32,7 @@ from cherry_megatron.surgery.layers import (
     member,
     source_layers,
 )
+from cherry_megatron.storage.trained import WALK, check_heads, check_trained
 
 
 def check_model(

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from cherry_megatron.errors import CherryError
+from cherry_megatron.storage.fits import heads_of
 from cherry_megatron.surgery import compress
-from cherry_megatron.surgery.fits import heads_of
 from tests.surgery.conftest import GROUPS, HEADS, SIZE, model_tensors, save
 
 OPTIONS = compress.Options()

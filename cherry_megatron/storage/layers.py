@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.pattern import AHEAD, ATTENTION, MLP, MOE, Pattern
-from cherry_megatron.storage.checkpoint import Checkpoint, Tensor
+from cherry_megatron.storage.checkpoint import Checkpoint
 
 EMBEDDING, FINAL_NORM, HEAD = "embedding.word_embeddings.weight", "decoder.final_norm.weight", "output_layer.weight"
 QKV, PROJ = "self_attention.linear_qkv", "self_attention.linear_proj"
@@ -194,20 +194,3 @@ def member(source: Checkpoint, layers: Source, number: int, place: int, symbols:
     if kinds != symbols:
         raise CherryError(f"{source.folder}: layer {number} is {kinds!r}, but recurrence.pattern wants {symbols!r}")
     return sublayers[place].names
-
-
-def same(checkpoint: Checkpoint, names: list[str]) -> Tensor:
-    """One of several tensors that must have one shape and one type.
-
-    Raises:
-        CherryError: naming one that differs.
-    """
-    first = checkpoint.tensors[names[0]]
-    for name in names[1:]:
-        other = checkpoint.tensors[name]
-        if (other.shape, other.dtype) != (first.shape, first.dtype):
-            raise CherryError(
-                f"{checkpoint.folder}: {name} is {other.dtype} {list(other.shape)}, but {first.name}, which it is "
-                f"averaged with, is {first.dtype} {list(first.shape)}"
-            )
-    return first
