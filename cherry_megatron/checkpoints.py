@@ -22,9 +22,19 @@ from cherry_megatron.model.pattern import parse
 from cherry_megatron.runs import checkpoint_to_load, own_checkpoints
 from cherry_megatron.storage.ancestry import parents_of, record_saved
 from cherry_megatron.storage.checkpoint import OPTIMIZER, TRACKER, Checkpoint, newest, open_checkpoint
+from cherry_megatron.storage.fits import check_model
+from cherry_megatron.storage.layers import LOOP_A
 from cherry_megatron.storage.lineage import read_lineage
-from cherry_megatron.storage.trained import FUNCTION, WALK, check_function, check_heads, check_walk
-from cherry_megatron.surgery.fits import check_model
+from cherry_megatron.storage.trained import (
+    FUNCTION,
+    TOKENIZER,
+    WALK,
+    Differences,
+    check_changes,
+    other_function,
+    other_walk,
+    tokenizer_of,
+)
 
 # What a run may not change once it has a checkpoint.
 _SHAPE = {
@@ -65,8 +75,13 @@ def unloadable(config: Config) -> list[str]:
     checkpoint = Checkpoint(folder)
     if other := _other_kind(config, checkpoint):
         return [f"megatron.load {folder} {other}"]
+    if foreign := _foreign(checkpoint):
+        return [
+            f"megatron.load {folder} is not one of this project: {foreign}; make one of it by `cherry "
+            "compress-depth` with this configuration, which takes each layer as it is where there are as many"
+        ]
     _check_model(config, checkpoint)
-    found = _missing_depths(config, checkpoint)
+    found = _missing_depths(config, checkpoint) + _unchanged(config, checkpoint)
     if config.value("finetune") or config.value("no-load-optim"):
         return found
     if any(name.startswith(OPTIMIZER) for name in checkpoint.tensors):
@@ -76,20 +91,59 @@ def unloadable(config: Config) -> list[str]:
     ]
 
 
+def _foreign(checkpoint: Checkpoint) -> str | None:
+    """What Megatron would stumble over in a checkpoint that Megatron-LM has saved; None if there is nothing."""
+    if not (checkpoint.folder / "integrity.json").is_file():
+        return "it has no integrity.json"
+    if "decoder.final_layernorm.weight" in checkpoint.model:
+        return "its layers have the names of Megatron's GPTModel"
+    return None
+
+
 def _check_model(config: Config, checkpoint: Checkpoint) -> None:
     """Weights of another run go on as the function that they were; Megatron looks at their sizes alone."""
-    # Experts are alike.
-    one = checkpoint.under(f"experts.{min(checkpoint.experts)}.") if checkpoint.experts else checkpoint
-    # What compression has made was never walked: how it will be is free.
+    one, walk = _one_model(checkpoint), _walk(checkpoint)
+    check_model(one, config.recurrence, config.source, config.all_flags, walk, config.changed)
+    check_changes(checkpoint, config.source, _other_tokenizer(config, checkpoint), config.changed)
+
+
+def _one_model(checkpoint: Checkpoint) -> Checkpoint:
+    """A mixture's experts are alike."""
+    return checkpoint.under(f"experts.{min(checkpoint.experts)}.") if checkpoint.experts else checkpoint
+
+
+def _walk(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What of the recurrence is held: what compression has made was never walked, but corrections have an order."""
     compressed = (read_lineage(checkpoint.folder) or {}).get("operation") == "compress-depth"
-    walk = ("pattern",) if compressed else WALK
-    if not config.has_experts:
-        check_model(one, config.recurrence, config.source, config.all_flags, walk)
-        return
-    shape = config.shape
-    check_heads(one, config.source, shape.heads, shape.groups, shape.head_size)
-    check_function(one, config.source, config.all_flags)
-    check_walk(one, config.recurrence, config.source, walk)
+    corrected = any(name.endswith(LOOP_A) for name in checkpoint.model)
+    return ("pattern",) if compressed and not corrected else WALK
+
+
+def _other_tokenizer(config: Config, checkpoint: Checkpoint) -> Differences:
+    ours, theirs = _tokenizer(config).get("tokenizer"), tokenizer_of(checkpoint)
+    if None in (ours, theirs) or ours == theirs:
+        return {}
+    return {TOKENIZER: (f"{config.value('tokenizer-model')} ({ours})", theirs)}
+
+
+def _differences(config: Config, checkpoint: Checkpoint) -> Differences:
+    """What a start has otherwise than the checkpoint, see `changed`."""
+    one = _one_model(checkpoint)
+    return {
+        **other_walk(one, config.recurrence, _walk(checkpoint)),
+        **other_function(one, config.all_flags),
+        **_other_tokenizer(config, checkpoint),
+    }
+
+
+def _unchanged(config: Config, checkpoint: Checkpoint) -> list[str]:
+    """What is named in `changed` and is not."""
+    found = _differences(config, checkpoint)
+    return [
+        f"`changed` names {key}, of which {checkpoint.folder} is not known to have another; take it out"
+        for key in config.changed
+        if key not in found
+    ]
 
 
 def _missing_depths(config: Config, checkpoint: Checkpoint) -> list[str]:
@@ -149,6 +203,8 @@ def _changes(config: Config, folder: Path) -> list[str]:
     found += [(f"megatron.{flag}", trained.value(flag), config.value(flag)) for flag in FUNCTION]
     found += [("mtp.depths", _setting(before, "mtp", "depths"), config.mtp.depths)]
     found += [(f"moee.{key}", old, new) for key, old, new in _mixture_changes(config, before.get("moee"))]
+    tokenizer = _other_tokenizer(config, Checkpoint(folder))
+    found += [(key, theirs, ours) for key, (ours, theirs) in tokenizer.items()]
     return [
         f"the run {config.run} was trained with {key} {old!r}, not {new!r}; choose another run, whose "
         "megatron.load may name this one"
@@ -229,7 +285,9 @@ def where_from(config: Config, args: Any) -> str:
         return "starts from new weights"
     folder = newest(Path(args.load))
     if own_checkpoints(config) is None:
-        return f"starts from {folder}" + (" (weights only)" if args.finetune else "")
+        found = _differences(config, Checkpoint(folder)) if config.changed else {}
+        changes = "".join(f", with {key} {ours} for {theirs}" for key, (ours, theirs) in found.items())
+        return f"starts from {folder}{' (weights only)' if args.finetune else ''}{changes}"
     if args.train_iters is not None and args.iteration >= args.train_iters:
         return f"is at step {args.iteration} of {args.train_iters} already (megatron.train-iters): nothing to train"
     return f"goes on from step {args.iteration}, {folder}"
@@ -327,9 +385,10 @@ def recorder(config: Config, args: Any, say: Callable[[str], None]) -> Callable[
 
 def _tokenizer(config: Config) -> dict[str, str]:
     """For the record: its fingerprint, because its folder may hold another one later."""
-    if config.value("tokenizer-type") != "HuggingFaceTokenizer":
+    folder = config.value("tokenizer-model")
+    if config.value("tokenizer-type") != "HuggingFaceTokenizer" or folder is None:
         return {}
-    return {"tokenizer": fingerprint(Path(config.value("tokenizer-model")))}
+    return {"tokenizer": fingerprint(Path(folder))}
 
 
 def _hash(path: Path) -> str | None:

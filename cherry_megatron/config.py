@@ -7,6 +7,7 @@
     megatron:                    # Megatron's flag names
       hidden-size: 1280
     flags: ["--seed", "7"]       # optional: as after `--`, which is how a run's config.yaml keeps them
+    changed: [megatron.rotary-base]  # optional: what differs on purpose from what megatron.load names
 
 A value may name environment variables as ${NAME} or ${NAME:-default}. Command-line values override
 the file: `--set recurrence.loops=4`, and any Megatron flag after `--`.
@@ -33,7 +34,7 @@ from cherry_megatron.model.plan import Plan, make_plan
 from cherry_megatron.model.shape import Shape
 from cherry_megatron.sections import section_of
 from cherry_megatron.sgt.options import Selective
-from cherry_megatron.yaml_files import read_file
+from cherry_megatron.yaml_files import read_file, set_value
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,7 @@ class Config:
         recurrence, mtp, evaluation, generation, distillation, data, sgt, moee: sections of the file.
         megatron: flag name without dashes in front -> value, defaults of this project filled in.
         flags: Megatron flags of the file's `flags`, then those given after `--`; they come last and win.
+        changed: keys that are meant to differ from what the checkpoint of `megatron.load` was trained with.
     """
 
     source: Path
@@ -162,6 +164,7 @@ class Config:
     moee: Mixture | None = None
     megatron: dict[str, Any] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, in the order of the YAML format."""
@@ -177,6 +180,7 @@ class Config:
             **({"moee": dataclasses.asdict(self.moee)} if self.moee else {}),
             "megatron": dict(sorted(self.megatron.items())),
             "flags": list(self.flags),
+            **({"changed": list(self.changed)} if self.changed else {}),
         }
 
     def hash(self) -> str:
@@ -191,9 +195,8 @@ class Config:
 
     @property
     def all_flags(self) -> dict[str, Any]:
-        """The values of `megatron` and of `flags`, by flag, as Megatron's parser reads them."""
-        given = {flag.lstrip("-").split("=")[0] for flag in self.flags if flag.startswith("--")}
-        return {flag: self.value(flag) for flag in {*self.megatron, *given}}
+        """What `megatron` and `flags` set, by flag; of a flag that none sets `value` knows Megatron's default."""
+        return outline_values(self.megatron, self.flags)
 
     @cached_property
     def _arguments(self) -> argparse.Namespace:
@@ -294,7 +297,7 @@ _SECTIONS = {
     "distillation": Distillation, "data": Data, "sgt": Selective, "moee": Mixture,
 }  # fmt: skip
 _OPTIONAL = ("generation", "distillation", "sgt", "moee")
-_TOP_KEYS = ("extends", "run", *_SECTIONS, "megatron", "flags")
+_TOP_KEYS = ("extends", "run", *_SECTIONS, "megatron", "flags", "changed")
 
 
 def load(path: Path, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -> Config:
@@ -309,17 +312,24 @@ def load(path: Path, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -
         CherryError: one sentence that names file and key, with the nearest valid name.
     """
     data = read_with(path, overrides)
-    run, given = data.get("run"), data.get("flags", [])
+    run = data.get("run")
     if not isinstance(run, str) or not run:
         said = "" if run is None else f", as text (it is {run!r})"
         raise CherryError(f"{path}: `run` must name the run's folder{said}, e.g. run: runs/{path.stem}")
-    if not isinstance(given, list) or not all(isinstance(flag, str) for flag in given):
-        raise CherryError(f'{path}: `flags` must be a list of texts, e.g. flags: ["--seed", "7"]')
-    flags = (*given, *flags)
+    flags = (*_flags(path, data), *flags)
     megatron = rules.fill_in(path, data.get("megatron", {}), flags)
-    config = Config(path, Path(run), megatron=megatron, flags=flags, **_sections(path, data))
+    changed = rules.changed_keys(path, data.get("changed", []), megatron.get("load"))
+    config = Config(path, Path(run), megatron=megatron, flags=flags, changed=changed, **_sections(path, data))
     rules.check(config)
     return config
+
+
+def _flags(path: Path, data: dict[str, Any]) -> list[str]:
+    """A file's `flags`."""
+    given = data.get("flags", [])
+    if not isinstance(given, list) or not all(isinstance(flag, str) for flag in given):
+        raise CherryError(f'{path}: `flags` must be a list of texts, e.g. flags: ["--seed", "7"]')
+    return given
 
 
 def _sections(path: Path, data: dict[str, Any]) -> dict[str, Any]:
@@ -331,31 +341,43 @@ def _sections(path: Path, data: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def outline(path: Path, overrides: Sequence[str] = ()) -> tuple[Recurrence, dict[str, Any]]:
-    """A configuration's recurrence, and its `megatron` section with the defaults of this project.
+@dataclass(frozen=True)
+class Outline:
+    """What checkpoint surgery reads of a configuration.
 
-    For checkpoint surgery, which does without Megatron: its import takes longer than the work.
+    Attributes:
+        recurrence: its section.
+        depths: of multi-token prediction.
+        moee: the mixture of models, if it is one.
+        megatron: what `megatron`, with the defaults of this project, and `flags` set, by flag.
+        settings: all sections as they stand, for the record.
+    """
+
+    recurrence: Recurrence
+    depths: int
+    moee: Mixture | None
+    megatron: dict[str, Any]
+    settings: dict[str, Any]
+
+
+def outline(path: Path, overrides: Sequence[str] = ()) -> Outline:
+    """Read a configuration for checkpoint surgery.
+
+    It does without Megatron, whose import takes longer than the work.
 
     Raises:
-        CherryError: as `load`, but of Megatron's flags names and types alone are looked at.
+        CherryError: as `load`, but of Megatron's flags hardly more than names and types are looked at.
     """
-    data = read_with(path, overrides)
-    megatron, sections = rules.fill_in(path, data.get("megatron", {})), _sections(path, data)
+    settings = read_with(path, overrides)
+    flags = _flags(path, settings)
+    megatron = rules.fill_in(path, settings.get("megatron", {}), flags)
+    sections = _sections(path, settings)
     try:
-        return sections["recurrence"], outline_values(megatron)
+        megatron = outline_values(megatron, flags)
+        rules.check_query_groups(megatron)
     except CherryError as error:
         raise CherryError(f"{path}: {error}") from None
-
-
-def outline_mixture(path: Path, overrides: Sequence[str] = ()) -> Mixture | None:
-    """A configuration's mixture of models, likewise; None if it has none."""
-    return _sections(path, read_with(path, overrides)).get("moee")
-
-
-def outline_depths(path: Path, overrides: Sequence[str] = ()) -> int:
-    """A configuration's depths of multi-token prediction, likewise."""
-    section: MultiToken = _sections(path, read_with(path, overrides))["mtp"]
-    return section.depths
+    return Outline(sections["recurrence"], sections["mtp"].depths, sections.get("moee"), megatron, settings)
 
 
 def read_with(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -366,30 +388,11 @@ def read_with(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """
     data = read_file(path)
     for override in overrides:
-        _override(data, override)
+        set_value(data, override)
     for key in data:
         if key not in _TOP_KEYS:
             raise CherryError(f"{path}: unknown key {key!r}{nearest(key, _TOP_KEYS)}")
     return data
-
-
-def _override(data: dict[str, Any], override: str) -> None:
-    name, found, text = override.partition("=")
-    keys = name.split(".")
-    if not found or len(keys) > 2 or not all(keys):
-        raise CherryError(f"--set {override!r}: write it as section.key=value")
-    if keys == ["extends"]:
-        raise CherryError(f"--set {override!r}: only a file can extend another; write it there")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text  # such as *-[(*-)x4]x2*-, in which YAML sees the name of an anchor
-    section = data
-    if len(keys) == 2:
-        section = data.setdefault(keys[0], {})
-        if not isinstance(section, dict):
-            raise CherryError(f"--set {override!r}: {keys[0]!r} is not a section")
-    section[keys[-1]] = value
 
 
 def _plain(value: Any) -> Any:

@@ -28,8 +28,8 @@ from cherry_megatron.model.mixture import mixture_of
 from cherry_megatron.model.plan import make_plan
 from cherry_megatron.shares import shares
 from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint
+from cherry_megatron.storage.fits import check_model
 from cherry_megatron.storage.trained import FUNCTION, tokenizer_of
-from cherry_megatron.surgery.fits import check_model
 
 
 class Teacher:

@@ -6,6 +6,7 @@ takes longer than the work. It is made from that parser, and made anew for anoth
 """
 
 import argparse
+import ast
 import difflib
 import typing
 from collections.abc import Iterable
@@ -27,12 +28,46 @@ class _Parser(argparse.ArgumentParser):
         raise CherryError(f"Megatron's flags: {message}")
 
 
+def _several(text: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them, such as those of window-size."""
+    try:
+        return tuple(int(number) for number in text.strip("()").split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not numbers such as 128,0") from None
+
+
+def _layers(text: str) -> int | list[int]:
+    """Which layers: every n-th, or a list of zeros and ones that is written as a sum of products of lists."""
+    try:
+        return _listed(ast.parse(text.strip(), mode="eval").body) if "[" in text else int(text)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a list such as ([0]*3+[1])*2") from None
+
+
+def _listed(node: ast.expr) -> Any:
+    match node:
+        case ast.Constant(value=int(number)):
+            return number
+        case ast.List(elts=parts):
+            return [_listed(part) for part in parts]
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return _listed(left) + _listed(right)
+        case ast.BinOp(left=left, op=ast.Mult(), right=right):
+            return _listed(left) * _listed(right)
+    raise ValueError
+
+
 TABLE = Path(__file__).with_name("megatron_flags.txt")
-_NUMBERS: dict[str, Any] = {"int": int, "float": float}
+_TYPES: dict[str, Any] = {"int": int, "float": float, "several": _several, "layers": _layers}
+# Megatron's own types -> ours.
+_KINDS = {
+    "int": "int", "float": "float", "tuple_type": "several", "no_rope_freq_type": "layers",
+    "moe_freq_type": "layers", "la_freq_type": "layers",
+}  # fmt: skip
 # What the table says of a flag -> how argparse declares it.
 _DECLARED: dict[str, dict[str, Any]] = {
     "switch": {"action": "store_true"}, "value": {}, "values": {"nargs": "*"},
-    **{name: {"type": kind} for name, kind in _NUMBERS.items()},
+    **{name: {"type": kind} for name, kind in _TYPES.items()},
 }  # fmt: skip
 
 
@@ -45,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @cache
 def _outline() -> argparse.ArgumentParser:
-    """A parser of the same names that knows switches, numbers and the rest, without Megatron."""
+    """A parser of the same names that knows switches, types and the rest, without Megatron."""
     parser = _Parser(allow_abbrev=False, add_help=False)
     for line in TABLE.read_text(encoding="utf-8").splitlines():
         flag, kind = line.split()
@@ -62,7 +97,7 @@ def table_of_flags() -> str:
 def _kind(action: argparse.Action) -> str:
     if action.nargs is not None:
         return "values" if action.nargs else "switch"
-    return next((name for name, kind in _NUMBERS.items() if action.type is kind), "value")
+    return _KINDS.get(getattr(action.type, "__name__", ""), "value")
 
 
 def action_of(flag: str) -> argparse.Action:
@@ -88,15 +123,23 @@ def check_name(flag: str, path: Path | None = None) -> None:
         raise CherryError(f"{where}{nearest(flag, known)}")
 
 
-def outline_values(values: dict[str, Any]) -> dict[str, Any]:
-    """A `megatron` section with its numbers as Megatron reads them, without its import.
+def names_of(flags: Iterable[str]) -> set[str]:
+    """The names of flags as they follow after `--`."""
+    return {flag.removeprefix("--").partition("=")[0] for flag in flags if flag.startswith("--")}
+
+
+def outline_values(values: dict[str, Any], flags: Iterable[str] = ()) -> dict[str, Any]:
+    """What a `megatron` section and the flags after it set, as Megatron reads it, without its import.
 
     Raises:
-        CherryError: naming a value that is not of the flag's type.
+        CherryError: naming a flag that is unknown, or a value that is not of the flag's type.
     """
-    found = vars(_outline().parse_args(megatron_arguments(values)))
-    numbers = {action.dest for action in _outline()._actions if action.type is not None}
-    return {flag: found[flag] if flag in numbers else value for flag, value in values.items()}
+    given = names_of(flags)
+    for flag in given:
+        check_name(flag)
+    found = vars(_outline().parse_args([*megatron_arguments(values), *flags]))
+    read = given | {action.dest for action in _outline()._actions if action.type is not None}
+    return {flag: found[flag] if flag in read else values[flag] for flag in (*values, *sorted(given))}
 
 
 def flags_starting(words: str) -> list[str]:
@@ -128,6 +171,7 @@ def megatron_arguments(values: dict[str, Any]) -> list[str]:
 
 def parse_flags(arguments: list[str]) -> argparse.Namespace:
     """Megatron's own parser, with errors as one sentence."""
+    _outline().parse_known_args(arguments)  # some of Megatron's types fail with a traceback
     known, unknown = _parser().parse_known_args(arguments)
     if unknown:
         flag = unknown[0].lstrip("-").split("=")[0]

@@ -30,10 +30,11 @@ from cherry_megatron.platform.machine import Machine
 from cherry_megatron.pretrain import pretrain
 from cherry_megatron.shares import Share, shares
 from cherry_megatron.storage.checkpoint import Checkpoint, Tensor, open_checkpoint
+from cherry_megatron.storage.layers import ROLES, Source, source_layers, sublayer_prefixes
 from cherry_megatron.storage.numbers import Mean, to_float
 from cherry_megatron.storage.records import Array
+from cherry_megatron.surgery.depth import same
 from cherry_megatron.surgery.grouping import groups_text
-from cherry_megatron.surgery.layers import ROLES, Source, same, source_layers, sublayer_prefixes
 from cherry_megatron.surgery.search import Found, Groups, Search
 
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from cherry_megatron.errors import CherryError
 from cherry_megatron.expert_rules import EXPERT_DEFAULTS
-from cherry_megatron.flags import action_of, check_name
+from cherry_megatron.flags import action_of, check_name, names_of, nearest
 from cherry_megatron.section_rules import GRAPH, check_sections
+from cherry_megatron.storage.trained import CHANGEABLE
 
 if TYPE_CHECKING:
     from cherry_megatron.config import Config
@@ -111,9 +112,35 @@ def fill_in(path: Path, values: Any, flags: Sequence[str] = ()) -> dict[str, Any
     fixed = {key: value for key, (value, _) in _FIXED.items()}
     # Megatron's check reads the loss back inside what a graph records.
     unchecked = {"no-check-for-nan-in-loss-and-grad": True} if given.get("cuda-graph-impl") == GRAPH else {}
-    has_experts = given.get("num-experts") is not None or "--num-experts" in (f.split("=")[0] for f in flags)
+    has_experts = given.get("num-experts") is not None or "num-experts" in names_of(flags)
     experts = EXPERT_DEFAULTS if has_experts else {}
     return {**_DEFAULTS, **experts, **unchecked, **given, **fixed}
+
+
+def changed_keys(path: Path, values: Any, load: Any) -> tuple[str, ...]:
+    """A file's `changed`: what a run may have otherwise than the checkpoint that it starts from.
+
+    Args:
+        path: the file.
+        values: what it says.
+        load: its `megatron.load`.
+
+    Raises:
+        CherryError: naming a key that cannot be changed.
+    """
+    if not isinstance(values, list) or not all(isinstance(key, str) for key in values):
+        raise CherryError(f"{path}: `changed` must be a list of keys, e.g. changed: [megatron.rotary-base]")
+    for key in values:
+        if key not in CHANGEABLE:
+            raise CherryError(
+                f"{path}: `changed` names {key}, which a run has as the checkpoint that it starts from"
+                f"{nearest(key, CHANGEABLE)}"
+            )
+        if values.count(key) > 1:
+            raise CherryError(f"{path}: `changed` names {key} twice; keep one")
+    if values and load is None:
+        raise CherryError(f"{path}: `changed` is of what megatron.load names; set that, or take `changed` out")
+    return tuple(values)
 
 
 def by_flag(path: Path, values: Any) -> dict[str, Any]:
@@ -131,7 +158,7 @@ def by_flag(path: Path, values: Any) -> dict[str, Any]:
 
 def check(config: "Config") -> None:
     """Refuse contradictions between keys that would otherwise surface deep inside Megatron."""
-    megatron_keys = {flag.lstrip("-").split("=")[0] for flag in config.flags if flag.startswith("--")}
+    megatron_keys = names_of(config.flags)
     for key in megatron_keys & set(_DERIVED):
         raise CherryError(f"--{key} follows from `{_DERIVED[key]}`; set that instead")
     for key in megatron_keys & set(_AT_THE_START):
@@ -144,6 +171,7 @@ def check(config: "Config") -> None:
             if config.value(flag) != action_of(flag).default:
                 raise CherryError(f"megatron.{flag}: {why}; take it out")
         _check_numbers(config)
+        check_query_groups(config.all_flags)
         _check_sizes(config)
         _check_split(config)
         _check_tensor_parallel(config)
@@ -171,6 +199,16 @@ def _check_numbers(config: "Config") -> None:
         raise CherryError(f"megatron.min-lr {config.value('min-lr')} is more than lr {config.value('lr')}")
 
 
+def check_query_groups(given: dict[str, Any]) -> None:
+    """Refuse groups that Megatron would pass over, by the flags that are set."""
+    groups = given.get("num-query-groups")
+    if groups is not None and not given.get("group-query-attention"):
+        raise CherryError(
+            f"megatron.num-query-groups {groups} does nothing without group-query-attention; set that to true, or "
+            "take num-query-groups out"
+        )
+
+
 def _check_sizes(config: "Config") -> None:
     longest = config.value("max-position-embeddings")
     if config.positive("seq-length") > longest:
@@ -183,12 +221,6 @@ def _check_sizes(config: "Config") -> None:
         raise CherryError(
             f"heads of size {config.shape.head_size} (megatron.kv-channels, or hidden-size / num-attention-heads) "
             "cannot be rotated; use an even number"
-        )
-    groups = config.value("num-query-groups")
-    if groups != action_of("num-query-groups").default and not config.value("group-query-attention"):
-        raise CherryError(
-            f"megatron.num-query-groups {groups} does nothing without group-query-attention; set that to true, or "
-            "take num-query-groups out"
         )
     if config.value("squared-relu") and config.value("swiglu"):
         raise CherryError("megatron.squared-relu and megatron.swiglu exclude each other; take one out")

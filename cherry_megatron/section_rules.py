@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 # What attention does in training and does not over a cache of keys and values.
 _NOT_CACHED = {
     "window-size": "it looks at all earlier tokens",
+    "window-attn-skip-freq": "it looks at all earlier tokens",
     "softmax-type": "its softmax is the plain one",
     "no-rope-freq": "it rotates in all layers",
 }

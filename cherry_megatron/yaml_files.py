@@ -1,4 +1,4 @@
-"""YAML files that may extend one another and name environment variables."""
+"""YAML files that may extend one another and name environment variables, and what `--set` puts into them."""
 
 import os
 import re
@@ -53,6 +53,30 @@ def read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if base.resolve() in seen:
         raise CherryError(f"{path}: extends {parent}, which extends it again")
     return _merge(read_file(base, (*seen, path.resolve())), data)
+
+
+def set_value(data: dict[str, Any], override: str) -> None:
+    """Put what `--set` says, `section.key=value`, into the values of a file.
+
+    Raises:
+        CherryError: if it is not of that form.
+    """
+    name, found, text = override.partition("=")
+    keys = name.split(".")
+    if not found or len(keys) > 2 or not all(keys):
+        raise CherryError(f"--set {override!r}: write it as section.key=value")
+    if keys == ["extends"]:
+        raise CherryError(f"--set {override!r}: only a file can extend another; write it there")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text  # such as *-[(*-)x4]x2*-, in which YAML sees the name of an anchor
+    section = data
+    if len(keys) == 2:
+        section = data.setdefault(keys[0], {})
+        if not isinstance(section, dict):
+            raise CherryError(f"--set {override!r}: {keys[0]!r} is not a section")
+    section[keys[-1]] = value
 
 
 def _environment(path: Path, text: str) -> str:

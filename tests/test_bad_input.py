@@ -43,6 +43,8 @@ CONFIGS = {
         [],
         "does nothing without group-query-attention",
     ),
+    "one-query-group-alone": ({"megatron": {"num-query-groups": 1}}, [], "num-query-groups 1 does nothing without"),
+    "query-groups-of-a-flag": ({}, ["--", "--num-query-groups", "1"], "num-query-groups 1 does nothing without"),
     "fixed-flag": ({"megatron": {"calculate-per-token-loss": False}}, [], "must be True"),
     "derived-flag": ({"megatron": {"num-layers": 6}}, [], "follows from `recurrence.pattern`"),
     "derived-trailing-flag": ({}, ["--", "--save", "x"], "follows from `run`"),

@@ -1,19 +1,36 @@
 """What a run starts from is the model that its configuration describes, or the run is refused at once."""
 
+import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
+from cherry_megatron.model.pattern import parse
+from cherry_megatron.storage.checkpoint import open_checkpoint
 from cherry_megatron.surgery import assemble, assemble_layers, compress
+from cherry_megatron.surgery.depth import objects
+from cherry_megatron.surgery.jobs import Copy
+from cherry_megatron.surgery.writing import Spec
 from tests.conftest import run_ranks
 from tests.test_bad_input import check
 
 LOOPED = "*-[*-*-]x3*-"
 
 
+def forget(checkpoint: Path, *names: str) -> None:
+    """Remove files of a checkpoint, also from what its hashes are of."""
+    path = checkpoint / "integrity.json"
+    integrity = json.loads(path.read_text())
+    for name in names:
+        (checkpoint / name).unlink()
+        del integrity["files"][name]
+    path.write_text(json.dumps(integrity))
+
+
 @pytest.fixture(scope="module")
-def starts(tmp_path_factory, write_config, train) -> Path:
+def starts(tmp_path_factory, data, write_config, train) -> Path:
     """A folder with a configuration for each checkpoint in it, whose run starts from that."""
     folder = tmp_path_factory.mktemp("starts")
     looped = write_config(folder / "looped-before", recurrence={"pattern": LOOPED, "loop_scales": True})
@@ -21,7 +38,7 @@ def starts(tmp_path_factory, write_config, train) -> Path:
     train(looped, 2, "--train-iters 3 --pipeline-model-parallel-size 2")
     shutil.copytree(folder / "looped-before/run/checkpoints", folder / "looped-start")
     shutil.copytree(folder / "looped-start", folder / "unrecorded-start")
-    (folder / "unrecorded-start/iter_0000003/lineage.json").unlink()
+    forget(folder / "unrecorded-start/iter_0000003", "lineage.json")
     write_config(folder / "looped", megatron={"load": str(folder / "looped-start")})
     write_config(folder / "unrecorded", megatron={"load": str(folder / "unrecorded-start")})
 
@@ -37,16 +54,27 @@ def starts(tmp_path_factory, write_config, train) -> Path:
     write_config(folder / "expanded", recurrence=dense, megatron=megatron)
     shallow = {"pattern": LOOPED, "loop_scales": False}
     made("compressed", compress.plan_compression, folder / "expanded-start", compress.Options(), recurrence=shallow)
+    corrected = {**shallow, "loop_rank": 2}
+    made(
+        "corrected", compress.plan_compression, folder / "expanded-start", compress.Options(), recurrence=corrected
+    )
     mixture = {"experts": 2, "prefix": 8, "router_hidden": 8}
     made("mixture", assemble.plan_assembly, [start] * 2, 0, moee=mixture)
     inside = {"pattern": "*-[*E*E]x3*-"}
     experts = {"num-experts": 2, "moe-router-topk": 2}
     made("experts", assemble_layers.plan_layers, [start] * 2, 0, recurrence=inside, megatron=experts)
+    routed = {**inside, "loop_routers": True}
+    made("routed", assemble_layers.plan_layers, [start] * 2, 0, recurrence=routed, megatron=experts)
+    shutil.copytree(data / "tokenizer", folder / "other-tokenizer")
+    tokens = folder / "other-tokenizer/tokenizer.json"
+    tokens.write_text(tokens.read_text() + " ")
     return folder
 
 
-STARTS = ("looped", "unrecorded", "compressed", "expanded", "mixture", "experts")
+STARTS = ("looped", "unrecorded", "compressed", "corrected", "expanded", "mixture", "experts", "routed")
 GROUPS = ("megatron.group-query-attention=true", "megatron.num-query-groups=2")
+ANGLES, OTHER_TOKENS = "megatron.rotary-base=500000", "megatron.tokenizer-model=FOLDER/other-tokenizer"
+DENSE_LOOPED = "recurrence.pattern='*-[(*-)x6]x2*-'"
 HEADS = ("megatron.num-attention-heads=2", "megatron.kv-channels=16")  # of tensors of the same shapes
 # name: (what it starts from, overrides, flags, what is said)
 CASES = {
@@ -69,6 +97,27 @@ CASES = {
     "head": ("looped", ("megatron.untie-embeddings-and-output-weights=false",), (), "output-weights is False, but"),
     "width": ("looped", ("megatron.ffn-hidden-size=96",), (), "ffn-hidden-size is 96, but PATH has 64"),
     "heads-without-record": ("unrecorded", HEADS, (), "num-attention-heads is 2, but"),
+    "tokenizer": ("looped", (OTHER_TOKENS,), (), "or name megatron.tokenizer-model in `changed` to go on"),
+    # Changed on purpose.
+    "changed-angles": ("looped", (ANGLES, "changed=[megatron.rotary-base]"), (), ""),
+    "changed-tokenizer": ("looped", (OTHER_TOKENS, "changed=[megatron.tokenizer-model]"), (), ""),
+    "changed-walk": (
+        "looped",
+        ("recurrence.order=sequence", "megatron.window-size='8,0'",
+         "changed=[recurrence.order, megatron.window-size]"),
+        (),
+        "",
+    ),
+    "changed-of-a-mixture": ("mixture", (ANGLES, "changed=[megatron.rotary-base]"), (), ""),
+    "changed-of-experts": ("experts", (ANGLES, "changed=[megatron.rotary-base]"), (), ""),
+    "changed-of-a-compression": ("compressed", (ANGLES, "changed=[megatron.rotary-base]"), (), ""),
+    "changed-other": (
+        "looped", (ANGLES, "changed=[recurrence.order]"), (), "or name megatron.rotary-base in `changed` to go on",
+    ),
+    "changed-nothing": (
+        "looped", ("changed=[recurrence.order]",), (), "names recurrence.order, of which PATH is not known",
+    ),
+    "changed-free": ("compressed", ("changed=[recurrence.order]",), (), "recurrence.order, of which PATH is not"),
     # What changes from run to run.
     "run": (
         "looped",
@@ -89,7 +138,14 @@ CASES = {
     "compressed-scales": ("compressed", ("recurrence.loop_scales=true",), (), "loop_scales is True, but"),
     "compressed-heads": ("compressed", HEADS, (), "num-attention-heads is 2, but"),
     "compressed-angles": ("compressed", ("megatron.rotary-base=500000",), (), "rotary-base is 500000, but"),
-    "expanded-loops": ("expanded", ("recurrence.pattern='*-[(*-)x6]x2*-'",), (), "recurrence.pattern is"),
+    # Corrections are of the loops of an order.
+    "corrected-order": ("corrected", ("recurrence.order=sequence",), (), "sequence, but PATH was made for cycle"),
+    "corrected-injection": ("corrected", ("recurrence.injection=add",), (), "is add, but PATH was made for none"),
+    "corrected-rank": ("corrected", ("recurrence.loop_rank=0",), (), "loop_rank is 0"),
+    "expanded-loops": ("expanded", (DENSE_LOOPED,), (), "or make a model of other loops of it by `cherry comp"),
+    "expanded-order": ("expanded", ("recurrence.order=sequence",), (), ""),
+    "expanded-injection": ("expanded", ("recurrence.injection=add",), (), ""),
+    "expanded-in-parts": ("expanded", ("recurrence.pattern='(*-)x2[(*-)x6]x1'",), (), ""),
     "expanded-depth": ("expanded", ("recurrence.pattern='(*-)x4'",), (), "holds 8 layers, recurrence.pattern 4"),
     **{
         f"{name}-{what}": (name, (override,), (), says)
@@ -104,6 +160,21 @@ CASES = {
     "experts-gates": ("experts", ("megatron.moe-router-pre-softmax=true",), (), ""),
     "experts-chosen": ("experts", ("megatron.moe-router-topk=1", "megatron.moe-router-pre-softmax=true"), (), ""),
     "experts-heads": ("experts", HEADS, (), "num-attention-heads is 2, but"),
+    "experts-groups": ("experts", GROUPS, (), "2 query groups"),
+    "experts-gate": ("experts", ("megatron.swiglu=false",), (), "megatron.swiglu is False, but"),
+    "experts-width": ("experts", ("megatron.moe-ffn-hidden-size=32",), (), "size is 32, but PATH has 64"),
+    "experts-scales": ("experts", ("recurrence.loop_scales=false",), (), "loop_scales is False, but PATH holds"),
+    "experts-head": (
+        "experts", ("megatron.untie-embeddings-and-output-weights=false",), (), "weights is False, but PATH",
+    ),
+    "experts-kinds": ("experts", ("recurrence.pattern='*-[*E*-]x3*-'",), (), "is '*E', but recurrence.pattern"),
+    "experts-core": ("experts", ("recurrence.pattern='*-*E[*E]x3*-'",), (), "loop_scales is True, but PATH"),
+    "experts-count": ("experts", ("recurrence.pattern='*-[*E*E]x4*-'",), (), "has vectors of 3 loops, recurrence"),
+    "experts-depth": ("experts", ("recurrence.pattern='*-[*E*E*E]x3*-'",), (), "holds 4 layers, recur"),
+    "experts-routers": ("experts", ("recurrence.loop_routers=true",), (), "is [2, 32], not [3, 2, 32]"),
+    "routed-router": ("routed", ("recurrence.loop_routers=false",), (), "is [3, 2, 32], not [2, 32]"),
+    "experts-other": ("experts", ("megatron.num-experts=4",), (), "has 2 experts in each layer 'E', and"),
+    "experts-none": ("experts", ("recurrence.pattern='*-[*-*-]x3*-'", "megatron.num-experts=null"), (), "has 2"),
 }  # fmt: skip
 
 
@@ -118,6 +189,7 @@ def _said(folder: Path, cases: dict) -> dict[str, list[str]]:
     found = {}
     for name, (start, overrides, flags, _) in cases.items():
         try:
+            overrides = [override.replace("FOLDER", str(folder)) for override in overrides]
             config = load(folder / start / "config.yaml", overrides, flags)
             found[name] = unloadable(config)
         except CherryError as error:
@@ -146,3 +218,99 @@ def test_it_is_one_sentence_and_nothing_is_written(starts):
     path = starts / "compressed/config.yaml"
     command = ["pretrain", "--config", str(path), "--set", "megatron.rotary-base=500000"]
     check(starts / "compressed", command, f"cherry pretrain: {path}: megatron.rotary-base is 500000, but")
+
+
+@pytest.mark.parametrize("name", ["unrecorded", "routed"])
+def test_what_fits_is_trained_and_fits_again(name, starts, tmp_path, train):
+    path, run = starts / name / "config.yaml", tmp_path / "run"
+    overrides = (f"run={run}", "megatron.finetune=true", "megatron.train-iters=1", "megatron.lr-warmup-iters=0")
+    (step,) = train(path, 1, "", overrides)
+    assert step["loss"] < 7  # the loss of a guess is the logarithm of 512: 6.2
+    again = (f"run={tmp_path / 'again'}", f"megatron.load={run}")
+    (found,) = run_ranks(tmp_path / "said", 1, _said, starts, {"it": (name, again, (), "")})
+    assert found["it"] == []
+
+
+def test_what_is_changed_is_said_and_recorded(starts, tmp_path, train):
+    """And it is the run's own from then on: another one is refused, named or not."""
+    path = starts / "looped/config.yaml"
+    run = tmp_path / "run"
+    overrides = (f"run={run}", ANGLES, "changed=[megatron.rotary-base]", "megatron.finetune=true")
+    train(path, 1, "--train-iters 1 --lr-warmup-iters 0", overrides)
+    said = (starts / "looped/output/rank0.out").read_text()
+    start = starts / "looped-start/iter_0000003"
+    assert f"starts from {start} (weights only), with megatron.rotary-base 500000 for 10000\n" in said
+    record = json.loads((run / "checkpoints/iter_0000001/lineage.json").read_text())
+    assert record["config"]["changed"] == ["megatron.rotary-base"]
+    assert record["config"]["megatron"]["rotary-base"] == 500000
+    command = ["pretrain", "--config", str(path), "--set", f"run={run}"]
+    for override in overrides[2:]:
+        command += ["--set", override]
+    check(tmp_path, command, "was trained with megatron.rotary-base 500000, not 10000; choose another run")
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        (
+            "[megatron.hidden-size]",
+            "names megatron.hidden-size, which a run has as the checkpoint",
+        ),
+        ("[recurrence.pattern]", "names recurrence.pattern, which"),
+        ("[rotary-base]", "did you mean 'megatron.rotary-base'?"),
+        ("megatron.rotary-base", "`changed` must be a list of keys"),
+        ("[5]", "`changed` must be a list of keys"),
+        ("[recurrence.order, recurrence.order]", "names recurrence.order twice"),
+    ],
+)
+def test_what_cannot_be_changed_is_refused(changed, says, starts):
+    from cherry_megatron.config import load
+    from cherry_megatron.errors import CherryError
+
+    with pytest.raises(CherryError, match=re.escape(says)):
+        load(starts / "looped/config.yaml", [f"changed={changed}"])
+
+
+def test_without_a_start_there_is_nothing_to_change(tmp_path, write_config):
+    from cherry_megatron.config import load
+    from cherry_megatron.errors import CherryError
+
+    with pytest.raises(CherryError, match=r"`changed` is of what megatron\.load names; set that"):
+        load(write_config(tmp_path), ["changed=[recurrence.order]"])
+
+
+def as_a_gpt(name: str) -> str:
+    """A tensor's name in Megatron's GPTModel, which numbers layers, each of two sublayers."""
+    _, _, number, rest = name.split(".", 3) if name.startswith("decoder.layers.") else ("", "", "", name)
+    for ours, theirs in {
+        "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+        "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+        "decoder.final_norm.": "decoder.final_layernorm.",
+    }.items():
+        rest = rest.replace(ours, theirs)
+    return f"decoder.layers.{int(number) // 2}.{rest}" if number else rest
+
+
+@pytest.mark.parametrize("gpt", [False, True], ids=["hybrid", "gpt"])
+def test_a_checkpoint_of_plain_megatron_is_named_and_can_be_made_one_of_ours(gpt, starts, tmp_path, train):
+    source = open_checkpoint(starts / "expanded-start")
+    made = objects(source, parse("(*-)x8"), False)
+    if gpt:
+        made["common_state/shard_0_1"][0]["args"].state |= {"hybrid_layer_pattern": None, "num_layers": 8}
+    names = {name: as_a_gpt(name) if gpt else name for name in source.model}
+    jobs = [Copy((n,), (Spec(new, source.model[n].dtype, source.model[n].shape),)) for n, new in names.items()]
+    folder = compress.Surgery({"": source}, jobs, made, "none", {}, []).run(tmp_path / "plain", 1)
+    for name in ("lineage.json", "manifest.json"):
+        forget(folder, name)
+    if not gpt:  # which Megatron writes if it is asked to
+        (folder / "integrity.json").unlink()
+    path = starts / "expanded/config.yaml"
+    load = f"megatron.load={tmp_path / 'plain'}"
+    (found,) = run_ranks(tmp_path / "said", 1, _said, starts, {"it": ("expanded", (load,), (), "")})
+    why = "names of Megatron's GPTModel" if gpt else "it has no integrity.json"
+    assert len(found["it"]) == 1 and why in found["it"][0] and "by `cherry compress-depth`" in found["it"][0]
+    compress.plan_compression(tmp_path / "plain", path, (), compress.Options()).run(tmp_path / "ours", 1)
+    ours = open_checkpoint(tmp_path / "ours")
+    assert {n: ours.read(n).tobytes() for n in ours.model} == {n: source.read(n).tobytes() for n in source.model}
+    once = ("megatron.train-iters=1", "megatron.lr-warmup-iters=0", f"run={tmp_path / 'run'}")
+    assert len(train(path, 1, "", (f"megatron.load={tmp_path / 'ours'}", *once))) == 1

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cherry_megatron.cli import check_arguments
-from cherry_megatron.config import load, outline, outline_depths, outline_mixture
+from cherry_megatron.config import load, outline
 from cherry_megatron.errors import CherryError
 from cherry_megatron.experiments.plan import OUTPUTS, Experiment, Task, find, read
 from cherry_megatron.experiments.records import Records
@@ -102,8 +102,7 @@ def check(experiment: Experiment, out: Path) -> None:
                         f"{stage.config}: --seed among its flags would be that of every seed; take it out"
                     )
             else:
-                for read_part in (outline, outline_mixture, outline_depths):
-                    read_part(stage.config, task.overrides(out))
+                outline(stage.config, task.overrides(out))
         except CherryError as error:
             raise CherryError(f"{experiment.source}, stage {stage.name}: {error}") from None
 

@@ -24,6 +24,7 @@ FUNCTION: dict[str, tuple[str, Any]] = {
     "squared-relu": ("squared_relu", False),
     "rotary-interleaved": ("rotary_interleaved", False),
     "window-size": ("window_size", None),
+    "window-attn-skip-freq": ("window_attn_skip_freq", None),
     "softmax-type": ("softmax_type", "vanilla"),
     "no-rope-freq": ("no_rope_freq", None),
     "glu-linear-offset": ("glu_linear_offset", 0.0),
@@ -40,27 +41,90 @@ _BUILT_WITH: dict[str, Any] = {
 }  # fmt: skip
 
 
-def check_walk(source: Checkpoint, recurrence: Recurrence, config: Path, keys: Collection[str] = WALK) -> None:
-    """The layers are walked as they were in training, as far as the checkpoint's record tells.
+# What a run may change of the checkpoint that it starts from, if its configuration says so.
+TOKENIZER = "megatron.tokenizer-model"
+CHANGEABLE = (
+    "recurrence.order", "recurrence.injection", TOKENIZER, *(f"megatron.{flag}" for flag in (*FUNCTION, *_GATES)),
+)  # fmt: skip
+
+Differences = dict[str, tuple[Any, Any]]  # key of a configuration -> its value, the checkpoint's
+
+
+def check_trained(
+    source: Checkpoint,
+    recurrence: Recurrence,
+    config: Path,
+    megatron: Mapping[str, Any],
+    keys: Collection[str] = WALK,
+    changed: Collection[str] | None = None,
+) -> None:
+    """A checkpoint's weights are used as they were trained, as far as its record and its arguments tell.
 
     Args:
         source: the checkpoint.
         recurrence: of the configuration.
         config: its file, for the message.
-        keys: what must be the same.
+        megatron: its `megatron` section by flags.
+        keys: what of the recurrence must be the same.
+        changed: keys of a run that starts from the checkpoint which may differ; None where nothing starts.
 
     Raises:
         CherryError: naming the first key of the configuration that differs.
     """
+    found = {**other_walk(source, recurrence, keys), **other_function(source, megatron)}
+    check_changes(source, config, found, changed)
+    arguments = source.arguments()
+    for name, wanted in _BUILT_WITH.items():
+        if arguments.get(name, wanted) != wanted:
+            raise CherryError(
+                f"{source.folder} was trained with {name} {arguments[name]!r}; layers here have {wanted!r}"
+            )
+
+
+def check_changes(
+    source: Checkpoint, config: Path, found: Differences, changed: Collection[str] | None = None
+) -> None:
+    """Whatever differs from a checkpoint is named in `changed`, see `check_trained`.
+
+    Raises:
+        CherryError: naming the first key that is not, and the way out.
+    """
+    for key, (ours, theirs) in found.items():
+        if key in (changed or ()):
+            continue
+        ways = ["set it so"]
+        if changed is not None and key in CHANGEABLE:
+            ways.append(f"or name {key} in `changed` to go on otherwise")
+        before = recorded_recurrence(source)
+        if changed is not None and key == "recurrence.pattern" and before is not None and before.loops == 1:
+            ways.append("or make a model of other loops of it by `cherry compress-depth`")
+        was = "made for" if key.startswith("recurrence.") and _untrained(source) else "trained with"
+        raise CherryError(f"{config}: {key} is {ours}, but {source.folder} was {was} {theirs}; {', '.join(ways)}")
+
+
+def _untrained(source: Checkpoint) -> bool:
+    """Whether surgery has written a checkpoint, by its record."""
+    return (read_lineage(source.folder) or {}).get("operation", "pretrain") != "pretrain"
+
+
+def other_walk(source: Checkpoint, recurrence: Recurrence, keys: Collection[str]) -> Differences:
+    """How the layers of a configuration are walked otherwise than a checkpoint's record says.
+
+    Args:
+        source: the checkpoint.
+        recurrence: of the configuration.
+        keys: what of it is compared.
+    """
     before = recorded_recurrence(source)
     if before is None:
-        return
-    for key in keys:
-        if _meaning(before, key) != _meaning(recurrence, key):
-            raise CherryError(
-                f"{config}: recurrence.{key} is {getattr(recurrence, key)}, but {source.folder} was trained with "
-                f"{getattr(before, key)}; set it so"
-            )
+        return {}
+    # Without a loop it does not matter where the core begins, or how it would be walked.
+    once = before.loops == recurrence.loops == 1
+    return {
+        f"recurrence.{key}": (getattr(recurrence, key), getattr(before, key))
+        for key in keys
+        if _meaning(before, key, once) != _meaning(recurrence, key, once)
+    }
 
 
 def recorded_recurrence(source: Checkpoint) -> Recurrence | None:
@@ -77,34 +141,27 @@ def recorded_recurrence(source: Checkpoint) -> Recurrence | None:
     return walked
 
 
-def _meaning(recurrence: Recurrence, key: str) -> Any:
+def _meaning(recurrence: Recurrence, key: str, once: bool) -> Any:
     """The loops that a pattern is written with are compared as `loops`."""
-    return replace(recurrence.parsed, loops=1) if key == "pattern" else getattr(recurrence, key)
+    if key == "pattern":
+        return recurrence.parsed.layers if once else replace(recurrence.parsed, loops=1)
+    return None if once and key in ("order", "injection") else getattr(recurrence, key)
 
 
-def check_function(source: Checkpoint, config: Path, megatron: Mapping[str, Any]) -> None:
-    """Megatron's arguments of the training agree with a configuration where no tensor shows it.
+def other_function(source: Checkpoint, megatron: Mapping[str, Any]) -> Differences:
+    """Where no tensor shows it, what Megatron's arguments of a training say otherwise than a configuration.
 
     Args:
         source: the checkpoint.
-        config: the configuration's file, for the message.
-        megatron: its `megatron` section by flags.
-
-    Raises:
-        CherryError: naming the first that differs.
+        megatron: the configuration's `megatron` section by flags.
     """
-    arguments = source.arguments()
+    arguments, found = source.arguments(), {}
     for flag, (name, default) in (FUNCTION | _gates(source)).items():
-        ours, theirs = megatron.get(flag, default), arguments.get(name, default)
+        ours, theirs = megatron.get(flag), arguments.get(name, default)
+        ours = default if ours is None else ours
         if _plain(ours) != _plain(theirs):
-            raise CherryError(
-                f"{config}: megatron.{flag} is {ours}, but {source.folder} was trained with {theirs}; set it so"
-            )
-    for name, wanted in _BUILT_WITH.items():
-        if arguments.get(name, wanted) != wanted:
-            raise CherryError(
-                f"{source.folder} was trained with {name} {arguments[name]!r}; layers here have {wanted!r}"
-            )
+            found[f"megatron.{flag}"] = ours, theirs
+    return found
 
 
 def _gates(source: Checkpoint) -> dict[str, tuple[str, Any]]:

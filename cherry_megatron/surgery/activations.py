@@ -19,9 +19,9 @@ import numpy as np
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.pattern import ATTENTION, MLP
 from cherry_megatron.storage.checkpoint import Checkpoint, hash_values
+from cherry_megatron.storage.layers import ROLES, Source
 from cherry_megatron.storage.lineage import Manifest, identity
 from cherry_megatron.storage.records import Array
-from cherry_megatron.surgery.layers import ROLES, Source
 
 CALIBRATION = "calibration.json"
 FORMAT = 1

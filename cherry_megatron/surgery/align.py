@@ -14,10 +14,10 @@ import numpy as np
 
 from cherry_megatron.model.pattern import ATTENTION
 from cherry_megatron.storage.checkpoint import Checkpoint
+from cherry_megatron.storage.layers import FC1, FC2, PROJ, QKV
 from cherry_megatron.storage.numbers import to_float
 from cherry_megatron.storage.records import Array
 from cherry_megatron.surgery.activations import Calibration
-from cherry_megatron.surgery.layers import FC1, FC2, PROJ, QKV
 
 ACTIVATIONS = "activations"  # beside the roles of a layer's tensors
 

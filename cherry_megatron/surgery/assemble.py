@@ -9,16 +9,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cherry_megatron.config import outline, outline_depths, outline_mixture
+from cherry_megatron.config import outline
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.options import Mixture, Recurrence
 from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint
+from cherry_megatron.storage.fits import check_model
+from cherry_megatron.storage.layers import DEPTHS, EMBEDDING, sublayer_prefixes
 from cherry_megatron.storage.trained import WALK, tokenizer_of
 from cherry_megatron.surgery.compress import Surgery, configuration
 from cherry_megatron.surgery.depth import objects
-from cherry_megatron.surgery.fits import check_model
 from cherry_megatron.surgery.jobs import Constant, Copy, Normal
-from cherry_megatron.surgery.layers import DEPTHS, EMBEDDING, sublayer_prefixes
 from cherry_megatron.surgery.writing import Job, Spec
 
 
@@ -39,8 +39,8 @@ def plan_assembly(loads: Sequence[Path], config: Path, overrides: Sequence[str],
     Raises:
         CherryError: if something does not fit, naming the difference.
     """
-    recurrence, megatron = outline(config, overrides)
-    mixture, depths = outline_mixture(config, overrides), outline_depths(config, overrides)
+    wanted = outline(config, overrides)
+    recurrence, megatron, depths, mixture = wanted.recurrence, wanted.megatron, wanted.depths, wanted.moee
     if mixture is None:
         raise CherryError(
             f"{config} has no section moee, and recurrence.pattern no 'E'; name the configuration of the mixture"
@@ -64,7 +64,7 @@ def plan_assembly(loads: Sequence[Path], config: Path, overrides: Sequence[str],
         *(["prediction  of tokens behind the next one is left out: mtp.depths is 0"] if ahead else []),
         "optimizer   its state is dropped; training starts it anew",
     ]
-    details = {**configuration(config, overrides, recurrence), "moee": asdict(mixture), "seed": seed}
+    details = {**configuration(config, wanted), "moee": asdict(mixture), "seed": seed}
     return Surgery(parts, jobs, _objects(first, recurrence, list(parts), depths), "assemble-moee", details, lines)
 
 
@@ -80,7 +80,8 @@ def plan_extraction(load: Path, config: Path, overrides: Sequence[str], number: 
     Raises:
         CherryError: if there is no such expert, or it is not a model of the configuration.
     """
-    (recurrence, megatron), depths = outline(config, overrides), outline_depths(config, overrides)
+    wanted = outline(config, overrides)
+    recurrence, megatron, depths = wanted.recurrence, wanted.megatron, wanted.depths
     source, start = open_checkpoint(load), expert_prefix(number)
     if source.experts_inside:
         raise CherryError(
@@ -97,7 +98,7 @@ def plan_extraction(load: Path, config: Path, overrides: Sequence[str], number: 
         found = expert.tensors[stored]
         jobs.append(Copy((start + stored,), (Spec(name, found.dtype, found.shape),)))
     lines = [f"source      {source.folder}: expert {number}", "optimizer   its state is dropped"]
-    details = {**configuration(config, overrides, recurrence), "expert": number}
+    details = {**configuration(config, wanted), "expert": number}
     made = objects(source, recurrence.parsed, False, depths)
     return Surgery({"": source}, jobs, made, "extract-expert", details, lines)
 

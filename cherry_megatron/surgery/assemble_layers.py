@@ -12,19 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cherry_megatron.config import outline, outline_depths, outline_mixture
+from cherry_megatron.config import Outline, outline
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.pattern import AHEAD, MLP, MOE
 from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint
-from cherry_megatron.storage.lineage import ancestors, read_lineage
-from cherry_megatron.surgery.align import Alignment
-from cherry_megatron.surgery.assemble import check_alike, expert_prefix, tensors_of
-from cherry_megatron.surgery.compress import Surgery, configuration, initial_std
-from cherry_megatron.surgery.depth import objects
-from cherry_megatron.surgery.fits import heads_of
-from cherry_megatron.surgery.jobs import Average, Merge, Router, Stack
-from cherry_megatron.surgery.layers import (
+from cherry_megatron.storage.fits import heads_of
+from cherry_megatron.storage.layers import (
     DEPTH_NORMS,
     DEPTHS,
     EMBEDDING,
@@ -40,6 +34,12 @@ from cherry_megatron.surgery.layers import (
     inner_prefix,
     sublayer_prefixes,
 )
+from cherry_megatron.storage.lineage import ancestors, read_lineage
+from cherry_megatron.surgery.align import Alignment
+from cherry_megatron.surgery.assemble import check_alike, expert_prefix, tensors_of
+from cherry_megatron.surgery.compress import Surgery, configuration, initial_std
+from cherry_megatron.surgery.depth import objects
+from cherry_megatron.surgery.jobs import Average, Merge, Router, Stack
 from cherry_megatron.surgery.writing import Job, Spec
 
 
@@ -56,12 +56,12 @@ def plan_layers(loads: Sequence[Path], config: Path, overrides: Sequence[str], s
     Raises:
         CherryError: if something does not fit, naming the difference.
     """
-    recurrence, megatron = outline(config, overrides)
-    _check_configuration(config, overrides, recurrence, megatron, len(loads))
+    wanted = outline(config, overrides)
+    _check_configuration(config, wanted, len(loads))
+    recurrence, megatron, depths = wanted.recurrence, wanted.megatron, wanted.depths
     parts = {expert_prefix(number): open_checkpoint(load) for number, load in enumerate(loads)}
     # What each model is: the same layers, with one MLP where there will be experts.
     single = replace(recurrence, pattern=recurrence.pattern.replace(MOE, MLP), loop_routers=False)
-    depths = outline_depths(config, overrides)
     tensors = {start: tensors_of(part, single, config, megatron, depths) for start, part in parts.items()}
     check_alike(list(parts.values()), list(tensors.values()))
     ancestor = _common_ancestor(list(parts.values()))
@@ -83,28 +83,24 @@ def plan_layers(loads: Sequence[Path], config: Path, overrides: Sequence[str], s
         "optimizer   its state is dropped; training starts it anew",
     ]
     details = {
-        **configuration(config, overrides, recurrence), "experts": len(parts), "seed": seed,
+        **configuration(config, wanted), "experts": len(parts), "seed": seed,
         "ancestor": ancestor["identity"],
     }  # fmt: skip
     made = objects(first, recurrence.parsed, False, depths, len(parts))
     return Surgery(parts, jobs, made, "assemble-moee", details, lines)
 
 
-def _check_configuration(
-    config: Path, overrides: Sequence[str], recurrence: Recurrence, megatron: dict[str, Any], loads: int
-) -> None:
-    if outline_mixture(config, overrides) is not None:
+def _check_configuration(config: Path, wanted: Outline, loads: int) -> None:
+    if wanted.moee is not None:
         raise CherryError(
             f"{config}: moee.experts are whole models, and a layer 'E' has experts too; take one of them out"
         )
-    if megatron.get("num-experts") != loads:
+    experts, rank = wanted.megatron.get("num-experts"), wanted.recurrence.loop_rank
+    if experts != loads:
+        raise CherryError(f"--load names {loads} checkpoints, but {config} has megatron.num-experts {experts}")
+    if rank:
         raise CherryError(
-            f"--load names {loads} checkpoints, but {config} has megatron.num-experts {megatron.get('num-experts')}"
-        )
-    if recurrence.loop_rank:
-        raise CherryError(
-            f"{config}: recurrence.loop_rank {recurrence.loop_rank}: the mean of corrections does not correct the "
-            "mean; use 0"
+            f"{config}: recurrence.loop_rank {rank}: the mean of corrections does not correct the mean; use 0"
         )
 
 

@@ -8,22 +8,22 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from cherry_megatron.config import outline, outline_depths, outline_mixture, read_with
+from cherry_megatron.config import Outline, outline
 from cherry_megatron.errors import CherryError
 from cherry_megatron.files import new_folder
 from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.pattern import Pattern
 from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint, together
-from cherry_megatron.storage.lineage import Manifest, parent, read_lineage, record
-from cherry_megatron.storage.trained import check_walk, recorded_recurrence
+from cherry_megatron.storage.fits import check_fit, heads_of
+from cherry_megatron.storage.layers import EMBEDDING, Source, source_layers
+from cherry_megatron.storage.lineage import Manifest, parent, record
+from cherry_megatron.storage.trained import check_trained, recorded_recurrence
 from cherry_megatron.surgery.activations import open_calibration
 from cherry_megatron.surgery.align import Alignment
 from cherry_megatron.surgery.depth import compression, expansion, objects, peak_bytes, written_bytes
 from cherry_megatron.surgery.depths import new_depths
-from cherry_megatron.surgery.fits import check_fit, heads_of
 from cherry_megatron.surgery.grouping import METHODS, Method, Mix, make_groups, mix
 from cherry_megatron.surgery.jobs import Drawn
-from cherry_megatron.surgery.layers import EMBEDDING, Source, source_layers
 from cherry_megatron.surgery.search import Found
 from cherry_megatron.surgery.writing import CHECKPOINT, Job, publish, run_jobs
 
@@ -90,9 +90,6 @@ class Surgery:
         operation: for the lineage.
         details: likewise.
         lines: what `--dry-run` prints.
-
-    Raises:
-        CherryError: if the record of a part is damaged.
     """
 
     parts: dict[str, Checkpoint]
@@ -101,10 +98,6 @@ class Surgery:
     operation: str
     details: dict[str, Any]
     lines: list[str]
-
-    def __post_init__(self) -> None:
-        for part in self.parts.values():
-            read_lineage(part.folder)  # a damaged one is refused now, not when all is written
 
     @cached_property
     def source(self) -> Checkpoint:
@@ -153,12 +146,13 @@ def plan_compression(
     Raises:
         CherryError: if something does not fit.
     """
-    recurrence, megatron = _one_model(config, overrides)
+    wanted = _one_model(config, overrides)
+    recurrence, megatron, depths = wanted.recurrence, wanted.megatron, wanted.depths
     source = open_checkpoint(load)
     layers = source_layers(source)
     _check_dense(source)
     check_fit(source, layers, config, megatron)
-    depths = outline_depths(config, overrides)
+    check_trained(source, recurrence, config, megatron, ())
     _check_depths(source, layers, config, depths, layers.depths <= depths)
     _check_moments(options, recurrence, depths if layers.depths < depths else 0)
     groups = make_groups(options.groups, len(layers.layers), recurrence)
@@ -173,7 +167,7 @@ def plan_compression(
     source.check([name for job in jobs for name in job.reads])
     calibration = alignment and alignment.calibration
     details: dict[str, Any] = {
-        **configuration(config, overrides, recurrence),
+        **configuration(config, wanted),
         "options": {**asdict(options), "calibration": calibration and calibration.record()},
         "plan": [{"layers": mixed.members, "weights": mixed.weights} for mixed in mixes],
         **({"search": asdict(found)} if found else {}),
@@ -193,14 +187,15 @@ def plan_compression(
     return Surgery({"": source}, jobs, made, "compress-depth", details, lines)
 
 
-def _one_model(config: Path, overrides: Sequence[str]) -> tuple[Recurrence, dict[str, Any]]:
-    """The `outline` of a configuration that is not of a mixture."""
-    if outline_mixture(config, overrides) is not None:
+def _one_model(config: Path, overrides: Sequence[str]) -> Outline:
+    """The outline of a configuration that is not of a mixture."""
+    wanted = outline(config, overrides)
+    if wanted.moee is not None:
         raise CherryError(
             f"{config}: cherry compress-depth writes one model, and moee makes a mixture; take moee out (cherry "
             "assemble-moee makes one of single models)"
         )
-    return outline(config, overrides)
+    return wanted
 
 
 def _check_dense(source: Checkpoint) -> None:
@@ -250,9 +245,9 @@ def initial_std(config: Path, megatron: dict[str, Any]) -> float:
     return std
 
 
-def configuration(config: Path, overrides: Sequence[str], recurrence: Recurrence) -> dict[str, Any]:
+def configuration(config: Path, wanted: Outline) -> dict[str, Any]:
     """What a record keeps of a configuration, overrides included, because its file may change."""
-    return {"config": str(config), "settings": read_with(config, overrides), "recurrence": asdict(recurrence)}
+    return {"config": str(config), "settings": wanted.settings, "recurrence": asdict(wanted.recurrence)}
 
 
 def plan_expansion(load: Path, config: Path, overrides: Sequence[str]) -> Surgery:
@@ -263,21 +258,21 @@ def plan_expansion(load: Path, config: Path, overrides: Sequence[str]) -> Surger
         config: that it was trained with.
         overrides: as in `config.load`.
     """
-    recurrence, megatron = _one_model(config, overrides)
+    wanted = _one_model(config, overrides)
+    recurrence, megatron, depths = wanted.recurrence, wanted.megatron, wanted.depths
     source = open_checkpoint(load)
     layers = source_layers(source, looped=True)
     check_fit(source, layers, config, megatron)
-    depths = outline_depths(config, overrides)
     _check_depths(source, layers, config, depths, layers.depths == depths)
     dense, jobs = expansion(source, layers, recurrence, config)
-    check_walk(source, recurrence, config)
+    check_trained(source, recurrence, config, megatron)
     source.check([name for job in jobs for name in job.reads])
     lines = [
         f"source      {source.folder}: {len(layers.layers)} stored layers",
         f"target      {len(dense.layers)} layers, pattern {dense.symbols}",
         "optimizer   its state is dropped",
     ]
-    details = {**configuration(config, overrides, recurrence), "pattern": dense.symbols}
+    details = {**configuration(config, wanted), "pattern": dense.symbols}
     return Surgery({"": source}, jobs, objects(source, dense, False, depths), "expand", details, lines)
 
 

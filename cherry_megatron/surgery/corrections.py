@@ -12,11 +12,11 @@ import numpy as np
 
 from cherry_megatron.errors import CherryError
 from cherry_megatron.storage.checkpoint import Checkpoint
+from cherry_megatron.storage.layers import FC1, LINEARS, LOOP_A, LOOP_B, ROLES
 from cherry_megatron.storage.numbers import from_double, to_float
 from cherry_megatron.storage.records import Array
 from cherry_megatron.surgery.align import Order
 from cherry_megatron.surgery.jobs import Merge
-from cherry_megatron.surgery.layers import FC1, LINEARS, LOOP_A, LOOP_B, ROLES
 from cherry_megatron.surgery.writing import Spec
 
 

@@ -9,15 +9,9 @@ import numpy as np
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.pattern import AHEAD, MOE, Pattern, unroll
-from cherry_megatron.storage.checkpoint import Checkpoint
-from cherry_megatron.storage.records import DTYPES, StandIn
-from cherry_megatron.surgery.activations import file_name
-from cherry_megatron.surgery.align import Alignment
-from cherry_megatron.surgery.corrections import Correct, factors
-from cherry_megatron.surgery.fits import check_layers
-from cherry_megatron.surgery.grouping import Mix
-from cherry_megatron.surgery.jobs import Constant, Copy, Merge, Stack, Unroll
-from cherry_megatron.surgery.layers import (
+from cherry_megatron.storage.checkpoint import Checkpoint, Tensor
+from cherry_megatron.storage.fits import check_layers
+from cherry_megatron.storage.layers import (
     DEPTH_EXTRA_STATES,
     DEPTHS,
     EMBEDDING,
@@ -26,9 +20,14 @@ from cherry_megatron.surgery.layers import (
     ROLES,
     Source,
     member,
-    same,
     sublayer_prefixes,
 )
+from cherry_megatron.storage.records import DTYPES, StandIn
+from cherry_megatron.surgery.activations import file_name
+from cherry_megatron.surgery.align import Alignment
+from cherry_megatron.surgery.corrections import Correct, factors
+from cherry_megatron.surgery.grouping import Mix
+from cherry_megatron.surgery.jobs import Constant, Copy, Merge, Stack, Unroll
 from cherry_megatron.surgery.writing import Job, Spec
 
 MOMENTS = "optimizer.state."
@@ -83,6 +82,23 @@ def compression(
                 specs = factors(prefix, merge, recurrence.parsed.loops, recurrence.loop_rank, gated)
                 jobs.append(Correct(merge, group, specs))
     return jobs
+
+
+def same(checkpoint: Checkpoint, names: list[str]) -> Tensor:
+    """One of several tensors that must have one shape and one type.
+
+    Raises:
+        CherryError: naming one that differs.
+    """
+    first = checkpoint.tensors[names[0]]
+    for name in names[1:]:
+        other = checkpoint.tensors[name]
+        if (other.shape, other.dtype) != (first.shape, first.dtype):
+            raise CherryError(
+                f"{checkpoint.folder}: {name} is {other.dtype} {list(other.shape)}, but {first.name}, which it is "
+                f"averaged with, is {first.dtype} {list(first.shape)}"
+            )
+    return first
 
 
 def _scales(source: Checkpoint, merge: Merge, prefix: str, loops: int) -> Iterator[Constant]:

@@ -2,8 +2,8 @@
 
 from cherry_megatron.model.pattern import AHEAD
 from cherry_megatron.storage.checkpoint import Checkpoint
+from cherry_megatron.storage.layers import DEPTH_NORMS, DEPTHS, EMBEDDING, JOIN, ROLES, Source, inner_prefix
 from cherry_megatron.surgery.jobs import Constant, Drawn, Normal
-from cherry_megatron.surgery.layers import DEPTH_NORMS, DEPTHS, EMBEDDING, JOIN, ROLES, Source, inner_prefix
 from cherry_megatron.surgery.writing import Job, Spec
 
 

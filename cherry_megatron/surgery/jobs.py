@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from cherry_megatron.storage.checkpoint import Checkpoint
+from cherry_megatron.storage.layers import LINEARS, LOOP_A, LOOP_B, LOOP_SCALES, ROLES
 from cherry_megatron.storage.numbers import Mean, from_double, to_float
 from cherry_megatron.storage.records import DTYPES, Array
 from cherry_megatron.surgery.align import Alignment, Order, align
-from cherry_megatron.surgery.layers import LINEARS, LOOP_A, LOOP_B, LOOP_SCALES, ROLES
 from cherry_megatron.surgery.writing import Spec
 
 

@@ -88,7 +88,7 @@ def add_assemble_moee(verbs: argparse._SubParsersAction) -> None:
         _check_common(arguments.workers, arguments.save, arguments.load)
         if seed < 0:
             raise CherryError(f"--seed {seed} is negative; use 0 or more")
-        inside = MOE in outline(arguments.config, arguments.set)[0].parsed.symbols
+        inside = MOE in outline(arguments.config, arguments.set).recurrence.parsed.symbols
         if arguments.extract is None:
             plan = assemble_layers.plan_layers if inside else assemble.plan_assembly
             surgery = plan(arguments.load, arguments.config, arguments.set, seed)
@@ -154,7 +154,7 @@ def _search(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
         )
     from cherry_megatron.config import outline
 
-    if outline(arguments.config, arguments.set)[0].loop_rank:
+    if outline(arguments.config, arguments.set).recurrence.loop_rank:
         raise CherryError(
             "--plan search scores plain means, without the corrections of recurrence.loop_rank; search with rank 0 "
             "and give what it finds as --groups"

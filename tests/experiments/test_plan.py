@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from cherry_megatron.cli import check_arguments
-from cherry_megatron.config import Config, load, outline, outline_mixture
+from cherry_megatron.config import Config, load, outline
 from cherry_megatron.errors import CherryError
 from cherry_megatron.experiments.plan import Experiment, Stage, Task, find, read
 from cherry_megatron.experiments.run import check
@@ -77,9 +77,9 @@ def test_every_verb_is_given_its_output(experiment, tmp_path):
 
 
 def test_what_set_says_is_read_again(experiment):
-    recurrence, megatron = outline(experiment.stages["parent"].config, experiment.tasks()[0].overrides(Path("o")))
-    assert recurrence.pattern == "*-[(*-)x4]x8*-"
-    assert megatron["min-lr"] == 1e-5 and megatron["seed"] == 1
+    read = outline(experiment.stages["parent"].config, experiment.tasks()[0].overrides(Path("o")))
+    assert read.recurrence.pattern == "*-[(*-)x4]x8*-"
+    assert read.megatron["min-lr"] == 1e-5 and read.megatron["seed"] == 1
 
 
 def test_a_base_lies_beside_the_file(tmp_path):
@@ -204,9 +204,9 @@ def test_our_mixtures_start_from_as_many_experts_as_they_have(mixtures):
             models = trained.moee.experts if trained.moee else trained.value("num-experts")
             assert models == len(stage.args["load"])
             assert trained.mtp.depths == stage.set.get("mtp.depths", 0)
-            recurrence, megatron = outline(stage.config, Task(stage, 1).overrides(Path("o")))
-            assert recurrence == trained.recurrence and megatron.get("num-experts") == trained.value("num-experts")
-            assert outline_mixture(stage.config, Task(stage, 1).overrides(Path("o"))) == trained.moee
+            read = outline(stage.config, Task(stage, 1).overrides(Path("o")))
+            assert read.recurrence == trained.recurrence and read.moee == trained.moee
+            assert read.megatron.get("num-experts") == trained.value("num-experts")
 
 
 def test_our_mixtures_are_compared_on_one_text(mixtures):

@@ -164,7 +164,7 @@ def test_a_record_that_is_no_json_is_refused(text, alone, capsys):
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.sampled_from(["", "a", "*-"]),
+    st.none() | st.booleans() | st.integers() | st.sampled_from(["", "a", "*-", "teacher"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*ONE, "git", "config"]), inner),
     max_leaves=8,
 )
@@ -187,11 +187,14 @@ def test_whatever_a_record_holds_it_is_told_or_refused(key, value, of_parent):
             found = read_lineage(Path(folder))
         except CherryError:
             return
-    for _, entry in chain(found):
-        assert " ".join([entry["operation"], entry["identity"][:12], entry.get("role", "")])
-        assert _code(entry) and _at(entry) is not None
-    for entry in ancestors(found):
-        assert len(entry["parents"]) >= 0
+    told = [entry for _, entry in chain(found)]
+    assert told == ([found, changed] if of_parent else [found])
+    for entry in told:
+        texts = [entry["operation"], entry["identity"], entry.get("role", ""), _code(entry), _at(entry)]
+        assert all(isinstance(text, str) for text in texts)
+        assert _at(entry) == (f" step {entry['iteration']}" if "iteration" in entry else "")
+    taught = of_parent and changed.get("role") == "teacher"
+    assert list(ancestors(found)) == (told[:1] if taught else told)
 
 
 @pytest.mark.parametrize(("key", "value"), [("pattern", 5), ("order", "backwards"), ("loops", "many")])

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from cherry_megatron.storage.layers import FC1, FC2, PROJ, QKV
 from cherry_megatron.surgery.align import Alignment, match_heads, match_neurons
-from cherry_megatron.surgery.layers import FC1, FC2, PROJ, QKV
 from tests.surgery.conftest import FFN, GROUPS, HEADS, HIDDEN, SIZE, layer_tensors
 
 HOW = Alignment(HEADS, GROUPS, gated=True)

@@ -14,6 +14,7 @@ from cherry_megatron.cli import main
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.pattern import ATTENTION, MLP
 from cherry_megatron.storage.checkpoint import hash_values
+from cherry_megatron.storage.layers import FC1, FC2, PROJ, QKV
 from cherry_megatron.surgery import compress
 from cherry_megatron.surgery.activations import calibration_text, file_name
 from cherry_megatron.surgery.align import (
@@ -23,7 +24,6 @@ from cherry_megatron.surgery.align import (
     match_neurons,
     match_neurons_by_activations,
 )
-from cherry_megatron.surgery.layers import FC1, FC2, PROJ, QKV
 from tests.surgery.conftest import FFN, HEADS, HIDDEN, SIZE, model_tensors, read, save
 from tests.surgery.test_align import HOW, attention, draw_layer, mlp, shuffled
 

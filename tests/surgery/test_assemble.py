@@ -12,7 +12,7 @@ import yaml
 from cherry_megatron.cli import main
 from cherry_megatron.storage.ancestry import describe
 from cherry_megatron.storage.checkpoint import open_checkpoint
-from cherry_megatron.surgery.layers import LINEARS, LOOP_SCALES
+from cherry_megatron.storage.layers import LINEARS, LOOP_SCALES
 from tests.surgery.conftest import HIDDEN, model_tensors, save
 
 

@@ -147,7 +147,7 @@ def test_routers_of_loops_begin_alike_and_layers_do_not(configuration):
 def test_what_loops_have_is_averaged(configuration):
     import torch
 
-    from cherry_megatron.surgery.layers import LOOP_SCALES
+    from cherry_megatron.storage.layers import LOOP_SCALES
 
     def looped(number: int) -> dict[str, Any]:
         draw = torch.Generator().manual_seed(number)

@@ -5,11 +5,11 @@ import tracemalloc
 import pytest
 
 from cherry_megatron.storage.checkpoint import open_checkpoint
+from cherry_megatron.storage.layers import MLP, ROLES
 from cherry_megatron.surgery.align import Alignment
 from cherry_megatron.surgery.corrections import Correct, factors
 from cherry_megatron.surgery.depth import peak_bytes
 from cherry_megatron.surgery.jobs import Constant, Drawn, Merge, Unroll
-from cherry_megatron.surgery.layers import MLP, ROLES
 from cherry_megatron.surgery.writing import Spec
 from tests.surgery.conftest import save
 

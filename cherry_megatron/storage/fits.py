@@ -10,11 +10,12 @@ from typing import Any
 
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.options import Recurrence
-from cherry_megatron.model.pattern import ATTENTION, MLP
+from cherry_megatron.model.pattern import ATTENTION, MLP, MOE
 from cherry_megatron.storage.checkpoint import Checkpoint
-from cherry_megatron.storage.trained import WALK, check_function, check_heads, check_walk
-from cherry_megatron.surgery.layers import (
+from cherry_megatron.storage.layers import (
     EMBEDDING,
+    EXPERT_FC1,
+    EXPERT_FC2,
     FC1,
     FC2,
     FINAL_NORM,
@@ -26,10 +27,12 @@ from cherry_megatron.surgery.layers import (
     PROJ,
     QKV,
     ROLES,
+    ROUTER,
     Source,
     member,
     source_layers,
 )
+from cherry_megatron.storage.trained import WALK, check_heads, check_trained
 
 
 def check_model(
@@ -38,6 +41,7 @@ def check_model(
     config: Path,
     megatron: dict[str, Any],
     walk: Collection[str] = WALK,
+    changed: Collection[str] | None = None,
 ) -> Source:
     """A checkpoint is one of the model that a configuration describes.
 
@@ -46,7 +50,7 @@ def check_model(
         recurrence: of the configuration.
         config: its file, for messages.
         megatron: its `megatron` section by flags.
-        walk: what of the recurrence must be as in its record, see `check_walk`.
+        walk, changed: what must be as it was trained, see `check_trained`.
 
     Returns:
         Its layers.
@@ -54,15 +58,15 @@ def check_model(
     Raises:
         CherryError: naming the first that differs.
     """
-    layers = source_layers(source, looped=True)
+    layers = source_layers(source, looped=True, experts=MOE in recurrence.parsed.symbols)
     check_fit(source, layers, config, megatron)
     check_layers(source, layers, recurrence, config)
-    check_walk(source, recurrence, config, walk)
+    check_trained(source, recurrence, config, megatron, walk, changed)
     return layers
 
 
 def check_fit(source: Checkpoint, layers: Source, config: Path, megatron: dict[str, Any]) -> None:
-    """A checkpoint's layers are whole, and of the sizes, the type and the function of a configuration.
+    """A checkpoint's layers are whole, and of the sizes and the type of a configuration.
 
     Args:
         source: the checkpoint.
@@ -76,7 +80,6 @@ def check_fit(source: Checkpoint, layers: Source, config: Path, megatron: dict[s
     _check_count(source, layers)
     _check_configured(source, layers, config, megatron)
     _check_shapes(source, layers)
-    check_function(source, config, megatron)
 
 
 def _check_count(source: Checkpoint, layers: Source) -> None:
@@ -99,25 +102,17 @@ def _check_count(source: Checkpoint, layers: Source) -> None:
 def _check_configured(source: Checkpoint, layers: Source, config: Path, megatron: dict[str, Any]) -> None:
     """The sizes that a configuration names."""
     vocabulary, hidden = source.tensors[layers.top[EMBEDDING]].shape
-    found = {"padded-vocab-size": vocabulary, "hidden-size": hidden}
+    found = [("padded-vocab-size", vocabulary), ("hidden-size", hidden)]
     names = first_names(layers)
     if f"{FC2}.weight" in names:
-        rows = source.tensors[names[f"{FC1}.weight"]].shape[0]
-        neurons = source.tensors[names[f"{FC2}.weight"]].shape[1]
-        found["ffn-hidden-size"] = neurons
-        if rows != neurons * (2 if megatron.get("swiglu") else 1):
-            raise CherryError(
-                f"{config}: megatron.swiglu is {bool(megatron.get('swiglu'))}, but "
-                f"{names[f'{FC1}.weight']} in {source.folder} has {rows} rows for {neurons} neurons"
-            )
-    if megatron.get("num-query-groups") is not None and not megatron.get("group-query-attention"):
-        raise CherryError(
-            f"{config}: megatron.num-query-groups {megatron['num-query-groups']} does nothing without "
-            "group-query-attention; set that to true, or take num-query-groups out"
-        )
+        found.append(("ffn-hidden-size", _check_gate(source, names, FC1, FC2, config, megatron)))
+    if f"{EXPERT_FC2}.weight" in names:
+        own = "moe-ffn-hidden-size" if megatron.get("moe-ffn-hidden-size") is not None else "ffn-hidden-size"
+        found.append((own, _check_gate(source, names, EXPERT_FC1, EXPERT_FC2, config, megatron)))
+        found.append(("num-experts", source.tensors[names[f"{EXPERT_FC1}.weight"]].shape[0]))
     if "num-attention-heads" in megatron and f"{QKV}.weight" in names:
         _check_heads(source, names, config, megatron, hidden)
-    for key, value in found.items():
+    for key, value in found:
         if megatron.get(key, value) != value:
             raise CherryError(f"{config}: megatron.{key} is {megatron[key]}, but {source.folder} has {value}")
     untied = bool(megatron.get("untie-embeddings-and-output-weights"))
@@ -126,6 +121,20 @@ def _check_configured(source: Checkpoint, layers: Source, config: Path, megatron
             f"{config}: megatron.untie-embeddings-and-output-weights is {untied}, but {source.folder} holds "
             f"{'no' if untied else 'a'} {HEAD}"
         )
+
+
+def _check_gate(
+    source: Checkpoint, names: dict[str, str], first: str, second: str, config: Path, megatron: dict[str, Any]
+) -> int:
+    """A feed-forward sublayer's first linear layer has a gate if the configuration says so; gives its neurons."""
+    rows = source.tensors[names[f"{first}.weight"]].shape[-2]
+    neurons: int = source.tensors[names[f"{second}.weight"]].shape[-1]
+    if rows != neurons * (2 if megatron.get("swiglu") else 1):
+        raise CherryError(
+            f"{config}: megatron.swiglu is {bool(megatron.get('swiglu'))}, but "
+            f"{names[f'{first}.weight']} in {source.folder} has {rows} rows for {neurons} neurons"
+        )
+    return neurons
 
 
 def _check_heads(
@@ -169,9 +178,9 @@ def heads_of(config: Path, megatron: dict[str, Any], hidden: int) -> tuple[int, 
 
 
 def first_names(layers: Source) -> dict[str, str]:
-    """The names of the first attention's and the first MLP's tensors, by role."""
+    """The names of the tensors of the first sublayer of each kind, by role."""
     found: dict[str, str] = {}
-    for symbol in (ATTENTION, MLP):
+    for symbol in (ATTENTION, MLP, MOE):
         found |= next((s.names for layer in layers.layers for s in layer if s.symbol == symbol), {})
     return found
 
@@ -183,12 +192,12 @@ def _check_shapes(source: Checkpoint, layers: Source) -> None:
     wanted: dict[str, tuple[int, ...]] = {
         role: source.tensors[name].shape for role, name in first.items() if role not in _OF_LOOPS
     }
-    for linear in (QKV, FC1):
-        if (weight := f"{linear}.weight") in wanted:
-            wanted |= {weight: (wanted[weight][0], hidden), f"{linear}.layer_norm_weight": (hidden,)}
-    for linear in (PROJ, FC2):
-        if (weight := f"{linear}.weight") in wanted:
-            wanted[weight] = (hidden, wanted[weight][1])
+    for first_linear, second_linear in ((QKV, PROJ), (FC1, FC2), (EXPERT_FC1, EXPERT_FC2)):
+        weight, after = f"{first_linear}.weight", f"{second_linear}.weight"
+        if weight in wanted:
+            *experts, rows, _ = wanted[weight]
+            wanted |= {weight: (*experts, rows, hidden), after: (*experts, hidden, wanted[after][-1])}
+    wanted |= {roles[0]: (hidden,) for roles in ROLES.values()}
     expected: dict[str, tuple[int, ...]] = {layers.top[FINAL_NORM]: (hidden,)}
     if HEAD in layers.top:
         expected[layers.top[HEAD]] = embedding.shape
@@ -203,7 +212,7 @@ def _check_shapes(source: Checkpoint, layers: Source) -> None:
             raise CherryError(f"{source.folder}: {name} is {found.dtype}, but {embedding.name} {embedding.dtype}")
 
 
-_OF_LOOPS = {role for roles in LOOPED.values() for role in roles}
+_OF_LOOPS = {ROUTER, *(role for roles in LOOPED.values() for role in roles)}
 
 
 def check_layers(source: Checkpoint, layers: Source, recurrence: Recurrence, config: Path) -> None:
@@ -230,6 +239,8 @@ def check_layers(source: Checkpoint, layers: Source, recurrence: Recurrence, con
             names = member(source, layers, layer, place, symbols)
             _check_kinds(source, names, symbol, recurrence, layer in core, config)
             _check_loops(source, names, symbol, recurrence, config)
+            if symbol == MOE:
+                _check_router(source, names, recurrence, layer in core, config)
 
 
 def _check_kinds(
@@ -268,3 +279,22 @@ def _check_loops(
                 f"{config}: {source.folder}: {names[role]} has {what} of {found} loops, recurrence.pattern of "
                 f"{recurrence.parsed.loops}; name the configuration that it was trained with"
             )
+
+
+def _check_router(
+    source: Checkpoint, names: dict[str, str], recurrence: Recurrence, in_core: bool, config: Path
+) -> None:
+    """A router has weights of each loop if the recurrence gives it some, and only then."""
+    (hidden,) = source.tensors[names[ROLES[MOE][0]]].shape
+    experts = source.tensors[names[f"{EXPERT_FC1}.weight"]].shape[0]
+    loops = recurrence.parsed.loops if in_core and recurrence.loop_routers else 1
+    found, wanted = (
+        source.tensors[names[ROUTER]].shape,
+        (experts, hidden) if loops == 1 else (loops, experts, hidden),
+    )
+    if found != wanted:
+        raise CherryError(
+            f"{config}: {source.folder}: {names[ROUTER]} is {list(found)}, not {list(wanted)} as "
+            f"with recurrence.loop_routers {recurrence.loop_routers} and {recurrence.parsed.loops} loops; set "
+            "recurrence as it was trained with"
+        )

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from cherry_megatron.errors import CherryError
+from cherry_megatron.storage.fits import heads_of
 from cherry_megatron.surgery import compress
-from cherry_megatron.surgery.fits import heads_of
 from tests.surgery.conftest import GROUPS, HEADS, SIZE, model_tensors, save
 
 OPTIONS = compress.Options()
@@ -23,6 +23,7 @@ OTHER = {
     "rotary-base": ({"rotary_base": 500000}, "rotary-base is 10000, but"),
     "norm-epsilon": ({"layernorm_epsilon": 1e-6}, "norm-epsilon is 1e-05, but"),
     "window": ({"window_size": (128, 0)}, "window-size is None, but"),
+    "window-of-some-layers": ({"window_attn_skip_freq": 2}, "window-attn-skip-freq is None, but"),
     "interleaved": ({"rotary_interleaved": True}, "rotary-interleaved is False, but"),
     "positions": ({"position_embedding_type": "none"}, "position_embedding_type 'none'; layers here have 'rope'"),
     "part-of-a-head": ({"rotary_percent": 0.25}, "rotary_percent 0.25"),
@@ -48,6 +49,46 @@ def test_numbers_fit_however_they_are_written(tmp_path, config):
     save(tmp_path / "deep", model_tensors(8), **{**TRAINED, "layernorm_epsilon": 1e-6})
     for written in ("1e-6", "0.000001"):
         compress.plan_compression(tmp_path / "deep", config(), [f"megatron.norm-epsilon={written}"], OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("name", "trained", "key", "written"),
+    [
+        ("window_size", (8, 0), "window-size", "'8,0'"),
+        ("window_size", (8, 0), "window-size", "(8, 0)"),
+        ("window_size", [8, 0], "window-size", "(8,0)"),
+        ("no_rope_freq", [0, 1] * 4, "no-rope-freq", "'([0,1]*4)'"),
+        ("no_rope_freq", 2, "no-rope-freq", "2"),
+        ("window_attn_skip_freq", [0, 0, 1], "window-attn-skip-freq", "'[0]*2+[1]'"),
+    ],
+)
+def test_windows_and_kinds_of_layers_fit_however_they_are_written(name, trained, key, written, tmp_path, config):
+    save(tmp_path / "deep", model_tensors(8), **{**TRAINED, name: trained})
+    compress.plan_compression(tmp_path / "deep", config(), [f"megatron.{key}={written}"], OPTIONS)
+    with pytest.raises(CherryError, match=f"megatron.{key} is None, but .* was trained with"):
+        compress.plan_compression(tmp_path / "deep", config(), (), OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--rotary-base", "500000"], ["--rotary-base=500000"], ["--seed", "3", "--rotary-base", "500000"]]
+)
+def test_the_flags_of_a_runs_own_configuration_count(flags, tmp_path, config):
+    save(tmp_path / "deep", model_tensors(8), **{**TRAINED, "rotary_base": 500000})
+    path = config(megatron={"rotary-base": 7})
+    with pytest.raises(CherryError, match="rotary-base is 7, but"):
+        compress.plan_compression(tmp_path / "deep", path, (), OPTIONS)
+    path.write_text(path.read_text() + f"flags: {json.dumps(flags)}\n")
+    compress.plan_compression(tmp_path / "deep", path, (), OPTIONS)
+    with pytest.raises(CherryError, match=r"unknown Megatron flag --rotary-bas; did you mean 'rotary-base'"):
+        compress.plan_compression(tmp_path / "deep", path, ("flags=['--rotary-bas=3']",), OPTIONS)
+
+
+@pytest.mark.parametrize("groups", [1, 2, HEADS])
+def test_query_groups_without_a_word_of_them_are_refused(groups, tmp_path, config):
+    save(tmp_path / "deep", model_tensors(8), **TRAINED)
+    path = config(megatron={"group-query-attention": None, "num-query-groups": groups})
+    with pytest.raises(CherryError, match=f"num-query-groups {groups} does nothing without group-query-attention"):
+        compress.plan_compression(tmp_path / "deep", path, (), OPTIONS)
 
 
 @pytest.mark.parametrize("name", OTHER)
@@ -114,7 +155,7 @@ def test_a_dense_equivalent_of_another_walk_is_refused(key, value, tmp_path, con
     walked = config(recurrence={"pattern": "*-[*-]x2*-", key: value})
     compress.plan_compression(tmp_path / "deep", walked, (), OPTIONS).run(tmp_path / "small", 2)
     path = config(recurrence={"pattern": "*-[*-]x2*-"})
-    with pytest.raises(CherryError, match=rf"recurrence.{key} is \w+, but .* was trained with {value}; set it so"):
+    with pytest.raises(CherryError, match=rf"recurrence.{key} is \w+, but .* was made for {value}; set it so"):
         compress.plan_expansion(tmp_path / "small", path, ())
     loops = config(recurrence={"pattern": "*-[*-]x2*-", key: value, "loops": 1})
     if key == "order":

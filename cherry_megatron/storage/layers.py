@@ -10,19 +10,20 @@ from dataclasses import dataclass
 
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.pattern import AHEAD, ATTENTION, MLP, MOE, Pattern
-from cherry_megatron.storage.checkpoint import Checkpoint, Tensor
+from cherry_megatron.storage.checkpoint import Checkpoint
 
 EMBEDDING, FINAL_NORM, HEAD = "embedding.word_embeddings.weight", "decoder.final_norm.weight", "output_layer.weight"
 QKV, PROJ = "self_attention.linear_qkv", "self_attention.linear_proj"
 FC1, FC2 = "mlp.linear_fc1", "mlp.linear_fc2"
-# What a sublayer holds, and the modules whose (empty) extra state Megatron looks for.
-ROLES = {
-    ATTENTION: (f"{QKV}.layer_norm_weight", f"{QKV}.weight", f"{PROJ}.weight"),
-    MLP: (f"{FC1}.layer_norm_weight", f"{FC1}.weight", f"{FC2}.weight"),
-}
 # A sublayer of experts: its norm, its router, and the experts' linear layers, each one tensor of all experts.
 EXPERT_NORM, ROUTER = "pre_mlp_layernorm", "mlp.router.weight"
 EXPERT_FC1, EXPERT_FC2 = "mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2"
+# What a sublayer holds, its norm first, and the modules whose (empty) extra state Megatron looks for.
+ROLES = {
+    ATTENTION: (f"{QKV}.layer_norm_weight", f"{QKV}.weight", f"{PROJ}.weight"),
+    MLP: (f"{FC1}.layer_norm_weight", f"{FC1}.weight", f"{FC2}.weight"),
+    MOE: (f"{EXPERT_NORM}.weight", ROUTER, f"{EXPERT_FC1}.weight", f"{EXPERT_FC2}.weight"),
+}
 EXTRA_STATES = {
     ATTENTION: (QKV, PROJ, "self_attention.core_attention"), MLP: (FC1, FC2), MOE: (EXPERT_FC1, EXPERT_FC2),
 }  # fmt: skip
@@ -30,9 +31,10 @@ EXTRA_STATES = {
 LOOP_SCALES = {
     ATTENTION: (f"{QKV}.layer_norm_loop_scale", "self_attn_bda.loop_scale"),
     MLP: (f"{FC1}.layer_norm_loop_scale", "mlp_bda.loop_scale"),
+    MOE: (f"{EXPERT_NORM}.loop_scale", "mlp_bda.loop_scale"),
 }
-# The linear layers, and the factors of their low-rank corrections.
-LINEARS = {ATTENTION: (QKV, PROJ), MLP: (FC1, FC2)}
+# The linear layers that have low-rank corrections, and the factors of these.
+LINEARS: dict[str, tuple[str, ...]] = {ATTENTION: (QKV, PROJ), MLP: (FC1, FC2), MOE: ()}
 LOOP_A, LOOP_B = "loop_a", "loop_b"
 # All that a core layer has of each loop.
 LOOPED = {
@@ -59,6 +61,7 @@ DEPTH_EXTRA_STATES = (
     JOIN.removesuffix(".weight"),
     *(inner_prefix(k) + module for k, symbol in enumerate(AHEAD) for module in EXTRA_STATES[symbol]),
 )
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _OTHER_NAMES = {
     "input_layernorm.weight": f"{QKV}.layer_norm_weight",
     "pre_mlp_layernorm.weight": f"{FC1}.layer_norm_weight",
@@ -67,7 +70,7 @@ _OTHER_NAMES = {
 
 @dataclass(frozen=True)
 class Sublayer:
-    """One attention or MLP: its symbol and, by role, the names of its tensors."""
+    """One attention, MLP or mixture of experts: its symbol and, by role, the names of its tensors."""
 
     symbol: str
     names: dict[str, str]
@@ -95,26 +98,30 @@ def sublayer_prefixes(pattern: Pattern) -> list[list[tuple[str, str]]]:
     return found
 
 
-def source_layers(checkpoint: Checkpoint, looped: bool = False) -> Source:
+def source_layers(checkpoint: Checkpoint, looped: bool = False, experts: bool = False) -> Source:
     """Find a checkpoint's layers.
 
     Args:
         checkpoint: it.
         looped: whether parameters of each loop may be there.
+        experts: whether experts inside layers may be there.
 
     Raises:
         CherryError: on a missing or an unknown tensor, by its name.
     """
+    found = {name: match for name in checkpoint.model if (match := _LAYER.fullmatch(name))}
+    inside = {match[1]: name for name, match in found.items() if match[2].startswith((EXPERT_FC1, ROUTER))}
+    if inside and not experts:
+        name = next(iter(inside.values()))
+        raise CherryError(f"{checkpoint.folder} has experts inside layers ({name}); name a model without")
     numbered: dict[int, dict[str, dict[str, str]]] = {}
-    top: dict[str, str] = {}
-    for name in checkpoint.model:
-        found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
-        if found is None:
-            top[FINAL_NORM if name == "decoder.final_layernorm.weight" else name] = name
-            continue
-        role = _OTHER_NAMES.get(found[2], found[2])
-        symbol = _symbol(checkpoint, role, name, looped)
-        numbered.setdefault(int(found[1]), {}).setdefault(symbol, {})[role] = name
+    for name, (number, rest) in ((name, match.groups()) for name, match in found.items()):
+        feed_forward = MOE if number in inside else MLP
+        role = rest if feed_forward == MOE else _OTHER_NAMES.get(rest, rest)
+        symbol = _symbol(checkpoint, role, name, feed_forward, looped)
+        numbered.setdefault(int(number), {}).setdefault(symbol, {})[role] = name
+    others = [name for name in checkpoint.model if name not in found]
+    top = {FINAL_NORM if name == "decoder.final_layernorm.weight" else name: name for name in others}
     _check_top(checkpoint, top)
     missing = sorted(set(range(len(numbered))) - set(numbered))
     if missing or not numbered:
@@ -132,16 +139,15 @@ def source_layers(checkpoint: Checkpoint, looped: bool = False) -> Source:
     return Source(tuple(_group(sublayers)), top)
 
 
-def _symbol(checkpoint: Checkpoint, role: str, name: str, looped: bool) -> str:
-    for symbol in (ATTENTION, MLP):
+def _symbol(checkpoint: Checkpoint, role: str, name: str, feed_forward: str, looped: bool) -> str:
+    """Of which kind of sublayer a tensor is: attention, or what follows it."""
+    for symbol in (ATTENTION, feed_forward):
         if role in ROLES[symbol]:
             return symbol
         if role in LOOPED[symbol]:
             if looped:
                 return symbol
             raise CherryError(f"{checkpoint.folder} is a recurrent model already ({name}); name one without loops")
-    if role.startswith((EXPERT_FC1, ROUTER)):
-        raise CherryError(f"{checkpoint.folder} has experts inside layers ({name}); name a model without")
     raise CherryError(f"{checkpoint.folder}: the tensor {name} is not one of attention or MLP without biases")
 
 
@@ -188,20 +194,3 @@ def member(source: Checkpoint, layers: Source, number: int, place: int, symbols:
     if kinds != symbols:
         raise CherryError(f"{source.folder}: layer {number} is {kinds!r}, but recurrence.pattern wants {symbols!r}")
     return sublayers[place].names
-
-
-def same(checkpoint: Checkpoint, names: list[str]) -> Tensor:
-    """One of several tensors that must have one shape and one type.
-
-    Raises:
-        CherryError: naming one that differs.
-    """
-    first = checkpoint.tensors[names[0]]
-    for name in names[1:]:
-        other = checkpoint.tensors[name]
-        if (other.shape, other.dtype) != (first.shape, first.dtype):
-            raise CherryError(
-                f"{checkpoint.folder}: {name} is {other.dtype} {list(other.shape)}, but {first.name}, which it is "
-                f"averaged with, is {first.dtype} {list(first.shape)}"
-            )
-    return first
