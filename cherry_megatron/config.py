@@ -374,6 +374,7 @@ def outline(path: Path, overrides: Sequence[str] = ()) -> Outline:
     sections = _sections(path, settings)
     try:
         megatron = outline_values(megatron, flags)
+        rules.check_supported(megatron)
         rules.check_query_groups(megatron)
     except CherryError as error:
         raise CherryError(f"{path}: {error}") from None

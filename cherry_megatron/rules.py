@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cherry_megatron.errors import CherryError
 from cherry_megatron.expert_rules import EXPERT_DEFAULTS
-from cherry_megatron.flags import action_of, check_name, names_of, nearest
+from cherry_megatron.flags import check_name, names_of, nearest
 from cherry_megatron.section_rules import GRAPH, check_sections
 from cherry_megatron.storage.trained import CHANGEABLE
 
@@ -47,6 +47,9 @@ _UNSUPPORTED = {
     "mtp-detach-heads": "what is predicted ahead trains the whole model",
     "mtp-use-repeated-layer": "each depth of multi-token prediction has a layer of its own",
     "mtp-hybrid-override-pattern": "a depth of multi-token prediction is one attention and one MLP",
+    "attention-output-gate": "the attention is built without a gate",
+    "add-qkv-bias": "the attention is built without biases",
+    "experimental-attention-variant": "the attention is the full one, or that of window-size",
     "multi-latent-attention": "the attention is built with queries, keys and values of their own",
     "apply-layernorm-1p": "the norms are built with plain weights",
     "quick-geglu": "the MLP is built with swiglu or without a gate",
@@ -59,6 +62,7 @@ _UNSUPPORTED = {
     "per-split-data-args-path": "what it names is not looked at before a run; use train-data-path and its kin",
     "yaml-cfg": "a configuration is a YAML file of this project's own form",
 }
+_WITHOUT = {"rotary-percent": 1.0}  # which is what the others have without a value
 _POSITIVE = (
     "tensor-model-parallel-size", "pipeline-model-parallel-size", "micro-batch-size", "max-position-embeddings",
     "log-interval", "eval-interval", "eval-iters", "save-interval",
@@ -167,9 +171,7 @@ def check(config: "Config") -> None:
         for flag, (wanted, why) in _FIXED.items():
             if not config.holds(flag, wanted):
                 raise CherryError(f"--{flag} must be {wanted}: {why}")
-        for flag, why in _UNSUPPORTED.items():
-            if config.value(flag) != action_of(flag).default:
-                raise CherryError(f"megatron.{flag}: {why}; take it out")
+        check_supported(config.all_flags)
         _check_numbers(config)
         check_query_groups(config.all_flags)
         _check_sizes(config)
@@ -197,6 +199,13 @@ def _check_numbers(config: "Config") -> None:
             raise CherryError(f"set megatron.{flag} to a finite number that is not negative (it is {value})")
     if config.value("min-lr") > config.value("lr"):
         raise CherryError(f"megatron.min-lr {config.value('min-lr')} is more than lr {config.value('lr')}")
+
+
+def check_supported(given: dict[str, Any]) -> None:
+    """Refuse what would be accepted and not done, by the flags that are set."""
+    for flag, why in _UNSUPPORTED.items():
+        if given.get(flag) not in (None, False, _WITHOUT.get(flag)):
+            raise CherryError(f"megatron.{flag}: {why}; take it out")
 
 
 def check_query_groups(given: dict[str, Any]) -> None:

@@ -201,3 +201,10 @@ def test_a_source_that_was_walked_in_loops_is_refused(loops, says, tmp_path, con
         compress.plan_compression(tmp_path / "looped", path, (), OPTIONS)
     compress.plan_expansion(tmp_path / "looped", path, (walked,)).run(tmp_path / "dense", 2)
     compress.plan_compression(tmp_path / "dense", path, (), OPTIONS)
+
+
+@pytest.mark.parametrize("flag", ["qk-layernorm", "attention-output-gate", "add-qkv-bias"])
+def test_what_training_would_refuse_is_not_written(flag, tmp_path, config):
+    save(tmp_path / "deep", model_tensors(8))
+    with pytest.raises(CherryError, match=rf"config.yaml: megatron.{flag}: the attention is .*; take it out"):
+        compress.plan_compression(tmp_path / "deep", config(), (f"megatron.{flag}=true",), OPTIONS)
