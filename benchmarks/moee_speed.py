@@ -21,7 +21,6 @@ from train_speed import FP8, SEQUENCES, median_seconds, train_in
 
 from cherry_megatron.versions import git_state
 
-WHOLE = ["megatron.micro-batch-size=4", "megatron.eval-micro-batch-size=4"]
 # Each expert with a micro-batch of its own size: two at a time leave room for four experts' activations.
 FEW = ["megatron.micro-batch-size=2", "megatron.eval-micro-batch-size=2"]
 ALONE = "megatron.expert-model-parallel-size=1"

@@ -32,7 +32,7 @@ from cherry_megatron.model.options import Mixture, MultiToken, Recurrence
 from cherry_megatron.model.pattern import MOE
 from cherry_megatron.model.plan import Plan, make_plan
 from cherry_megatron.model.shape import Shape
-from cherry_megatron.sections import section_of
+from cherry_megatron.sections import plain, section_of
 from cherry_megatron.sgt.options import Selective
 from cherry_megatron.yaml_files import read_file, set_value
 
@@ -170,8 +170,8 @@ class Config:
         """Plain values, in the order of the YAML format."""
         return {
             "run": str(self.run),
-            "recurrence": _plain(dataclasses.asdict(self.recurrence)),
-            "evaluation": _plain(dataclasses.asdict(self.evaluation)),
+            "recurrence": plain(dataclasses.asdict(self.recurrence)),
+            "evaluation": plain(dataclasses.asdict(self.evaluation)),
             **({"generation": dataclasses.asdict(self.generation)} if self.generation else {}),
             **({"distillation": dataclasses.asdict(self.distillation)} if self.distillation else {}),
             **({"mtp": dataclasses.asdict(self.mtp)} if self.mtp != MultiToken() else {}),
@@ -394,9 +394,3 @@ def read_with(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         if key not in _TOP_KEYS:
             raise CherryError(f"{path}: unknown key {key!r}{nearest(key, _TOP_KEYS)}")
     return data
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value

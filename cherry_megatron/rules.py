@@ -62,7 +62,7 @@ _UNSUPPORTED = {
     "per-split-data-args-path": "what it names is not looked at before a run; use train-data-path and its kin",
     "yaml-cfg": "a configuration is a YAML file of this project's own form",
 }
-_WITHOUT = {"rotary-percent": 1.0}  # which is what the others have without a value
+_UNSUPPORTED_DEFAULTS = {"rotary-percent": 1.0}  # of the others Megatron's default is None or False
 _POSITIVE = (
     "tensor-model-parallel-size", "pipeline-model-parallel-size", "micro-batch-size", "max-position-embeddings",
     "log-interval", "eval-interval", "eval-iters", "save-interval",
@@ -204,7 +204,7 @@ def _check_numbers(config: "Config") -> None:
 def check_supported(given: dict[str, Any]) -> None:
     """Refuse what would be accepted and not done, by the flags that are set."""
     for flag, why in _UNSUPPORTED.items():
-        if given.get(flag) not in (None, False, _WITHOUT.get(flag)):
+        if given.get(flag) not in (None, False, _UNSUPPORTED_DEFAULTS.get(flag)):
             raise CherryError(f"megatron.{flag}: {why}; take it out")
 
 

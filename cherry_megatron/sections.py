@@ -55,3 +55,10 @@ def _typed(path: Path, name: str, kind: Any, value: Any) -> Any:
         return kind(value)
     expected = "a list of whole numbers" if origin is tuple else kind.__name__
     raise CherryError(f"{path}: {name} is {value!r}; expected {expected}")
+
+
+def plain(value: Any) -> Any:
+    """The same with lists for tuples, at any depth, as YAML and JSON have it."""
+    if isinstance(value, dict):
+        return {key: plain(found) for key, found in value.items()}
+    return [plain(found) for found in value] if isinstance(value, tuple | list) else value
