@@ -1,16 +1,17 @@
-"""Tokens a second of generation: whole passes, kept keys and values, and drafts with fewer loops.
+"""Tokens a second of generation: whole passes, kept keys and values, drafts with fewer loops and by prediction.
 
-    python benchmarks/generate_speed.py --config configs/tiny_recover.yaml [--tokens 64] [--repeats 3]
+    python benchmarks/generate_speed.py --config RUN/config.yaml --output RESULT.md [--tokens 64] [--repeats 3]
 
-The run must have been trained (`make demo` for this configuration). All variants run in one process on one
-checkpoint, each so often, and the fastest time counts; each text is seen to be the same in all.
+The run must have been trained (`make demo` makes runs/demo/recovered, say). All variants run in one process on one
+checkpoint, each so often, and the fastest time counts. The last column counts the texts that are those of the
+variant without drafts: all of them in float32; in lower precision a pass over several tokens rounds otherwise than
+one of a single token, and a text may go on differently from where two tokens are nearly as likely.
 """
 
 import argparse
 import time
-from collections.abc import Callable
 from functools import partial
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,18 @@ from cherry_megatron.config import Generation, load
 from cherry_megatron.inference.prompts import Prompts, encode_prompts, read_prompts
 from cherry_megatron.platform.machine import prepare
 
-DRAFTS = ((1, 1), (1, 2), (1, 4), (2, 4), (4, 4))  # (loops, tokens)
+# Loops to draft with, or None for multi-token prediction, and tokens of a draft.
+DRAFTS = ((1, 1), (1, 2), (1, 4), (2, 4), (4, 4), (None, 1), (None, 2), (None, 4))
+HEAD = (
+    "| texts | temperature | variant | tokens/s | against plain | drafts accepted | same texts |\n"
+    "|---|---|---|---|---|---|---|"
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True, help="the table, row by row as it is measured")
     parser.add_argument("--prompts", type=Path, default=Path("configs/prompts_ko.txt"))
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
@@ -34,49 +41,62 @@ def main() -> None:
     from cherry_megatron.pretrain import load_only, pretrain
 
     prompts = encode_prompts(config, read_prompts(given.prompts), given.tokens, str(given.prompts))
-    rows: list[str] = []
-    measured = partial(Measured, prompts, given.tokens, given.repeats, rows.append)
+    measured = partial(Measured, prompts, given.tokens, given.repeats, given.output)
     pretrain(config, machine, load_only(config), evaluation=measured)
-    print("| texts | temperature | variant | tokens/s | drafts accepted |\n|---|---|---|---|---|")
-    print("\n".join(rows))
 
 
 class Measured:
-    """Called with the model; adds a row of the table for each variant."""
+    """Called with the model; writes a row of the table for each variant."""
 
     def __init__(
         self,
         prompts: Prompts,
         tokens: int,
         repeats: int,
-        add: Callable[[str], None],
+        output: Path,
         config: Any,
         *_from_pretrain: Any,
     ) -> None:
-        self._prompts, self._tokens, self._repeats, self._add = prompts, tokens, repeats, add
-        self._loops = config.recurrence.loops
+        self._prompts, self._tokens, self._repeats = prompts, tokens, repeats
+        self._output = output
+        self._loops, self._mixture = config.recurrence.loops, config.moee is not None
+        self._drafts = [
+            (loops, tokens)
+            for loops, tokens in DRAFTS
+            if (config.mtp.depths > 0 if loops is None else loops < self._loops)
+        ]
 
     def __call__(self, model: list[torch.nn.Module]) -> None:
-        from cherry_megatron.inference.draft import Drafting
-
-        kept = [None, *(Drafting(*draft) for draft in DRAFTS if draft[0] < self._loops)]
+        self._output.write_text(f"{HEAD}\n")
         for count in (1, len(self._prompts.ids)):
             prompts = self._prompts.ids[:count]
-            whole, seconds = min((self._uncached(model, prompts) for _ in range(self._repeats)), key=itemgetter(1))
-            self._add(f"| {count} | 0 | whole passes | {count * self._tokens / seconds:.1f} | |")
+            if not self._mixture:  # its gates are no matter of one pass over a text
+                seconds = min(self._uncached(model, prompts) for _ in range(self._repeats))
+                self._add(f"| {count} | 0 | whole passes | {count * self._tokens / seconds:.1f} | | | |")
             for temperature in (0.0, 0.8):
-                texts = None
-                for drafting in kept:
-                    found = self._cached(model, prompts, temperature, drafting)
-                    name = "kept keys and values"
-                    if drafting is not None:
-                        name = f"{drafting.tokens} drafted with {drafting.loops} of {self._loops} loops"
-                    share = f"{found.accepted / found.drafted:.0%}" if found.drafted else ""
-                    speed = sum(map(len, found.texts)) / found.seconds
-                    self._add(f"| {count} | {temperature:g} | {name} | {speed:.1f} | {share} |")
-                    texts = texts or found.texts
-                    assert found.texts == texts, f"{name}: another text"
-                assert temperature or texts == whole, "kept keys and values: another text"
+                self._all_drafts(model, prompts, temperature)
+
+    def _add(self, row: str) -> None:
+        with self._output.open("a") as file:
+            file.write(f"{row}\n")
+
+    def _all_drafts(self, model: Any, prompts: list[list[int]], temperature: float) -> None:
+        from cherry_megatron.inference.draft import Drafting
+
+        def speed(found: Any) -> float:
+            return sum(map(len, found.texts)) / found.seconds
+
+        row = f"| {len(prompts)} | {temperature:g} "
+        plain = self._cached(model, prompts, temperature, None)
+        self._add(f"{row}| kept keys and values | {speed(plain):.1f} | 1 | | |")
+        for loops, tokens in self._drafts:
+            found = self._cached(model, prompts, temperature, Drafting(loops, tokens))
+            way = "by prediction" if loops is None else f"with {loops} of {self._loops} loops"
+            same = sum(text == before for text, before in zip(found.texts, plain.texts, strict=True))
+            self._add(
+                f"{row}| {tokens} drafted {way} | {speed(found):.1f} | {speed(found) / speed(plain):.2f} | "
+                f"{found.accepted / found.drafted:.0%} | {same} of {len(prompts)} |",
+            )
 
     def _cached(self, model: Any, prompts: list[list[int]], temperature: float, drafting: Any) -> Any:
         from cherry_megatron.inference.generate import generate
@@ -88,8 +108,8 @@ class Measured:
         ]
         return min(found, key=attrgetter("seconds"))
 
-    def _uncached(self, model: Any, prompts: list[list[int]]) -> tuple[list[list[int]], float]:
-        """The likeliest tokens by a pass over all texts for each, and the seconds."""
+    def _uncached(self, model: Any, prompts: list[list[int]]) -> float:
+        """Seconds for the likeliest tokens, by a pass over all texts for each."""
         texts = [list(prompt) for prompt in prompts]
         device = torch.cuda.current_device()
         model[0].eval()
@@ -102,9 +122,7 @@ class Measured:
                 logits = model[0](tokens, torch.arange(tokens.shape[1], device=device).expand_as(tokens), None)
                 for text, likely in zip(texts, logits, strict=True):
                     text.append(int(likely[len(text) - 1].argmax()))
-        seconds = time.perf_counter() - started
-        new = [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
-        return new, seconds
+        return time.perf_counter() - started
 
 
 if __name__ == "__main__":

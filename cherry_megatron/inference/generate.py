@@ -125,7 +125,7 @@ def _grow(
         count = len(drafts[0]) + 1
         chosen = chooser.after(reader.logits_after(texts, count), count, rows, texts)
         for row, draft, tokens in zip(rows, drafts, chosen, strict=True):
-            drafted += min(len(draft), row.missing - 1)  # the rest could not become text
+            drafted += min(len(draft), row.missing)  # the rest could not become text
             taken = row.take(tokens)
             accepted += sum(token == guess for token, guess in zip(taken, draft, strict=False))
             heard(row)

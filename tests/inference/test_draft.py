@@ -6,6 +6,8 @@ import pytest
 
 from cherry_megatron.errors import CherryError
 from cherry_megatron.inference.draft import Drafting, drafting
+from cherry_megatron.inference.generate import _grow
+from cherry_megatron.inference.rows import Row
 from tests.conftest import run_ranks
 from tests.inference.test_generate import continued, with_model
 
@@ -51,6 +53,30 @@ def all_taken(_, model):
 def test_right_drafts_save_passes(speaking: Path, tmp_path: Path):
     (found,) = run_ranks(tmp_path, 1, with_model, speaking, "", all_taken)
     assert found == (True, 8, 8, [0, 1] * 2)  # 2 texts of 6 tokens: twice 2 drafted and 1 more
+
+
+class Counting:
+    """A model whose texts count up, and drafts of three tokens that are always right."""
+
+    def draft(self, rows, most):
+        return [[row.tokens[-1] + 1 + ahead for ahead in range(min(3, most))] for row in rows]
+
+    def keep(self, rows):
+        pass
+
+    def logits_after(self, texts, count):
+        return None
+
+    def after(self, logits, count, rows, texts):
+        return [[token + 1 for token in text[-count:]] for text in texts]
+
+
+def test_counts_drafts_that_could_become_text():
+    counting = Counting()
+    rows = [Row(0, [7], 5, end=-1), Row(1, [3], 2, end=-1)]
+    counts = _grow(rows, counting, counting, counting, lambda _: None)
+    assert [row.new for row in rows] == [[8, 9, 10, 11, 12], [4, 5]]
+    assert counts == (5, 5)  # three of the first text; of the second two, though three were drafted
 
 
 def test_asked_for():
