@@ -1,6 +1,5 @@
 """The baseline that speed is compared with computes the same function."""
 
-import importlib.util
 from pathlib import Path
 
 import torch
@@ -18,13 +17,6 @@ SMALL = [
     "padded-vocab-size=64",
     "seq-length=24",
 ]
-
-
-def compiled_loop():
-    spec = importlib.util.spec_from_file_location("compiled_loop", HERE / "benchmarks" / "compiled_loop.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def named_as_ours(model) -> dict[str, torch.Tensor]:
@@ -48,10 +40,10 @@ def named_as_ours(model) -> dict[str, torch.Tensor]:
     return state
 
 
-def test_baseline_is_the_same_function():
+def test_baseline_is_the_same_function(benchmark_script):
     config = load(HERE / "configs" / "cherry_227m.yaml", [f"megatron.{size}" for size in SMALL])
     torch.manual_seed(1)
-    model = compiled_loop().build(config)
+    model = benchmark_script("compiled_loop").build(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
     tokens = torch.randint(64, (2, 24))
