@@ -124,8 +124,7 @@ LAYOUTS = {
         {"tensor-model-parallel-size": 2, "pipeline-model-parallel-size": 2, "sequence-parallel": True},
     ),
 }
-SAMPLE = ["pp2", "tp2", pytest.param("dp2", marks=pytest.mark.full),
-          pytest.param("tp2-sp-pp2", marks=pytest.mark.full)]  # fmt: skip
+SAMPLE = ["pp2", *(pytest.param(name, marks=pytest.mark.full) for name in ("tp2", "dp2", "tp2-sp-pp2"))]
 
 
 @pytest.mark.parametrize("name", SAMPLE)
