@@ -40,7 +40,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         if not all(isinstance(chunks, dict) for chunks in tensors.values()):
             raise TypeError
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise CherryError(f"{path} is damaged; restore it, or remove it to go on without verification") from None
+        raise CherryError(f"{path} is damaged; restore the checkpoint") from None
     return tensors
 
 

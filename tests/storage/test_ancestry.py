@@ -1,6 +1,7 @@
 """Lineage: the chain from a compressed checkpoint back, and whether it still holds."""
 
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -62,6 +63,38 @@ def test_every_flipped_byte_of_a_tensor_is_noticed(family):
         data[place] ^= 1
         path.write_bytes(data)
     assert describe(family / "smaller", verify=True)
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {"flipped": _flip, "overwritten": lambda path: path.write_text("{}"), "gone": Path.unlink}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("file", [".metadata", "metadata.json", "integrity.json", "__objects.distcp"])
+def test_damage_to_what_is_no_tensor_is_noticed(file, how, family, config, capsys):
+    """By a compression too, as far as it reads it."""
+    path = family / "small/iter_0000000" / file
+    DAMAGES[how](path)
+    assert main(["lineage", str(family / "small")]) == 2
+    said = capsys.readouterr().err
+    assert file in said and said.endswith("; restore the checkpoint\n") and said.count("\n") == 1, said
+    if file in (".metadata", "metadata.json"):
+        more = ["--save", family / "new", "--config", config(recurrence={"pattern": "*-[*-]x2"})]
+        assert main([*map(str, ["compress-depth", "--load", family / "small", *more])]) == 2
+        assert file in capsys.readouterr().err and not (family / "new").exists()
+
+
+@pytest.mark.parametrize("content", ["7", "[]", '{"files": {}}', "[" * 100_000, "\0"])
+def test_hashes_that_are_none_are_refused(content, family):
+    path = family / "small/iter_0000000/integrity.json"
+    path.write_text(content)
+    with pytest.raises(CherryError, match=re.escape(f"{path} is damaged; restore the checkpoint")):
+        describe(family / "small", verify=True)
 
 
 def test_compressing_a_damaged_source_is_refused(family, config):
