@@ -288,16 +288,20 @@ def start_from(config: Config) -> dict[str, Any]:
 
 def where_from(config: Config, args: Any) -> str:
     """The first line of a training: what it starts from."""
+    further = f"; {config.recurrence.further_loops}" if config.recurrence.further_loops else ""
     if args.load is None:
-        return "starts from new weights"
-    folder = newest(Path(args.load))
+        return f"starts from new weights{further}"
+    checkpoint = Checkpoint(newest(Path(args.load)))
     if own_checkpoints(config) is None:
-        found = _differences(config, Checkpoint(folder)) if config.changed else {}
-        changes = "".join(f", with {key} {ours} for {theirs}" for key, (ours, theirs) in found.items())
-        return f"starts from {folder}{' (weights only)' if args.finetune else ''}{changes}"
-    if args.train_iters is not None and args.iteration >= args.train_iters:
+        found = _differences(config, checkpoint) if config.changed else {}
+        start = f"starts from {checkpoint.folder}{' (weights only)' if args.finetune else ''}"
+    elif args.train_iters is not None and args.iteration >= args.train_iters:
         return f"is at step {args.iteration} of {args.train_iters} already (megatron.train-iters): nothing to train"
-    return f"goes on from step {args.iteration}, {folder}"
+    else:
+        found, start = {}, f"goes on from step {args.iteration}, {checkpoint.folder}"
+    found |= other_walk(checkpoint, config.recurrence, ("loops",))
+    changes = "".join(f", with {key} {ours} for {theirs}" for key, (ours, theirs) in found.items())
+    return f"{start}{changes}{further}"
 
 
 def unchanged_start(config: Config, args: Any) -> None:

@@ -121,10 +121,11 @@ def test_going_back_to_an_older_checkpoint_is_possible(copy, train):
 
 
 def test_a_run_says_where_it_starts_and_when_it_saves(copy):
-    status, _ = pretrain(copy, "--", "--train-iters", "6")
+    status, _ = pretrain(copy, "--set", "recurrence.loops=4", "--", "--train-iters", "6")
     printed = (copy.parent / "output/rank0.out").read_text()
     assert status == 0
-    assert f"goes on from step 4, {copy.parent}/run/checkpoints/iter_0000004" in printed
+    start = f"goes on from step 4, {copy.parent}/run/checkpoints/iter_0000004"
+    assert f"{start}, with recurrence.loops 4 for 3; loops above 3 use the vectors of loop 3\n" in printed
     assert f"step       6  checkpoint written to {copy.parent}/run/checkpoints/iter_0000006" in printed
     pretrain(copy, "--", "--train-iters", "6")
     assert "is at step 6 of 6 already" in (copy.parent / "output/rank0.out").read_text()

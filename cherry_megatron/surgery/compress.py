@@ -270,6 +270,7 @@ def plan_expansion(load: Path, config: Path, overrides: Sequence[str]) -> Surger
     lines = [
         f"source      {source.folder}: {len(layers.layers)} stored layers",
         f"target      {len(dense.layers)} layers, pattern {dense.symbols}",
+        *([f"note        {further}"] if (further := recurrence.further_loops) else []),
         "optimizer   its state is dropped",
     ]
     details = {**configuration(config, wanted), "pattern": dense.symbols}
