@@ -28,6 +28,7 @@ from cherry_megatron.storage.trained import (
     other_function,
     other_walk,
     tokenizer_of,
+    told_tokenizer,
 )
 
 # What a run may not change once it has a checkpoint.
@@ -130,7 +131,7 @@ def _other_tokenizer(config: Config, checkpoint: Checkpoint) -> Differences:
     ours, theirs = _tokenizer(config).get("tokenizer"), tokenizer_of(checkpoint)
     if None in (ours, theirs) or ours == theirs:
         return {}
-    return {TOKENIZER: (f"{config.value('tokenizer-model')} ({ours})", theirs)}
+    return {TOKENIZER: (f"{config.value('tokenizer-model')} ({ours})", told_tokenizer(checkpoint))}
 
 
 def _differences(config: Config, checkpoint: Checkpoint) -> Differences:

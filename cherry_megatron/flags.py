@@ -106,6 +106,11 @@ def action_of(flag: str) -> argparse.Action:
     return _parser()._option_string_actions[f"--{flag}"]
 
 
+def is_flag(name: str) -> bool:
+    """Whether Megatron has a flag of this name."""
+    return f"--{name}" in _outline()._option_string_actions
+
+
 def check_name(flag: str, path: Path | None = None) -> None:
     """See that Megatron has a flag.
 
@@ -116,9 +121,8 @@ def check_name(flag: str, path: Path | None = None) -> None:
     Raises:
         CherryError: with the nearest name.
     """
-    options = _outline()._option_string_actions
-    if f"--{flag}" not in options:
-        known = [option.removeprefix("--") for option in options]
+    if not is_flag(flag):
+        known = [option.removeprefix("--") for option in _outline()._option_string_actions]
         where = f"{path}: unknown key megatron.{flag}" if path else f"unknown Megatron flag --{flag}"
         raise CherryError(f"{where}{nearest(flag, known)}")
 

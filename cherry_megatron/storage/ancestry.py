@@ -102,8 +102,22 @@ def describe(path: Path, verify: bool) -> list[str]:
         known = str(checkpoint.folder) if depth == 0 else entry["path"]
         state = ("verified" if verify else "not verified") if depth == 0 else _ancestor(Path(known), entry)
         made = f"{entry.get('role', '')} {entry['operation']}{_at(entry)}".lstrip()
-        lines.append(f"{'  ' * depth}{entry['identity'][:12]}  {made:<26}  {_code(entry)}  {known}  ({state})")
+        made = f"{entry['identity'][:12]}  {made:<26}  {_code(entry)}  {known}  "
+        lines.append(f"{'  ' * depth}{made}{_how(entry)}({state})")
     return lines
+
+
+def _how(entry: dict[str, Any]) -> str:
+    """How a compression was made, and what a start had `changed`; with spaces behind."""
+    options, found = entry.get("options", {}), []
+    if {"method", "groups"} <= {*options}:
+        found.append(f"{options['method']}, groups {options['groups']}")
+        found += [f"align {options['align']}"] if options.get("align", "none") != "none" else []
+    settings = entry.get("settings", entry.get("config"))
+    changed = settings.get("changed") if isinstance(settings, dict) else None
+    if isinstance(changed, list) and changed:
+        found.append(f"changed {' '.join(map(str, changed))}")
+    return f"{', '.join(found)}  " if found else ""
 
 
 def _at(entry: dict[str, Any]) -> str:

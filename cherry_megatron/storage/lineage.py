@@ -57,7 +57,7 @@ def identity(tensors: Manifest) -> str:
 # What every record has, what one that is among the parents of another has besides, and what one may have.
 _RECORD: dict[str, type[Any]] = {"operation": str, "identity": str, "parents": list}
 _PARENT: dict[str, type[Any]] = {"path": str}
-_DETAILS: dict[str, type[Any]] = {"role": str, "git": dict, "recurrence": dict, "expert": int}
+_DETAILS: dict[str, type[Any]] = {"role": str, "git": dict, "recurrence": dict, "expert": int, "options": dict}
 _NAMES: dict[type[Any], str] = {str: "a text", list: "a list", dict: "keys and values", int: "a number"}
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cherry_megatron.cli import main
 from cherry_megatron.errors import CherryError
-from cherry_megatron.storage.ancestry import _at, _code, describe
+from cherry_megatron.storage.ancestry import _at, _code, _how, describe
 from cherry_megatron.storage.lineage import ancestors, chain, read_lineage
 from cherry_megatron.surgery import compress
 from tests.surgery.conftest import model_tensors, save
@@ -32,9 +32,36 @@ def family(tmp_path, config) -> Path:
 def test_the_chain_is_told_newest_first(family, capsys):
     assert main(["lineage", str(family / "smaller")]) == 0
     first, second, third = capsys.readouterr().out.splitlines()
-    assert "compress-depth" in first and first.endswith("(verified)")
+    assert "compress-depth" in first and first.endswith("iter_0000000  average, groups adjacent  (verified)")
     assert second.startswith("  ") and "small/iter_0000000" in second and "there, same manifest" in second
     assert third.startswith("    ") and "unknown" in third and "had no manifest" in third
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ({}, ""),
+        ({"options": {"method": "select", "groups": "0-3,4-7", "align": "none"}}, "select, groups 0-3,4-7  "),
+        (
+            {"options": {"method": "average", "groups": "slots", "align": "weights"}},
+            "average, groups slots, align weights  ",
+        ),
+        (
+            {"config": {"changed": ["recurrence.order", "megatron.rotary-base"]}},
+            "changed recurrence.order megatron.rotary-base  ",
+        ),
+        (
+            {
+                "options": {"method": "average", "groups": "slots"},
+                "config": "a.yaml",
+                "settings": {"changed": ["b"]},
+            },
+            "average, groups slots, changed b  ",
+        ),
+    ],
+)
+def test_how_is_told_compactly(entry, says):
+    assert _how(entry) == says
 
 
 def test_the_chain_outlives_the_ancestors(family):
@@ -170,6 +197,7 @@ WRONG = {
     "code": ({**ONE, "git": "main"}, 'git is "main", not keys and values'),
     "walk": ({**ONE, "recurrence": "*-"}, 'recurrence is "*-", not keys and values'),
     "walk-of-a-training": ({**ONE, "config": {"recurrence": []}}, "config.recurrence is [], not keys and values"),
+    "options": ({**ONE, "options": []}, "options is [], not keys and values"),
     "no-expert": ({**ONE, "operation": "extract-expert"}, "expert is null, not a number"),
 }
 
@@ -205,7 +233,9 @@ JSON = st.recursive(
 
 @settings(max_examples=60)
 @given(
-    st.sampled_from([*ONE, "git", "config", "role", "expert", "recurrence", "time", "iteration"]),
+    st.sampled_from(
+        [*ONE, "git", "config", "role", "expert", "recurrence", "time", "iteration", "options", "settings"]
+    ),
     JSON,
     st.booleans(),
 )
@@ -223,7 +253,14 @@ def test_whatever_a_record_holds_it_is_told_or_refused(key, value, of_parent):
     told = [entry for _, entry in chain(found)]
     assert told == ([found, changed] if of_parent else [found])
     for entry in told:
-        texts = [entry["operation"], entry["identity"], entry.get("role", ""), _code(entry), _at(entry)]
+        texts = [
+            entry["operation"],
+            entry["identity"],
+            entry.get("role", ""),
+            _code(entry),
+            _at(entry),
+            _how(entry),
+        ]
         assert all(isinstance(text, str) for text in texts)
         assert _at(entry) == (f" step {entry['iteration']}" if "iteration" in entry else "")
     taught = of_parent and changed.get("role") == "teacher"

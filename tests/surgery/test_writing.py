@@ -222,16 +222,45 @@ def test_a_shard_that_is_gone_is_named(deep, capsys):
         (["--workers", "-1"], "--workers -1 is negative"),
         (["--optimizer", "average"], "holds no optimizer state"),
         (["--optimizer", "average", "--align", "weights"], "are not carried"),
-        (["--set", "recurrence.pattern='(*-)x9'"], "the source has 8 layers, fewer than the 9"),
-        (["--set", "megatron.hidden-size=32"], "megatron.hidden-size is 32, but"),
+        (
+            ["--set", "recurrence.pattern='(*-)x9'"],
+            "config.yaml: recurrence.pattern (*-)x9 has 9 layers, and the source only 8; use no more",
+        ),
+        (
+            ["--set", "recurrence.pattern='(*-)x9'", "--expand"],
+            "holds 8 layers, recurrence.pattern 9 ((*-)x9); set",
+        ),
+        (
+            ["--set", "recurrence.loop_rank=4000"],
+            "config.yaml: recurrence.loop_rank 4000 is more than megatron.hid",
+        ),
+        (["--set", "recurrence.loop_rank=21"], "config.yaml: recurrence.loop_rank is 21, but mlp.linear_fc2 of"),
+        (["--set", "recurrence.stages=[1]"], "config.yaml: recurrence.stages [1] must be 1 positive numbers"),
+        (["--set", "megatron.hidden-size=32"], "megatron.hidden-size is 32, but PATH has 24; set it so"),
         (["--set", "megatron.ffn-hidden-size=16"], "megatron.ffn-hidden-size is 16, but"),
         (["--set", "megatron.padded-vocab-size=64"], "megatron.padded-vocab-size is 64, but"),
         (["--set", "megatron.num-attention-heads=4"], "4 heads and 2 query groups"),
+        (
+            ["--set", "megatron.num-attention-heads=10"],
+            "config.yaml: megatron.hidden-size 24 is not a multiple of num-attention-heads 10; use a number of",
+        ),
         (["--set", "recurrence.pattern='*[*]x4*'"], "layer 0 is '*-', but recurrence.pattern wants '*'"),
         (["--set", "megatron.swiglu=false"], "megatron.swiglu is False"),
         (["--set", "megatron.untie-embeddings-and-output-weights=false"], "holds a output_layer.weight"),
-        (["--set", "megatron.rotary-base=500000"], "megatron.rotary-base is 500000, but"),
-        (["--set", "megatron.norm-epsilon=1.0e-6"], "was trained with 1e-05; set it so"),
+        (
+            ["--set", "megatron.rotary-base=500000"],
+            "is 500000, but PATH was trained with 10000; set it so, or name megatron.rotary-base in `changed`",
+        ),
+        (["--set", "changed=[megatron.hidden-size]"], "hidden-size, which a run has as the checkpoint that it st"),
+        (
+            ["--set", "changed=[megatron.num-layers]"],
+            "num-layers, which a run has as the checkpoint that it starts",
+        ),
+        (["--set", "changed=[megatron.lr]"], "megatron.lr, which may differ without being named; take it out"),
+        (["--set", "changed=[recurrence.loops]"], "recurrence.loops, which may differ without being named"),
+        (["--set", "changed=[megatron.rotary_base]"], "which is no key; did you mean 'megatron.rotary-base'?"),
+        (["--set", "changed=[recurrence.ordr]"], "which is no key; did you mean 'recurrence.order'?"),
+        (["--set", "megatron.norm-epsilon=1.0e-6"], "trained with 1e-05; set it so, or"),
         (["--expand"], "holds 8 layers, recurrence.pattern 4"),
         (["--set", "recurrence.lops=3"], "did you mean 'loops'"),
         (["--set", "megatron.hiden-size=24"], "unknown key megatron.hiden-size; did you mean 'hidden-size'"),
@@ -250,7 +279,7 @@ def test_a_shard_that_is_gone_is_named(deep, capsys):
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(deep, capsys, arguments, says):
-    refused(deep, says, capsys, *arguments)
+    refused(deep, says.replace("PATH", str(deep / "deep/iter_0000007")), capsys, *arguments)
 
 
 def test_numbers_may_be_written_as_megatron_reads_them(deep):
