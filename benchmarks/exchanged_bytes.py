@@ -13,6 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +43,12 @@ class Count:
         for name, rule in COUNTED.items():
             setattr(torch.distributed, name, self._counted(name, *rule))
         torch.distributed.all_to_all_single = self._counted_all_to_all(torch.distributed.all_to_all_single)
+        from megatron.core.distributed import param_and_grad_buffer as gradients
+
         from cherry_megatron.platform import steps
+
+        gradients.dist_all_gather_func = torch.distributed.all_gather_into_tensor
+        gradients.dist_reduce_scatter_func = torch.distributed.reduce_scatter_tensor
 
         original = steps._train_step
 
@@ -112,14 +118,14 @@ def formula(config: Any) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True)
+    parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()
     prepare()
     count = Count()
     count.listen()
     overrides = [text for override in options.set for text in ("--set", override)]
-    if status := cherry(["pretrain", "--config", options.config, *overrides]):
+    if status := cherry(["pretrain", "--config", str(options.config), *overrides]):
         raise SystemExit(status)
     if os.environ["RANK"] != "0":
         return
