@@ -258,10 +258,12 @@ run_ranks() {
 
 # Ends the job as what became of its ranks asks for.
 follow_up() {
-    local state without verdict=0
+    local state without verdict=0 silent=
     # Not RUNNING: SLURM has cancelled or requeued it, which is not to be undone.
     state=$(timeout 60 squeue --noheader --jobs="$job" --format=%T 2>/dev/null) || state=UNKNOWN
-    without=$(ask end --status "$status" --state "$state" --errors "$records/srun.err") || verdict=$?
+    if [ "$status" != 0 ] && [ "$state" = RUNNING ]; then find_silent; fi
+    without=$(ask end --status "$status" --state "$state" --errors "$records/srun.err" ${silent:+--silent $silent}) ||
+        verdict=$?
     [ "$verdict" = 10 ] || exit "$verdict"
     [ -z "$without" ] || find_exclusion "$without"
     trap '' TERM USR1 # with which SLURM ends what is requeued
@@ -271,6 +273,15 @@ follow_up() {
         echo "$script: requeued without $without"
     fi
     exit 0
+}
+
+# Sets silent, the nodes of the job that start nothing. SLURM itself may take minutes to notice.
+find_silent() {
+    local node
+    for node in $hosts; do
+        timeout 60 srun --overlap --immediate=30 --nodes=1 --ntasks=1 --nodelist="$node" true 2>/dev/null ||
+            silent+=" $node"
+    done
 }
 
 # find_exclusion NODES: sets without, all that the job is to do without; nothing if there are not enough others.

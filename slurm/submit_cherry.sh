@@ -17,7 +17,7 @@ branch=${BRANCH_CONFIG:-configs/branch_227m.yaml}
 mixture=${MIXTURE_CONFIG:-configs/cherry_1p8b.yaml}
 cd "$root"
 unset LOAD FROM BRANCHES AFTER COMMENT
-CLUSTER_CONTAINER='' find_program # the chain is read here
+DRY_RUN=0 CLUSTER_CONTAINER='' find_program # the chain is read here
 links=$("${program[@]}" job chain --base "$base" --branches "$branch" --mixture "$mixture" \
     ${SGT_CONFIG:+--selective "$SGT_CONFIG"})
 queue=

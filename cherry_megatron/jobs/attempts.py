@@ -38,12 +38,13 @@ class Attempt:
         nodes: those it has.
         step: of the newest checkpoint when it started.
         offset: bytes of steps.jsonl then.
-        status: the exit status of its ranks; None while it runs, and if it was lost.
+        status: the exit status of its ranks, of those that failed the first one's; None while it runs, and if it
+            was lost.
         saved: the step of the newest checkpoint when it ended.
         reached: the last step that it recorded, or `step`.
         decision: what was to follow.
         reason: why.
-        node: where a rank failed first.
+        node: where a rank failed first, or the nodes that do not answer.
         cause: what srun said of it.
     """
 
@@ -70,6 +71,23 @@ class Attempt:
     def failed(self) -> bool:
         """Whether it ended otherwise than as it was told to."""
         return self.decision != LEFT and self.status != 0
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How the ranks of an attempt ended.
+
+    Attributes:
+        status: the highest exit status.
+        errors: what srun said.
+        silent: nodes that start nothing any more.
+        running: whether SLURM counts the job as running; otherwise it is being cancelled or requeued already.
+    """
+
+    status: int
+    errors: str = ""
+    silent: tuple[str, ...] = ()
+    running: bool = True
 
 
 @dataclass(frozen=True)
@@ -122,28 +140,27 @@ def begin(run: Path, verb: str, job: str, start: int, nodes: str, step: int) -> 
     return attempt
 
 
-def end(
-    run: Path, attempt: Attempt, status: int, running: bool, saved: int, last: int | None, early: bool, errors: str
-) -> Verdict:
+def end(run: Path, attempt: Attempt, ranks: Ranks, saved: int, last: int | None, early: bool) -> Verdict:
     """Record that an attempt has ended, and decide what follows.
 
     Args:
         run: its folder.
         attempt: from `read_attempts`.
-        status: of its ranks.
-        running: whether SLURM counts the job as running; otherwise it is being cancelled or requeued already.
+        ranks: how they ended.
         saved: step of the newest checkpoint.
         last: the training's last step; None for another stage.
         early: whether the training may end before it by itself.
-        errors: what srun said.
     """
-    attempt.status, attempt.saved = status, saved
-    attempt.node, attempt.cause = first_to_fail(errors)
-    if attempt.cause.endswith("Terminated"):  # from outside, which says nothing of the node
-        attempt.node = ""
-    attempt.reached = _reached(run, attempt)
+    node, cause = first_to_fail(ranks.errors)
+    if ranks.silent:  # the others then fail for want of it
+        node, cause = ",".join(ranks.silent), "does not answer"
+    elif cause.endswith("Terminated"):  # from outside, which says nothing of the node
+        node = ""
+    code = re.search(r"exit code (\d+)$", cause)  # the others' is that of being ended
+    attempt.status, attempt.node, attempt.cause = int(code[1]) if code else ranks.status, node, cause
+    attempt.saved, attempt.reached = saved, _reached(run, attempt)
     earlier = [a for a in read_attempts(run, attempt.job) if a.start != attempt.start]
-    verdict = _decide([*earlier, attempt], running, last, early)
+    verdict = _decide([*earlier, attempt], ranks.running, last, early)
     _end(run, attempt, verdict, saved)
     return verdict
 
@@ -156,7 +173,7 @@ def _decide(attempts: Sequence[Attempt], running: bool, last: int | None, early:
         return Verdict(FINISHED, "finished" if last is None else f"finished at {at}")
     if not running:
         return Verdict(LEFT, f"ended by SLURM, saved at {at}" if last else "ended by SLURM")
-    if attempt.status == REFUSED or attempt.cause.endswith(f"exit code {REFUSED}"):
+    if attempt.status == REFUSED:
         return Verdict(STOP, "refused, see the ranks' logs")
     if attempt.status == 0 and early:
         return Verdict(STOP, f"ended at {at}, as --exit-interval or --exit-duration-in-mins asks")
@@ -164,7 +181,7 @@ def _decide(attempts: Sequence[Attempt], running: bool, last: int | None, early:
         return Verdict(STOP, why)
     if attempt.status == 0:
         return Verdict(REQUEUE, f"was told to stop, saved at {at}")
-    bad = tuple(dict.fromkeys(a.node for a in attempts if a.node))
+    bad = tuple(dict.fromkeys(name for a in attempts for name in a.node.split(",") if name))
     return Verdict(REQUEUE, f"{_failure(attempt)}; tried once more from {at}", bad)
 
 

@@ -24,6 +24,7 @@ def add_job(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--status", type=int, required=True, help="of the ranks")
     parser.add_argument("--state", default="", help="of the job, as squeue names it")
     parser.add_argument("--errors", type=Path, required=True, help="what srun wrote to standard error")
+    parser.add_argument("--silent", nargs="*", default=[], metavar="NODE", help="nodes that start nothing any more")
     parser = add_verb(
         actions, "chain", "the stages from a dense parent to an evaluated mixture, a line each", _chain
     )
@@ -75,15 +76,13 @@ def _end(arguments: argparse.Namespace) -> int:
     if attempt is None:
         raise CherryError(f"{stage.run / attempts.ATTEMPTS} has no attempt {start} of job {job}")
     errors = arguments.errors.read_text(errors="replace") if arguments.errors.exists() else ""
-    running = arguments.state == "RUNNING"
-    verdict = attempts.end(
-        stage.run, attempt, arguments.status, running, stage.saved, stage.last, stage.ends_early, errors
-    )
+    ranks = attempts.Ranks(arguments.status, errors, tuple(arguments.silent), arguments.state == "RUNNING")
+    verdict = attempts.end(stage.run, attempt, ranks, stage.saved, stage.last, stage.ends_early)
     print(f"{stage.verb}: {verdict.decision}, {verdict.reason}", file=sys.stderr)
     if verdict.decision == attempts.REQUEUE:
         print(",".join(verdict.without))
         return REQUEUE
-    return 0 if verdict.decision == attempts.FINISHED else arguments.status or UNFINISHED
+    return 0 if verdict.decision == attempts.FINISHED else attempt.status or UNFINISHED
 
 
 def _chain(arguments: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from cherry_megatron.jobs.attempts import (
     MOST_IN_VAIN,
     REQUEUE,
     STOP,
+    Ranks,
     Verdict,
     begin,
     end,
@@ -37,11 +39,10 @@ class Job:
             file.write(json.dumps({"iteration": step - 1, "loss": 1.0}) + "\n")
             file.write(json.dumps({"iteration": step, "loss": 1.0}) + "\n{")
 
-    def end(self, status: int, saved: int | None = None, errors: str = "", **others: bool) -> Verdict:
+    def end(self, status: int, saved: int | None = None, early: bool = False, **ranks: Any) -> Verdict:
         self.step = self.step if saved is None else saved
         attempt = read_attempts(self.run, "7")[-1]
-        given = {"running": True, "early": False, **others}
-        return end(self.run, attempt, status, saved=self.step, last=100, errors=errors, **given)
+        return end(self.run, attempt, Ranks(status, **ranks), self.step, last=100, early=early)
 
 
 @pytest.fixture
@@ -162,11 +163,19 @@ def test_ended_from_outside_says_nothing_of_the_node(job: Job) -> None:
     assert job.end(1, errors="srun: error: Node failure on n3\n").without == ("n3",)
 
 
+def test_silent_nodes_are_to_blame(job: Job) -> None:
+    """The ranks beside them fail because of them."""
+    job.start()
+    verdict = job.end(1, errors=KILLED, silent=("n4", "n5"))
+    assert verdict.without == ("n4", "n5")
+    assert verdict.reason == "n4,n5: does not answer; tried once more from step 0 of 100"
+
+
 def test_evaluated(tmp_path: Path) -> None:
     begin(tmp_path, "evaluate", "1", 0, "n1", 100)
     assert not evaluated(tmp_path, 100)
     (attempt,) = read_attempts(tmp_path)
-    end(tmp_path, attempt, 0, running=True, saved=100, last=None, early=False, errors="")
+    end(tmp_path, attempt, Ranks(0), saved=100, last=None, early=False)
     assert evaluated(tmp_path, 100)
     assert not evaluated(tmp_path, 200)
 

@@ -91,11 +91,13 @@ def test_chain(tmp_path: Path) -> None:
     """What is finished, what is not needed for anything, and the branches that are left."""
     short = tmp_path / "branch.yaml"
     short.write_text(
-        yaml.safe_dump({
-            "run": "runs/branch/${CHERRY_BRANCH:-0}",
-            "recurrence": {"pattern": "*-"},
-            "megatron": {"load": "runs/compressed", "train-iters": 10},
-        })
+        yaml.safe_dump(
+            {
+                "run": "runs/branch/${CHERRY_BRANCH:-0}",
+                "recurrence": {"pattern": "*-"},
+                "megatron": {"load": "runs/compressed", "train-iters": 10},
+            }
+        )
     )
     states = [(link.name, link.state) for link in chain(BASE, short, MIXTURE)]
     assert states == [(n, "left") for n in ("base", "compress", "recover", "assemble", "mixture", "evaluate")]
@@ -115,7 +117,7 @@ def test_chain(tmp_path: Path) -> None:
     }  # fmt: skip
     attempts.begin(Path("runs/cherry_1p8b"), "evaluate", "1", 0, "n", 20000)
     (attempt,) = attempts.read_attempts(Path("runs/cherry_1p8b"))
-    attempts.end(Path("runs/cherry_1p8b"), attempt, 0, True, 20000, None, False, "")
+    attempts.end(Path("runs/cherry_1p8b"), attempt, attempts.Ranks(0), 20000, None, False)
     assert chain(BASE, short, MIXTURE)[-1].state == "finished"
     links = chain(BASE, short, MIXTURE, CONFIGS / "sgt_1p8b.yaml")
     assert [(link.name, link.load) for link in links[-2:]] == [("sgt", "runs/cherry_1p8b"), ("evaluate", "")]
@@ -147,7 +149,7 @@ def test_a_job_asks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert main(begin) == 0
     capsys.readouterr()
-    assert main([*end, "--status", "143"]) == 143
+    assert main([*end, "--status", "143"]) == 7, "the first one's"
     told = capsys.readouterr()
     assert not told.out and "pretrain: stop, two attempts failed after step 0" in told.err
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
