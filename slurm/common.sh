@@ -243,10 +243,10 @@ start_job() {
 
 # Sets status, that of the ranks. A signal to this shell is one to them, on which they save at the end of their step.
 run_ranks() {
-    # SLURM's own SIGTERM reaches the ranks by itself; srun would answer it by killing them. SIGUSR1 it hands on.
-    # What it says is kept, because it names the node of the rank that failed.
-    (trap '' TERM && exec "${launch[@]}") 2> >(trap '' TERM USR1 && exec tee -a "$records/srun.err" >&2) &
+    # What srun says is kept, because it names the node of the rank that failed.
+    "${launch[@]}" 2> >(trap '' TERM USR1 && exec tee -a "$records/srun.err" >&2) &
     local child=$! interrupted
+    # srun hands SIGUSR1 on to the ranks; to SIGTERM it would answer by killing them.
     trap 'interrupted=1; kill -USR1 "$child" 2>/dev/null || true' TERM USR1
     while :; do
         interrupted=
@@ -258,12 +258,10 @@ run_ranks() {
 
 # Ends the job as what became of its ranks asks for.
 follow_up() {
-    local state without verdict=0 silent=
+    local state without verdict=0
     # Not RUNNING: SLURM has cancelled or requeued it, which is not to be undone.
     state=$(timeout 60 squeue --noheader --jobs="$job" --format=%T 2>/dev/null) || state=UNKNOWN
-    if [ "$status" != 0 ] && [ "$state" = RUNNING ]; then find_silent; fi
-    without=$(ask end --status "$status" --state "$state" --errors "$records/srun.err" ${silent:+--silent $silent}) ||
-        verdict=$?
+    without=$(ask end --status "$status" --state "$state" --errors "$records/srun.err") || verdict=$?
     [ "$verdict" = 10 ] || exit "$verdict"
     [ -z "$without" ] || find_exclusion "$without"
     trap '' TERM USR1 # with which SLURM ends what is requeued
@@ -273,15 +271,6 @@ follow_up() {
         echo "$script: requeued without $without"
     fi
     exit 0
-}
-
-# Sets silent, the nodes of the job that start nothing. SLURM itself may take minutes to notice.
-find_silent() {
-    local node
-    for node in $hosts; do
-        timeout 60 srun --overlap --immediate=30 --nodes=1 --ntasks=1 --nodelist="$node" true 2>/dev/null ||
-            silent+=" $node"
-    done
 }
 
 # find_exclusion NODES: sets without, all that the job is to do without; nothing if there are not enough others.

@@ -12,6 +12,7 @@ script=submit_cherry.sh
 # shellcheck source=slurm/common.sh
 . "$(dirname "$0")/common.sh"
 [ $# = 0 ] || fail "takes no arguments, but BASE_CONFIG, BRANCH_CONFIG, MIXTURE_CONFIG and SGT_CONFIG"
+[ -z "${SLURM_JOB_ID:-}" ] || fail "a job submits no chain; run it outside of one"
 base=${BASE_CONFIG:-configs/base_1b.yaml}
 branch=${BRANCH_CONFIG:-configs/branch_227m.yaml}
 mixture=${MIXTURE_CONFIG:-configs/cherry_1p8b.yaml}
@@ -30,14 +31,14 @@ line='%-9s %-13s %-10s %s\n'
 # shellcheck disable=SC2059
 table=$(printf "$line" stage job state output)
 after='' # the job that the next one waits for
-while IFS=$'\t' read -r name launcher config load branches state output; do
+while IFS=$'\t' read -r name launcher config parent branches state output; do
     job=-
     mark="cherry $name $root/$output"
     if [ "$state" = left ]; then
         read -r job state < <(awk -v mark="$mark" '{ id = $1 " " $2; sub(/^[^ ]+ [^ ]+ /, "") } $0 == mark { print id; exit }' \
             <<<"$queue") || true
         if [ -z "$job" ]; then
-            said=$(LOAD=${load#-} BRANCHES=${branches#-} AFTER=$after COMMENT=$mark bash "$slurm_folder/$launcher" "$config")
+            said=$(FROM=${parent#-} BRANCHES=${branches#-} AFTER=$after COMMENT=$mark bash "$slurm_folder/$launcher" "$config")
             [ "${DRY_RUN:-0}" = 0 ] || printf '%s\n\n' "$said"
             if [[ $said == *"Submitted batch job "* ]]; then
                 job=${said##* } state=submitted

@@ -44,7 +44,7 @@ class Attempt:
         reached: the last step that it recorded, or `step`.
         decision: what was to follow.
         reason: why.
-        node: where a rank failed first, or the nodes that do not answer.
+        node: where a rank failed first.
         cause: what srun said of it.
     """
 
@@ -80,13 +80,11 @@ class Ranks:
     Attributes:
         status: the highest exit status.
         errors: what srun said.
-        silent: nodes that start nothing any more.
         running: whether SLURM counts the job as running; otherwise it is being cancelled or requeued already.
     """
 
     status: int
     errors: str = ""
-    silent: tuple[str, ...] = ()
     running: bool = True
 
 
@@ -152,9 +150,7 @@ def end(run: Path, attempt: Attempt, ranks: Ranks, saved: int, last: int | None,
         early: whether the training may end before it by itself.
     """
     node, cause = first_to_fail(ranks.errors)
-    if ranks.silent:  # the others then fail for want of it
-        node, cause = ",".join(ranks.silent), "does not answer"
-    elif cause.endswith("Terminated"):  # from outside, which says nothing of the node
+    if cause.endswith("Terminated"):  # from outside, which says nothing of the node
         node = ""
     code = re.search(r"exit code (\d+)$", cause)  # the others' is that of being ended
     attempt.status, attempt.node, attempt.cause = int(code[1]) if code else ranks.status, node, cause
@@ -181,7 +177,7 @@ def _decide(attempts: Sequence[Attempt], running: bool, last: int | None, early:
         return Verdict(STOP, why)
     if attempt.status == 0:
         return Verdict(REQUEUE, f"was told to stop, saved at {at}")
-    bad = tuple(dict.fromkeys(name for a in attempts for name in a.node.split(",") if name))
+    bad = tuple(dict.fromkeys(a.node for a in attempts if a.node))
     return Verdict(REQUEUE, f"{_failure(attempt)}; tried once more from {at}", bad)
 
 

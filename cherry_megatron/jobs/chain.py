@@ -18,7 +18,7 @@ class Link:
         name: what it is called in the chain.
         script: its launcher.
         config: its configuration.
-        load: the run it starts from, where its configuration does not say so.
+        parent: the configuration whose run, or runs, it starts from; None where its own says so.
         branches: those that are left, of a stage that has branches, as the tasks of an array: 0-3 or 0,2.
         state: finished, not needed (because what is made of it is finished), or left.
         output: what it makes.
@@ -27,7 +27,7 @@ class Link:
     name: str
     script: str
     config: Path
-    load: str
+    parent: Path | None
     branches: str
     state: str
     output: str
@@ -54,26 +54,25 @@ def chain(base: Path, branches: Path, mixture: Path, selective: Path | None = No
     for number in range(count):
         with branch(number):
             recover.append(stage_of("pretrain", branches))
+    assemble = stage_of("assemble-moee", mixture, parent=branches)
     last = selective or mixture
-    trained = stage_of("pretrain", mixture)
     links = [
         _link("base", "pretrain_base_1b.sh", base, stage_of("pretrain", base)),
-        _link("compress", "compress_depth.sh", branches, compress),
+        _link("compress", "compress_depth.sh", branches, compress, base),
         _of_branches(branches, recover),
-        _link("assemble", "assemble_moee.sh", mixture, stage_of("assemble-moee", mixture, parent=branches)),
-        _link("mixture", "pretrain_cherry_1p8b.sh", mixture, trained),
+        _link("assemble", "assemble_moee.sh", mixture, assemble, branches),
+        _link("mixture", "pretrain_cherry_1p8b.sh", mixture, stage_of("pretrain", mixture)),
     ]
     if selective is not None:
-        source = str(trained.run)
-        tuned = stage_of("pretrain", selective, load=[source])
-        links.append(_link("sgt", "sgt_finetune.sh", selective, tuned, source))
+        tuned = stage_of("pretrain", selective, parent=mixture)
+        links.append(_link("sgt", "sgt_finetune.sh", selective, tuned, mixture))
     links.append(_link("evaluate", "evaluate.sh", last, stage_of("evaluate", last)))
     return _needed(links)
 
 
-def _link(name: str, script: str, config: Path, stage: Stage, load: str = "") -> Link:
+def _link(name: str, script: str, config: Path, stage: Stage, parent: Path | None = None) -> Link:
     state = FINISHED if stage.finished else LEFT
-    return Link(name, script, config, load, "", state, str(stage.output))
+    return Link(name, script, config, parent, "", state, str(stage.output))
 
 
 def _of_branches(config: Path, stages: list[Stage]) -> Link:
@@ -82,7 +81,7 @@ def _of_branches(config: Path, stages: list[Stage]) -> Link:
     if len(left) > 1 and left == list(range(left[0], left[-1] + 1)):
         branches = f"{left[0]}-{left[-1]}"
     output = f"{stages[0].output} .. {stages[-1].output}"
-    return Link("recover", "recover_227m.sh", config, "", branches, LEFT if left else FINISHED, output)
+    return Link("recover", "recover_227m.sh", config, None, branches, LEFT if left else FINISHED, output)
 
 
 def _needed(links: list[Link]) -> list[Link]:

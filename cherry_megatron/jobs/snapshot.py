@@ -3,12 +3,11 @@
 import importlib.metadata
 import os
 import re
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
 from cherry_megatron.files import cannot_write, make_folder, write_atomically
-from cherry_megatron.versions import git_state
+from cherry_megatron.versions import git_difference, git_state
 
 # Variables whose values are nobody's business.
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE|COOKIE|AUTH", re.IGNORECASE)
@@ -28,7 +27,7 @@ def keep(folder: Path, config: str, environment: Mapping[str, str] = os.environ)
     """
     files = {
         "code.txt": "".join(f"{name}: {value}\n" for name, value in git_state().items()) or "no git repository\n",
-        "code.diff": _difference(),
+        "code.diff": git_difference(),
         "config.yaml": config,
         "environment.txt": "".join(f"{name}={_shown(name, environment[name])}\n" for name in sorted(environment)),
         "packages.txt": "".join(sorted({f"{d.name}=={d.version}\n" for d in importlib.metadata.distributions()})),
@@ -43,9 +42,3 @@ def keep(folder: Path, config: str, environment: Mapping[str, str] = os.environ)
 
 def _shown(name: str, value: str) -> str:
     return "(left out)" if _SECRET.search(name) and name not in _NO_SECRET else value
-
-
-def _difference() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "diff", "HEAD"]
-    done = subprocess.run(command, capture_output=True, check=False)
-    return done.stdout.decode(errors="replace")

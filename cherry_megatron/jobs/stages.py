@@ -90,7 +90,7 @@ def stage_of(
         overrides: of the configuration, as after --set.
         flags: Megatron's, as after `--`.
         load: runs or folders of checkpoints to start from.
-        parent: the configuration whose run is started from if `load` is empty; for an assembly each branch's.
+        parent: the configuration whose run is started from if `load` is empty; for an assembly all its branches.
 
     Raises:
         CherryError: what a configuration lacks.
@@ -100,10 +100,10 @@ def stage_of(
     last: int | None = None
     output, early, values = run, False, outline_values(found.megatron, flags)
     if verb == "pretrain":
+        if parent is not None and not load:
+            load = [str(_run_of(*_read(parent)))]
         arguments, start = _of_training(found, run, load)
-        last, early = values.get("train-iters"), any(values.get(flag) for flag in _ENDS_EARLY)
-        if not isinstance(last, int):
-            raise CherryError(f"{config}: set megatron.train-iters to the number of steps")
+        last, early = _last_step(config, values), any(values.get(flag) for flag in _ENDS_EARLY)
     elif verb == "compress-depth":
         output, sources = _to_compress_to(config, values), list(load) or [str(_run_of(*_read(parent)))]
         if len(sources) > 1:
@@ -115,6 +115,15 @@ def stage_of(
     else:
         arguments, start = (), f"the newest checkpoint of {run}"
     return Stage(verb, run, output, arguments, start, last, early, found.settings)
+
+
+def _last_step(config: Path, values: dict[str, Any]) -> int:
+    steps, samples, batch = (values.get(flag) for flag in ("train-iters", "train-samples", "global-batch-size"))
+    if samples is not None and batch and values.get("rampup-batch-size") is None:
+        return int(samples) // int(batch)
+    if not isinstance(steps, int):
+        raise CherryError(f"{config}: set megatron.train-iters, by which a job knows whether the run is finished")
+    return steps
 
 
 def _of_training(config: Outline, run: Path, load: Sequence[str]) -> tuple[tuple[str, ...], str]:

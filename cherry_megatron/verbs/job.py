@@ -24,7 +24,6 @@ def add_job(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--status", type=int, required=True, help="of the ranks")
     parser.add_argument("--state", default="", help="of the job, as squeue names it")
     parser.add_argument("--errors", type=Path, required=True, help="what srun wrote to standard error")
-    parser.add_argument("--silent", nargs="*", default=[], metavar="NODE", help="nodes that start nothing any more")
     parser = add_verb(
         actions, "chain", "the stages from a dense parent to an evaluated mixture, a line each", _chain
     )
@@ -76,7 +75,7 @@ def _end(arguments: argparse.Namespace) -> int:
     if attempt is None:
         raise CherryError(f"{stage.run / attempts.ATTEMPTS} has no attempt {start} of job {job}")
     errors = arguments.errors.read_text(errors="replace") if arguments.errors.exists() else ""
-    ranks = attempts.Ranks(arguments.status, errors, tuple(arguments.silent), arguments.state == "RUNNING")
+    ranks = attempts.Ranks(arguments.status, errors, arguments.state == "RUNNING")
     verdict = attempts.end(stage.run, attempt, ranks, stage.saved, stage.last, stage.ends_early)
     print(f"{stage.verb}: {verdict.decision}, {verdict.reason}", file=sys.stderr)
     if verdict.decision == attempts.REQUEUE:
@@ -89,8 +88,8 @@ def _chain(arguments: argparse.Namespace) -> None:
     from cherry_megatron.jobs.chain import chain
 
     for link in chain(arguments.base, arguments.branches, arguments.mixture, arguments.selective):
-        fields = (link.name, link.script, str(link.config), link.load, link.branches, link.state, link.output)
-        print("\t".join(field or "-" for field in fields))
+        fields = (link.name, link.script, link.config, link.parent, link.branches, link.state, link.output)
+        print("\t".join(str(field or "-") for field in fields))
 
 
 def _job() -> tuple[str, int]:

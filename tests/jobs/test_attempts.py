@@ -163,14 +163,6 @@ def test_ended_from_outside_says_nothing_of_the_node(job: Job) -> None:
     assert job.end(1, errors="srun: error: Node failure on n3\n").without == ("n3",)
 
 
-def test_silent_nodes_are_to_blame(job: Job) -> None:
-    """The ranks beside them fail because of them."""
-    job.start()
-    verdict = job.end(1, errors=KILLED, silent=("n4", "n5"))
-    assert verdict.without == ("n4", "n5")
-    assert verdict.reason == "n4,n5: does not answer; tried once more from step 0 of 100"
-
-
 def test_evaluated(tmp_path: Path) -> None:
     begin(tmp_path, "evaluate", "1", 0, "n1", 100)
     assert not evaluated(tmp_path, 100)

@@ -39,6 +39,10 @@ def test_training() -> None:
     assert (stage.start, stage.saved, stage.finished) == ("the run's own step 200", 200, False)
     assert stage_of("pretrain", BASE, ["megatron.train-iters=200"]).finished
     assert not stage_of("pretrain", BASE, ["run=runs/other"]).finished
+    by_samples = ["megatron.train-iters=null", "megatron.train-samples=5120"]
+    assert stage_of("pretrain", BASE, by_samples).last == 10
+    with pytest.raises(CherryError, match=r"set megatron\.train-iters, by which"):
+        stage_of("pretrain", BASE, [*by_samples, "megatron.rampup-batch-size=[8,8,100]"])
 
 
 def test_what_a_mixture_starts_from() -> None:
@@ -52,6 +56,7 @@ def test_what_a_mixture_starts_from() -> None:
     )  # fmt: skip
     stage = stage_of("pretrain", MIXTURE, load=["runs/else"])
     assert (stage.start, stage.arguments[1]) == ("runs/else", "megatron.load=runs/else")
+    assert stage_of("pretrain", MIXTURE, parent=BASE).start == "runs/base_1b"
     assert stage_of("pretrain", BRANCH).start == "runs/compressed_227m", "what the configuration names"
 
 
@@ -120,7 +125,10 @@ def test_chain(tmp_path: Path) -> None:
     attempts.end(Path("runs/cherry_1p8b"), attempt, attempts.Ranks(0), 20000, None, False)
     assert chain(BASE, short, MIXTURE)[-1].state == "finished"
     links = chain(BASE, short, MIXTURE, CONFIGS / "sgt_1p8b.yaml")
-    assert [(link.name, link.load) for link in links[-2:]] == [("sgt", "runs/cherry_1p8b"), ("evaluate", "")]
+    assert [(link.name, link.parent) for link in links] == [
+        ("base", None), ("compress", BASE), ("recover", None), ("assemble", short), ("mixture", None),
+        ("sgt", MIXTURE), ("evaluate", None),
+    ]  # fmt: skip
     assert links[-1].output == "runs/sgt_1p8b"
     with pytest.raises(CherryError, match="a chain ends in a mixture"):
         chain(BASE, short, BASE)

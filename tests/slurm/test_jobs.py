@@ -93,7 +93,6 @@ def test_mistake_in_a_job(cluster: Cluster, project: Path) -> None:
         pytest.param(("scancel", "--signal=USR1"), "requeue", marks=pytest.mark.full),
         pytest.param(("scancel", "--signal=TERM", "--batch"), "requeue", marks=pytest.mark.full),
         pytest.param(("scancel", "--signal=USR1", "--batch"), "requeue", marks=pytest.mark.full),
-        pytest.param(("scancel", "--signal=TERM", "--full"), "requeue", marks=pytest.mark.full),
     ],
 )
 def test_told_to_stop(cluster: Cluster, project: Path, stub: Stub, command: tuple[str, ...], decision: str) -> None:
@@ -133,6 +132,7 @@ def test_ended_for_good(cluster: Cluster, project: Path, stub: Stub, requeue: bo
 
 # Makes what each stage would.
 MAKES = """\
+echo "$*"
 while [ $# -gt 0 ]; do
     [ "$1" != --save ] || output=$2
     shift
@@ -160,5 +160,9 @@ def test_chain(cluster: Cluster, project: Path, stub: Stub) -> None:
     assert [a.verb for a in read_attempts(project / "runs/mixture")] == ["assemble-moee", "pretrain", "evaluate"]
     told = (project / f"runs/mixture/logs/slurm-{table['mixture'][0]}.out").read_text()
     assert "pretrain from runs/mixture/assembled\n" in told
+    given = (project / f"runs/branch/0/logs/slurm-{table['compress'][0]}-0.out").read_text().split()
+    assert given[-4:] == ["--load", "runs/base", "--save", "runs/compressed"]
+    given = (project / f"runs/mixture/logs/slurm-{table['assemble'][0]}-0.out").read_text().split()
+    assert given[-5:] == ["--load", "runs/branch/0", "runs/branch/1", "--save", "runs/mixture/assembled"]
     finished = submitted(launch(project, env, script=script))
     assert finished == dict.fromkeys(names, ("-", "finished"))

@@ -16,32 +16,40 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.launching import TWO_BY_TWO, job_id, launch, small_chain, submitted, tail, until
 
 Write = Callable[..., Path]
+Undisturbed = Callable[..., list[dict[str, float]]]
 STEPS = 20
-# A step takes a third of a second. Dropout: a resumed training needs the state of its random numbers.
-SLOW = {"megatron": {"train-iters": STEPS, "hidden-dropout": 0.1, "global-batch-size": 32, "save-interval": 6}}
+LONG = 140  # more than SLURM takes to miss a node
+
+
+def slow(steps: int) -> dict[str, Any]:
+    """A step takes a third of a second. Dropout: a resumed training needs the state of its random numbers."""
+    return {"megatron": {"train-iters": steps, "hidden-dropout": 0.1, "global-batch-size": 32, "save-interval": 6}}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(
     tmp_path_factory: pytest.TempPathFactory, write_config: Write, train: Callable[..., Any]
-) -> Callable[[int], list[dict[str, float]]]:
-    """The steps of a training without a stop, by number of ranks."""
-    found: dict[int, list[dict[str, float]]] = {}
+) -> Undisturbed:
+    """The steps of a training without a stop, by numbers of ranks and steps."""
+    found: dict[tuple[int, int], list[dict[str, float]]] = {}
 
-    def get(ranks: int) -> list[dict[str, float]]:
-        if ranks not in found:
-            found[ranks] = train(write_config(tmp_path_factory.mktemp("undisturbed"), **SLOW), ranks)
-        return found[ranks]
+    def get(ranks: int, steps: int = STEPS) -> list[dict[str, float]]:
+        if (ranks, steps) not in found:
+            path = write_config(tmp_path_factory.mktemp("undisturbed"), **slow(steps))
+            found[ranks, steps] = train(path, ranks)
+        return found[ranks, steps]
 
     return get
 
 
-def start(cluster: Cluster, project: Path, write_config: Write, steps: int, **settings: str) -> tuple[str, Path]:
-    """Submit a training on 2 nodes; returns its job and its run once so many steps are done."""
-    path = write_config(project, **SLOW)
+def start(
+    cluster: Cluster, project: Path, write_config: Write, wait: int, steps: int = STEPS, **settings: str
+) -> tuple[str, Path]:
+    """Submit a training on 2 nodes; returns its job and its run once `wait` steps are done."""
+    path = write_config(project, **slow(steps))
     env = {**cluster.env, **TWO_BY_TWO, "CLUSTER_VENV": sys.prefix, **settings}
     job, run = job_id(launch(project, env, str(path))), Path(yaml.safe_load(path.read_text())["run"])
-    assert until(lambda: done(run) >= steps or over(cluster, job), 240), tail(run)
+    assert until(lambda: done(run) >= wait or over(cluster, job), 240), tail(run)
     return job, run
 
 
@@ -63,9 +71,7 @@ def ends_like(cluster: Cluster, job: str, run: Path, steps: list[dict[str, float
     return read_attempts(run)
 
 
-def test_preempted(
-    cluster: Cluster, write_config: Write, project: Path, undisturbed: Callable[[int], list[dict[str, float]]]
-) -> None:
+def test_preempted(cluster: Cluster, write_config: Write, project: Path, undisturbed: Undisturbed) -> None:
     """Told to stop it saves, is requeued, and ends with the trace of a training without a stop."""
     job, run = start(cluster, project, write_config, 3, CLUSTER_GPUS_PER_NODE="1")
     cluster.call("scancel", "--signal=TERM", job)
@@ -80,7 +86,7 @@ def test_preempted(
 @pytest.mark.parametrize("how", ["--signal=USR1", "--signal=TERM --batch", "requeue"])
 def test_stopped_on_two_nodes_of_two_tasks(
     how: str, cluster: Cluster, write_config: Write, project: Path,
-    undisturbed: Callable[[int], list[dict[str, float]]],
+    undisturbed: Undisturbed,
 ) -> None:  # fmt: skip
     job, run = start(cluster, project, write_config, 3)
     cluster.call(*(("scontrol", "requeue") if how == "requeue" else ("scancel", *how.split())), job)
@@ -91,9 +97,7 @@ def test_stopped_on_two_nodes_of_two_tasks(
 
 
 @pytest.mark.full
-def test_time_limit(
-    cluster: Cluster, write_config: Write, project: Path, undisturbed: Callable[[int], list[dict[str, float]]]
-) -> None:
+def test_time_limit(cluster: Cluster, write_config: Write, project: Path, undisturbed: Undisturbed) -> None:
     """SLURM's signal before the limit; which may come up to a minute early, and here comes in the first steps."""
     options = "--time=2 --signal=TERM@85"
     job, run = start(
@@ -104,9 +108,7 @@ def test_time_limit(
 
 
 @pytest.mark.full
-def test_rank_killed(
-    cluster: Cluster, write_config: Write, project: Path, undisturbed: Callable[[int], list[dict[str, float]]]
-) -> None:
+def test_rank_killed(cluster: Cluster, write_config: Write, project: Path, undisturbed: Undisturbed) -> None:
     """A rank that is killed takes its node out of the next attempt, which goes on from the last checkpoint."""
     job, run = start(cluster, project, write_config, 8, CLUSTER_GPUS_PER_NODE="1")
     cluster.call("scancel", "--signal=KILL", f"{job}.0")
@@ -119,14 +121,15 @@ def test_rank_killed(
 @pytest.mark.parametrize(("node", "all_of_it"), [(0, True), (1, True), (0, False), (1, False)])
 def test_node_lost(
     node: int, all_of_it: bool, write_config: Write, project: Path,
-    undisturbed: Callable[[int], list[dict[str, float]]],
+    undisturbed: Undisturbed,
 ) -> None:  # fmt: skip
     """A slurmd that is killed, alone or with all that it runs: the job goes on without that node."""
     cluster = Cluster(nodes=3, cpus=2, gpus=2)
     try:
-        job, run = start(cluster, project, write_config, 8, CLUSTER_GPUS_PER_NODE="1")
+        steps = STEPS if all_of_it else LONG
+        job, run = start(cluster, project, write_config, 8, steps, CLUSTER_GPUS_PER_NODE="1")
         cluster.kill_node(cluster.nodes[node], all_of_it)
-        attempts = ends_like(cluster, job, run, undisturbed(2))
+        attempts = ends_like(cluster, job, run, undisturbed(2, steps))
         assert attempts[-1].step >= 6
         left = [name for name in cluster.nodes if name != cluster.nodes[node]]
         assert cluster.call("scontrol", "show", "hostnames", attempts[-1].nodes).split() == left
