@@ -19,7 +19,7 @@ from cherry_megatron.errors import CherryError
 from cherry_megatron.files import append_lines, cannot_write, read_lines
 
 ATTEMPTS = "attempts.jsonl"
-REFUSED = 2  # the exit status of bad input, which another attempt does not change
+REFUSED = 2  # the exit status of bad input
 MOST_IN_VAIN = 5  # attempts in a row that leave no newer checkpoint
 _FIRST = re.compile(r"^srun: error: (?:Node failure on )?([\w.-]+)(?:$|: (tasks? [^:]+: .+))", re.MULTILINE)
 _STARTS = ("verb", "job", "start", "nodes", "step", "offset")  # the keys of the two lines
@@ -150,10 +150,10 @@ def end(run: Path, attempt: Attempt, ranks: Ranks, saved: int, last: int | None,
         early: whether the training may end before it by itself.
     """
     node, cause = first_to_fail(ranks.errors)
-    if cause.endswith("Terminated"):  # from outside, which says nothing of the node
-        node = ""
     code = re.search(r"exit code (\d+)$", cause)  # the others' is that of being ended
-    attempt.status, attempt.node, attempt.cause = int(code[1]) if code else ranks.status, node, cause
+    attempt.status, attempt.cause = int(code[1]) if code else ranks.status, cause
+    # Neither being ended from outside nor bad input says anything of the node.
+    attempt.node = "" if cause.endswith("Terminated") or attempt.status == REFUSED else node
     attempt.saved, attempt.reached = saved, _reached(run, attempt)
     earlier = [a for a in read_attempts(run, attempt.job) if a.start != attempt.start]
     verdict = _decide([*earlier, attempt], ranks.running, last, early)
@@ -169,7 +169,8 @@ def _decide(attempts: Sequence[Attempt], running: bool, last: int | None, early:
         return Verdict(FINISHED, "finished" if last is None else f"finished at {at}")
     if not running:
         return Verdict(LEFT, f"ended by SLURM, saved at {at}" if last else "ended by SLURM")
-    if attempt.status == REFUSED:
+    # Later than at the first start it is not the input: a rank of a lost node may still hold the run's lock.
+    if attempt.status == REFUSED and len(attempts) == 1:
         return Verdict(STOP, "refused, see the ranks' logs")
     if attempt.status == 0 and early:
         return Verdict(STOP, f"ended at {at}, as --exit-interval or --exit-duration-in-mins asks")

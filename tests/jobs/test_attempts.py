@@ -75,11 +75,22 @@ def test_what_slurm_ends_is_left_to_it(job: Job) -> None:
     assert job.end(143, running=False).decision == LEFT, "preempted twice at a step is no failure"
 
 
-def test_bad_input_is_not_tried_again(job: Job) -> None:
+def test_bad_input_is_not_tried_again(tmp_path: Path) -> None:
+    for number, ranks in enumerate(({"status": 2}, {"status": 143, "errors": KILLED.replace("code 7", "code 2")})):
+        job = Job(tmp_path / str(number))
+        job.start()
+        assert job.end(**ranks).decision == STOP
+
+
+def test_refused_later_is_tried_once_more(job: Job) -> None:
+    """A rank of a node that SLURM has given up may still be there and hold the run's lock."""
+    job.start()
+    job.end(0, saved=5)
+    job.start()
+    verdict = job.end(143, errors=KILLED.replace("code 7", "code 2"))
+    assert (verdict.decision, verdict.without) == (REQUEUE, ())
     job.start()
     assert job.end(2).decision == STOP
-    job.start()
-    assert job.end(143, errors=KILLED.replace("code 7", "code 2")).decision == STOP, "the others were ended"
 
 
 def test_early_end_that_was_asked_for(job: Job) -> None:
