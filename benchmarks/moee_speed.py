@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from train_speed import FP8, SEQUENCES, median_seconds, train_in
+from pretraining import FP8, SEQUENCES, median_seconds, train_in
 
 from cherry_megatron.versions import git_state
 

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from train_speed import SEQUENCES, median_seconds, train
+from pretraining import SEQUENCES, median_seconds, train
 
 from cherry_megatron.versions import git_state
 

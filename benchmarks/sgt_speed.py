@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from train_speed import SEQUENCES, median_seconds, train_in
+from pretraining import SEQUENCES, median_seconds, train_in
 
 from cherry_megatron.sgt.loss import Supervision, loss_function
 from cherry_megatron.versions import git_state

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -152,6 +153,22 @@ def new_folder(save: Path, needed: int) -> Iterator[Path]:
 def hidden_folder(save: Path) -> Path:
     """Where `new_folder` has what will be `save`."""
     return save.parent / f".{save.name}.partial"
+
+
+def why_not_writable(folder: Path) -> str | None:
+    """Why nothing can be written into a folder that may have to be made; None if it can.
+
+    It is tried: modes do not tell of read-only file systems and the like.
+    """
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    try:
+        with tempfile.TemporaryDirectory(prefix=".cherry-", dir=there):
+            return None
+    except OSError as error:
+        why = "is not a folder" if not there.is_dir() else f"takes no new folder ({error.strerror})"
+        return f"{there} {why}"
 
 
 def refuse_taken(save: Path) -> None:

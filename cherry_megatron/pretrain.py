@@ -18,7 +18,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 
 from cherry_megatron.before_step import BeforeStep
-from cherry_megatron.checkpoints import Loading, recorder, start_from, unchanged_start, where_from
+from cherry_megatron.checkpoints import recorder, start_from, unchanged_start, where_from
 from cherry_megatron.checks import require
 from cherry_megatron.config import Config
 from cherry_megatron.data.batches import build_datasets, build_held_out
@@ -26,6 +26,7 @@ from cherry_megatron.distillation import Teacher
 from cherry_megatron.errors import CherryError
 from cherry_megatron.files import cannot_write
 from cherry_megatron.flags import megatron_arguments
+from cherry_megatron.loading import Loading
 from cherry_megatron.model.build import build_mixture, build_model, prepare_config
 from cherry_megatron.monitor.accounting import training_flops
 from cherry_megatron.monitor.console import Console

@@ -97,7 +97,7 @@ CASES = {
     "head": ("looped", ("megatron.untie-embeddings-and-output-weights=false",), (), "output-weights is False, but"),
     "width": ("looped", ("megatron.ffn-hidden-size=96",), (), "ffn-hidden-size is 96, but PATH has 64"),
     "heads-without-record": ("unrecorded", HEADS, (), "num-attention-heads is 2, but"),
-    "tokenizer": ("looped", (OTHER_TOKENS,), (), "or name megatron.tokenizer-model in `changed` to go on"),
+    "tokenizer": ("looped", (OTHER_TOKENS,), (), "or a copy of it, or name megatron.tokenizer-model in `changed`"),
     # Changed on purpose.
     "changed-angles": ("looped", (ANGLES, "changed=[megatron.rotary-base]"), (), ""),
     "changed-tokenizer": ("looped", (OTHER_TOKENS, "changed=[megatron.tokenizer-model]"), (), ""),

@@ -1,8 +1,13 @@
-"""Be called before and after each training step; megatron.training has no callback there."""
+"""Be called before and after each training step; megatron.training has no callback there.
+
+And have the step's learning rate reported: Megatron-core 0.19.2 reads it when its schedule has moved on, and so
+reports the next step's rate beside a step's loss.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.training import training
 
 _train_step = training.train_step
@@ -24,6 +29,9 @@ def around_each_step(prepare: Callable[..., Any], finish: Callable[..., None]) -
         *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
         data_iterator = prepare(data_iterator, model, config)
+        rate = get_canonical_lr_for_logging(optimizer.param_groups)
+        used = None if rate is None else float(rate)  # a tensor would change with the schedule
+        training.get_canonical_lr_for_logging = lambda _: used
         done = _train_step(forward_step_func, data_iterator, model, optimizer, scheduler, config, *args, **kwargs)
         finish(model)
         return done

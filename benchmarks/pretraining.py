@@ -1,0 +1,69 @@
+"""Trainings that benchmarks measure: `cherry pretrain` with real text, and the steps that it records."""
+
+import argparse
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from cherry_megatron.runs import read_steps
+
+SEQUENCES = 8  # a step
+FP8 = "--fp8-format hybrid --fp8-recipe"
+GRAPH = "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"
+
+
+def median_seconds(steps: list[dict[str, float]]) -> float:
+    """Of a step, without the first third."""
+    return statistics.median(step["seconds"] for step in steps[len(steps) // 3 :])
+
+
+def train(
+    configuration: str, overrides: list[str], flags: list[str], options: argparse.Namespace, ranks: int = 1
+) -> list[dict[str, float]]:
+    """The steps of a training with SEQUENCES sequences a step and rank.
+
+    Raises:
+        RuntimeError: if it fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        return train_in(Path(folder), configuration, overrides, flags, options, ranks)
+
+
+def train_in(
+    folder: Path,
+    configuration: str,
+    overrides: list[str],
+    flags: list[str],
+    options: argparse.Namespace,
+    ranks: int = 1,
+) -> list[dict[str, float]]:
+    """As `train`, in a folder that stays."""
+    module = ["-m", "cherry_megatron.cli"]
+    program = [sys.executable, *module]
+    if ranks > 1:
+        program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *module]
+    command = [*program, "pretrain", "--config", f"configs/{configuration}.yaml"]
+    for override in [f"run={folder}", *overrides]:
+        command += ["--set", override]
+    length = (
+        f"--train-iters {options.steps} --lr-warmup-iters 2 --global-batch-size {SEQUENCES * ranks} "
+        "--eval-iters 4 --eval-interval 1000 --save-interval 100000 --split 98,1,1 --no-save-optim"
+    )
+    environment = {**os.environ, "CHERRY_TOKENIZER": options.tokenizer, "CHERRY_DATA": options.data}
+    environment["PYTHONFAULTHANDLER"] = "1"
+    with subprocess.Popen(
+        [*command, "--", *length.split(), *flags], env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            _, errors = process.communicate(timeout=options.limit)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)  # faulthandler then says where it was
+            _, errors = process.communicate()
+        if process.returncode:
+            print(errors[-2000:], file=sys.stderr)
+            raise RuntimeError(f"failed with status {process.returncode}")
+    return read_steps(folder)
