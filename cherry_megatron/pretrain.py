@@ -34,6 +34,7 @@ from cherry_megatron.monitor.evaluation import LoopEvaluation
 from cherry_megatron.monitor.experts import report_of_step
 from cherry_megatron.monitor.progress import Progress
 from cherry_megatron.objective import Objective
+from cherry_megatron.platform.leaving import end_on_user_signal
 from cherry_megatron.platform.machine import Machine
 from cherry_megatron.platform.saving import before_checkpoint_counts, save_in_this_process
 from cherry_megatron.platform.steps import around_each_step
@@ -62,6 +63,7 @@ def pretrain(
         What `evaluation` made.
     """
     require(machine, config)
+    end_on_user_signal()
     terminal = sys.stdout
     with Console() as console:
         args = initialize(config, machine, extra or {})
