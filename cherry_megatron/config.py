@@ -31,10 +31,9 @@ from cherry_megatron.flags import action_of, megatron_arguments, nearest, outlin
 from cherry_megatron.model.options import Mixture, MultiToken, Recurrence
 from cherry_megatron.model.pattern import MOE
 from cherry_megatron.model.plan import Plan, make_plan
-from cherry_megatron.model.shape import Shape
+from cherry_megatron.model.shape import Shape, heads_of
 from cherry_megatron.sections import plain, section_of
 from cherry_megatron.sgt.options import Selective
-from cherry_megatron.storage.fits import heads_of
 from cherry_megatron.yaml_files import read_file, set_value
 
 

@@ -13,9 +13,9 @@ class CherryError(Exception):
 
 @contextmanager
 def naming(what: object) -> Iterator[None]:
-    """Have refusals begin with what they are of, a file or a key, if they do not name it already."""
+    """Have refusals begin with what they are of, a file or a key, if they do not do so already."""
     try:
         yield
     except CherryError as error:
         text = str(error)
-        raise CherryError(text if str(what) in text else f"{what}: {text}") from None
+        raise CherryError(text if text.startswith(str(what)) else f"{what}: {text}") from None

@@ -155,20 +155,26 @@ def hidden_folder(save: Path) -> Path:
     return save.parent / f".{save.name}.partial"
 
 
-def why_not_writable(folder: Path) -> str | None:
+def why_not_writable(folder: Path, tried: bool = False) -> str | None:
     """Why nothing can be written into a folder that may have to be made; None if it can.
 
-    It is tried: modes do not tell of read-only file systems and the like.
+    Args:
+        folder: the folder.
+        tried: by making a folder there, which also sees what modes do not tell; by one process of many at most.
     """
     there = folder.absolute()
-    while not there.exists():
-        there = there.parent
     try:
-        with tempfile.TemporaryDirectory(prefix=".cherry-", dir=there):
-            return None
+        while not there.exists():
+            there = there.parent
+        if not there.is_dir():
+            return f"{there} is not a folder"
+        if not os.access(there, os.W_OK | os.X_OK):
+            return f"{there} may not be written"
+        if tried:
+            tempfile.TemporaryDirectory(prefix=".cherry-", dir=there).cleanup()
     except OSError as error:
-        why = "is not a folder" if not there.is_dir() else f"takes no new folder ({error.strerror})"
-        return f"{there} {why}"
+        return f"{there} takes no new folder ({error.strerror})"
+    return None
 
 
 def refuse_taken(save: Path) -> None:

@@ -124,11 +124,6 @@ def action_of(flag: str) -> argparse.Action:
     return _parser()._option_string_actions[f"--{flag}"]
 
 
-def is_flag(name: str) -> bool:
-    """Whether Megatron has a flag of this name."""
-    return f"--{name}" in _outline()._option_string_actions
-
-
 def check_name(flag: str, path: Path | None = None) -> None:
     """See that Megatron has a flag.
 
@@ -139,8 +134,9 @@ def check_name(flag: str, path: Path | None = None) -> None:
     Raises:
         CherryError: with the nearest name.
     """
-    if not is_flag(flag):
-        known = [option.removeprefix("--") for option in _outline()._option_string_actions]
+    options = _outline()._option_string_actions
+    if f"--{flag}" not in options:
+        known = [option.removeprefix("--") for option in options]
         where = f"{path}: unknown key megatron.{flag}" if path else f"unknown Megatron flag --{flag}"
         raise CherryError(f"{where}{nearest(flag, known)}")
 

@@ -35,7 +35,9 @@ class Loading:
         traceback.print_exception(error, file=sys.stdout)  # into the log
         folder = newest(Path(self._load))
         says = _first_sentence(error, folder)
-        raise CherryError(f"cannot load {folder}: {says}; restore the checkpoint{way_back(folder)}") from error
+        raise CherryError(
+            f"cannot load {folder}: {says}; if it is damaged, restore it{way_back(folder)}"
+        ) from error
 
 
 def _first_sentence(error: BaseException, folder: Path) -> str:

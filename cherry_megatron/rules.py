@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from cherry_megatron.errors import CherryError, naming
 from cherry_megatron.expert_rules import EXPERT_DEFAULTS
-from cherry_megatron.flags import check_name, is_flag, names_of, nearest
+from cherry_megatron.flags import check_name, names_of, nearest
 from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.plan import check_stages
 from cherry_megatron.section_rules import GRAPH, check_sections
-from cherry_megatron.storage.trained import CHANGEABLE, HELD
+from cherry_megatron.storage.trained import CHANGEABLE
 
 if TYPE_CHECKING:
     from cherry_megatron.config import Config
@@ -131,26 +131,16 @@ def changed_keys(path: Path, values: Any) -> tuple[str, ...]:
         values: what it says.
 
     Raises:
-        CherryError: naming a key that cannot be changed, or need not be named.
+        CherryError: naming a key that it cannot name.
     """
     if not isinstance(values, list) or not all(isinstance(key, str) for key in values):
         raise CherryError(f"{path}: `changed` must be a list of keys, e.g. changed: [megatron.rotary-base]")
     for key in values:
         if key not in CHANGEABLE:
-            raise CherryError(f"{path}: `changed` names {key}, {_why_not_changeable(key)}")
+            raise CherryError(f"{path}: `changed` cannot name {key}{nearest(key, CHANGEABLE)}")
         if values.count(key) > 1:
             raise CherryError(f"{path}: `changed` names {key} twice; keep one")
     return tuple(values)
-
-
-def _why_not_changeable(key: str) -> str:
-    section, _, name = key.partition(".")
-    if key in HELD or (section == "megatron" and name in (*_DERIVED, *_FIXED, *_UNSUPPORTED)):
-        return "which a run has as the checkpoint that it starts from; take it out"
-    known = {"megatron": is_flag(name), "recurrence": name in Recurrence.__dataclass_fields__}
-    if not known.get(section, bool(name)):
-        return f"which is no key{nearest(key, CHANGEABLE)}"
-    return "which may differ without being named; take it out"
 
 
 def by_flag(path: Path, values: Any) -> dict[str, Any]:
@@ -179,6 +169,7 @@ def check(config: "Config") -> None:
                 raise CherryError(f"--{flag} must be {wanted}: {why}")
         _check_numbers(config)
         check_outline(config.recurrence, config.all_flags)
+        check_stages(config.recurrence, config.value("pipeline-model-parallel-size"))
         _check_sizes(config)
         _check_split(config)
         _check_tensor_parallel(config)
@@ -223,7 +214,6 @@ def check_outline(recurrence: Recurrence, given: dict[str, Any]) -> None:
             f"recurrence.loop_rank {recurrence.loop_rank} is more than megatron.hidden-size {hidden}, the rank of "
             "whole weights; use less"
         )
-    check_stages(recurrence, given.get("pipeline-model-parallel-size") or 1)
 
 
 def _check_sizes(config: "Config") -> None:

@@ -30,7 +30,7 @@ import yaml
 from cherry_megatron.config import Config
 from cherry_megatron.errors import CherryError
 from cherry_megatron.files import lock_or_refuse, read_lines, write_atomically
-from cherry_megatron.storage.checkpoint import newest, saved_folder, why_none
+from cherry_megatron.storage.checkpoint import newest, saved_folder, whole, why_none
 from cherry_megatron.versions import git_state, installed_versions
 
 
@@ -41,7 +41,7 @@ def own_checkpoints(config: Config) -> Path | None:
         CherryError: if it holds some that do not count.
     """
     folder = config.run.absolute() / "checkpoints"
-    if (saved := saved_folder(folder)) is None and any(folder.glob("iter_*/.metadata")):
+    if (saved := saved_folder(folder)) is None and whole(folder):
         raise CherryError(f"{why_none(folder)}, or choose another run")
     return saved
 

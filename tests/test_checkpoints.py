@@ -252,11 +252,8 @@ def test_what_is_changed_is_said_and_recorded(starts, tmp_path, train):
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        (
-            "[megatron.hidden-size]",
-            "names megatron.hidden-size, which a run has as the checkpoint",
-        ),
-        ("[recurrence.pattern]", "names recurrence.pattern, which"),
+        ("[megatron.lr]", "`changed` cannot name megatron.lr"),
+        ("[recurrence.pattern]", "`changed` cannot name recurrence.pattern"),
         ("[rotary-base]", "did you mean 'megatron.rotary-base'?"),
         ("megatron.rotary-base", "`changed` must be a list of keys"),
         ("[5]", "`changed` must be a list of keys"),

@@ -24,16 +24,19 @@ def around_each_step(prepare: Callable[..., Any], finish: Callable[..., None]) -
         finish: before the step is reported.
     """
 
+    used: float | None = None
+
     def step(
         forward_step_func: Any, data_iterator: Any, model: Any, optimizer: Any, scheduler: Any, config: Any,
         *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
+        nonlocal used
         data_iterator = prepare(data_iterator, model, config)
         rate = get_canonical_lr_for_logging(optimizer.param_groups)
         used = None if rate is None else float(rate)  # a tensor would change with the schedule
-        training.get_canonical_lr_for_logging = lambda _: used
         done = _train_step(forward_step_func, data_iterator, model, optimizer, scheduler, config, *args, **kwargs)
         finish(model)
         return done
 
     training.train_step = step
+    training.get_canonical_lr_for_logging = lambda _: used

@@ -113,8 +113,8 @@ def _how(entry: dict[str, Any]) -> str:
     if {"method", "groups"} <= {*options}:
         found.append(f"{options['method']}, groups {options['groups']}")
         found += [f"align {options['align']}"] if options.get("align", "none") != "none" else []
-    settings = entry.get("settings", entry.get("config"))
-    changed = settings.get("changed") if isinstance(settings, dict) else None
+    config = entry.get("config")
+    changed = config.get("changed") if isinstance(config, dict) else None
     if isinstance(changed, list) and changed:
         found.append(f"changed {' '.join(map(str, changed))}")
     return f"{', '.join(found)}  " if found else ""
@@ -139,7 +139,7 @@ def _verify(checkpoint: Checkpoint) -> None:
         )
     checkpoint.check(list(checkpoint.tensors))
     hash_all(checkpoint, tqdm(checkpoint.tensors, unit="tensor", desc="verify", disable=None))
-    if why := damage(checkpoint.folder):  # what is no tensor, too
+    if why := damage(checkpoint.folder):  # of all files, what is no tensor in them too
         raise CherryError(f"{why}; restore the checkpoint")
 
 

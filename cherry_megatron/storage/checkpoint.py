@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from cherry_megatron.errors import CherryError
-from cherry_megatron.storage.integrity import check_description
+from cherry_megatron.storage.integrity import INTEGRITY, check_description
 from cherry_megatron.storage.lineage import Manifest, read_manifest
 from cherry_megatron.storage.records import DTYPES, Array, load_pickle, read_object, read_tensor
 
@@ -296,7 +296,7 @@ def _saved_to(path: Path) -> tuple[Path, Path]:
 
 def why_none(path: Path) -> str:
     """Why there is no checkpoint in a folder that is not one that Megatron saved to, and what to do."""
-    left = [found.parent for folder in _saved_to(path) for found in sorted(folder.glob("iter_*/.metadata"))]
+    left = [found for folder in _saved_to(path) for found in whole(folder)]
     if left:
         return (
             f"{path} holds {left[-1].name}, but {TRACKER} is missing; write the number of the checkpoint to "
@@ -331,8 +331,13 @@ def way_back(folder: Path) -> str:
     Args:
         folder: the checkpoint, in a folder that a training saved to.
     """
-    others = sorted({found.parent.name for found in folder.parent.glob("iter_*/.metadata")} - {folder.name})
-    return f", or go back to {others[-1]}: write its number into {folder.parent / TRACKER}" if others else ""
+    before = [found.name for found in whole(folder.parent) if found.name < folder.name]
+    return f", or go back to {before[-1]}: write its number into {folder.parent / TRACKER}" if before else ""
+
+
+def whole(saved: Path) -> list[Path]:
+    """The checkpoints of a folder that were saved to their end, in order: hashes of their files come last."""
+    return sorted(found.parent for found in saved.glob(f"iter_*/{INTEGRITY}"))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

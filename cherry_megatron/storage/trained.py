@@ -46,19 +46,6 @@ TOKENIZER = "megatron.tokenizer-model"
 CHANGEABLE = (
     "recurrence.order", "recurrence.injection", TOKENIZER, *(f"megatron.{flag}" for flag in (*FUNCTION, *_GATES)),
 )  # fmt: skip
-# What it has as that checkpoint: sizes, layers, and what these have of each loop.
-HELD = (
-    *(f"recurrence.{key}" for key in ("pattern", "loop_scales", "loop_rank", "loop_routers")),
-    *(
-        f"megatron.{flag}"
-        for flag in (
-            "hidden-size", "ffn-hidden-size", "num-attention-heads", "group-query-attention", "num-query-groups",
-            "kv-channels", "swiglu", "padded-vocab-size", "untie-embeddings-and-output-weights", "num-experts",
-            "moe-ffn-hidden-size",
-        )
-    ),
-    "mtp.depths", "moee.experts", "moee.router_hidden",
-)  # fmt: skip
 
 Differences = dict[str, tuple[Any, Any]]  # key of a configuration -> its value, the checkpoint's
 

@@ -13,8 +13,9 @@ from cherry_megatron.errors import CherryError, naming
 from cherry_megatron.files import new_folder
 from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.pattern import Pattern
+from cherry_megatron.model.shape import heads_of
 from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint, together
-from cherry_megatron.storage.fits import check_fit, heads_of
+from cherry_megatron.storage.fits import check_fit
 from cherry_megatron.storage.layers import EMBEDDING, Source, source_layers
 from cherry_megatron.storage.lineage import Manifest, parent, record
 from cherry_megatron.storage.trained import check_trained, other_function, recorded_recurrence

@@ -131,7 +131,7 @@ def _check_common(workers: int, save: Path, loads: list[Path]) -> None:
         if save.resolve().is_relative_to(load.resolve()):
             where = "" if save.resolve() == load.resolve() else "inside "
             raise CherryError(f"--save {save} is {where}{load}, which is only read; choose a folder beside it")
-    if why := why_not_writable(save.absolute().parent):
+    if why := why_not_writable(save.absolute().parent, tried=True):
         raise CherryError(f"cannot write --save {save}: {why}; choose another place")
 
 

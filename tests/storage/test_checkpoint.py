@@ -99,6 +99,9 @@ def test_what_is_missing_around_a_checkpoint_is_named(tmp_path):
     saved = save(run / "checkpoints", model_tensors(2))
     assert open_checkpoint(run).folder == saved / "iter_0000007"
     (saved / "latest_checkpointed_iteration.txt").unlink()
+    with pytest.raises(CherryError, match="no checkpoint there"):  # its save may have been killed
+        open_checkpoint(run)
+    (saved / "iter_0000007/integrity.json").write_text("{}")
     for path in (run, saved):
         with pytest.raises(CherryError) as found:
             open_checkpoint(path)
