@@ -24,5 +24,5 @@ step pretrain --config configs/tiny_branch.yaml
 step pretrain --config configs/tiny_mixture.yaml
 step params configs/tiny_mixture.yaml
 step lineage $run/moee
-step generate --config configs/tiny_mixture.yaml --prompt "결제를 연동하려면" --tokens 32 --temperature 0.7 --top-p 0.9
+step generate --config configs/tiny_mixture.yaml --prompt "결제를 요청하면" --tokens 16 --temperature 0.3 --top-p 0.9
 printf '\nTensorBoard: %s/tensorboard --logdir %s\n' "$(dirname "$cherry")" $run
