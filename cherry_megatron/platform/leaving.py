@@ -4,6 +4,8 @@ import os
 import sys
 from typing import NoReturn
 
+AGAIN = 75  # the exit status of a training that is to be started again (EX_TEMPFAIL of sysexits.h)
+
 
 def leave(status: int) -> NoReturn:
     """End this process; one with a process group at once.
