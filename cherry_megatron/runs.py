@@ -126,10 +126,11 @@ def read_steps(run: Path) -> list[dict[str, float]]:
 
 
 def recent_steps(run: Path) -> list[dict[str, Any]]:
-    """The same of a long run's last steps only: those of the last 4 MiB."""
+    """The same of the last 4 MiB, up to the step that was recorded last: those after it were before a rewind."""
     path = run / "steps.jsonl"
-    steps = {step["iteration"]: step for step in read_last_lines(path, 1 << 22)} if path.exists() else {}
-    return [steps[iteration] for iteration in sorted(steps)]
+    lines = list(read_last_lines(path, 1 << 22)) if path.exists() else []
+    steps = {line["iteration"]: line for line in lines}
+    return [steps[iteration] for iteration in sorted(steps) if iteration <= lines[-1]["iteration"]]
 
 
 def last_saved(run: Path) -> int:

@@ -66,6 +66,11 @@ class Progress:
         # A training that has nothing left to do begins no step.
         return max(int(args.iteration), int(args.curr_iteration) + 1)
 
+    @property
+    def under_way(self) -> bool:
+        """Whether enough was learned to tell what the model does: a tenth of the training."""
+        return bool(self._args.skip_train) or self.iteration >= self._args.train_iters / 10
+
     def ends_interval(self, iteration: int) -> bool:
         """Whether a line is printed after a step."""
         return iteration % self._args.log_interval == 0 or iteration == self._args.train_iters
