@@ -3,11 +3,14 @@
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from cherry_megatron.monitor.guards import History
+from cherry_megatron.monitor.guards import Guard, History
+from cherry_megatron.monitor.options import Guards
 from tests.conftest import _train, run_ranks
+from tests.test_bad_input import verb
 
 DROPOUT = {"hidden-dropout": 0.1, "attention-dropout": 0.1, "lr-decay-style": "constant", "lr-warmup-iters": 0}
 
@@ -82,6 +85,46 @@ def weights(path: Path) -> dict[str, bytes]:
 
 
 NAN = math.nan
+
+
+def stopped(path: Path, steps: dict[int, float]) -> tuple[int, str]:
+    poison(steps)
+    return verb(path.parent, ["pretrain", "--config", str(path)])
+
+
+ENDS = {
+    "stop": ({}, {3: NAN}, "the loss of step 3 is nan, and guards.not_finite is stop; set it to skip or rewind"),
+    "skip": (
+        {"not_finite": "skip", "most": 2},
+        dict.fromkeys(range(2, 9), math.inf),
+        "of step 4 is inf, and guards.most 2 steps in a row were skipped; look at the data",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_run_stops_with_one_sentence(name, tmp_path, write_config):
+    guards, steps, says = ENDS[name]
+    path = write_config(tmp_path, guards=guards)
+    ((status, errors),) = run_ranks(tmp_path / "output", 1, stopped, path, steps)
+    (sentence,) = [line for line in errors.splitlines() if line.startswith("cherry pretrain: ")]
+    assert status == 2 and says in sentence and str(tmp_path / "run") in sentence and "Traceback" not in errors
+    assert alarms_of(path)[-1]["kind"] == "stop" and not (tmp_path / "run/checkpoints/iter_0000020").exists()
+
+
+def test_there_is_an_end_to_rewinds(tmp_path):
+    """Rewinds to another checkpoint do not count."""
+    from cherry_megatron.monitor.alarms import read_alarms, record_alarm
+
+    def alarm(kind, text, iteration, **details):
+        record_alarm(tmp_path, kind, text, iteration, **details)
+
+    config = SimpleNamespace(guards=Guards(not_finite="rewind", most=2, rewind_batches=9), run=tmp_path)
+    guard = Guard(config, SimpleNamespace(alarm=alarm))
+    alarm("rewind", "", 57, checkpoint=50, leaves_out=[57])
+    assert guard._rewind(3, "the loss is nan") and guard._rewind(4, "the loss is nan")
+    assert not guard._rewind(4, "the loss is nan")
+    assert [found["leaves_out"] for found in read_alarms(tmp_path)] == [[57], [1, 2, 3], [1, 2, 3, 4]]
 
 
 def train_without(path: Path, step: int, flags: list[str]) -> None:
