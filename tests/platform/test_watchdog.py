@@ -86,7 +86,8 @@ def test_every_rank_says_where_it_was(tmp_path, write_config):
         process.start()
     for process in ranks:
         process.join(120)
-    assert [process.exitcode for process in ranks] == [AGAIN, AGAIN]
+    ends = [process.exitcode for process in ranks]
+    assert AGAIN in ends and set(ends) <= {AGAIN, 1}, "one may see the other go, which is an error"
     logs = [(tmp_path / f"run/logs/rank{rank}.log").read_text() for rank in range(2)]
     assert " in never_ends_on_one_rank" in logs[0]
     assert "did not end within 5 s" in logs[1] and " in never_ends" not in logs[1] and "train_step" in logs[1]
