@@ -180,8 +180,8 @@ class Progress:
         self._interval.append((None if skipped else loss, seconds))
         record: dict[str, Any] = {
             "iteration": iteration,
-            "loss": _number(self._heard.get("lm loss")),
-            "grad_norm": _number(self._heard["grad-norm"]),
+            "loss": self._heard.get("lm loss"),
+            "grad_norm": self._heard["grad-norm"],
             "learning_rate": self._heard.get("learning-rate"),
             "seconds": round(seconds, 6),
             **({"skipped": skipped} if skipped else {}),
@@ -198,6 +198,9 @@ class Progress:
             record[apart.replace(" ", "_")] = self._heard[apart]
         if torch.cuda.is_available():
             record["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+        # JSON has no NaN.
+        lost = [key for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
+        record |= dict.fromkeys(lost)
         if self._steps is not None:
             self._steps.write(json.dumps(record) + "\n")
         for listener in self.listeners:
@@ -232,11 +235,6 @@ class Progress:
         )
         for line in self._mixture.alarms():
             self.alarm("expert", line, iteration)
-
-
-def _number(value: float | None) -> float | None:
-    """JSON has no NaN."""
-    return value if value is None or math.isfinite(value) else None
 
 
 def _clock(seconds: float) -> str:

@@ -10,6 +10,7 @@ import pytest
 from cherry_megatron.monitor.guards import Guard, History
 from cherry_megatron.monitor.options import Guards
 from tests.conftest import _train, run_ranks
+from tests.sgt.conftest import marked, selective  # noqa: F401
 from tests.test_bad_input import verb
 
 DROPOUT = {"hidden-dropout": 0.1, "attention-dropout": 0.1, "lr-decay-style": "constant", "lr-warmup-iters": 0}
@@ -141,11 +142,13 @@ def train_without(path: Path, step: int, flags: list[str]) -> None:
     _train(path, [], flags)
 
 
-def test_a_skipped_step_leaves_no_trace(tmp_path, write_config):
-    """Weights, moments, dropout and schedule go on as if only the batch had been read; after a resume too."""
+def test_a_skipped_step_leaves_no_trace(tmp_path, selective):  # noqa: F811
+    """Weights, moments, dropout and schedule go on as if only the batch had been read; after a resume too, with the
+    next batch and its marks."""
     megatron = {**DROPOUT, "train-iters": 6, "lr-decay-style": "cosine", "save-interval": 4}
     guards = {"not_finite": "skip", "spike": "skip", "spike_window": 2, "spike_sigmas": 8.0}
-    path = write_config(tmp_path / "skipped", megatron=megatron, guards=guards)
+    sections = {"megatron": megatron, "guards": guards}
+    path = selective(tmp_path / "skipped", sections, marks="some")
     run_ranks(tmp_path / "skipped", 1, train_poisoned, path, {3: NAN, 5: 2.0}, [])
     steps = steps_of(path)
     assert [step["iteration"] for step in steps if "skipped" in step] == [3, 5]
@@ -154,14 +157,14 @@ def test_a_skipped_step_leaves_no_trace(tmp_path, write_config):
     assert "standard deviations above the mean" in steps[4]["skipped"]
     assert [(a["kind"], a["iteration"]) for a in alarms_of(path)] == [("skip", 3), ("skip", 5)]
 
-    other = write_config(tmp_path / "again", megatron=megatron, guards=guards)
+    other = selective(tmp_path / "again", sections, marks="some")
     shutil.copytree(tmp_path / "skipped/run", tmp_path / "again/run")
     (tmp_path / "again/run/checkpoints/latest_checkpointed_iteration.txt").write_text("4")
     shutil.rmtree(tmp_path / "again/run/checkpoints/iter_0000006")
     run_ranks(tmp_path / "again", 1, train_poisoned, other, {5: 2.0}, [])
     assert weights(other) == weights(path)
 
-    reference = write_config(tmp_path / "without", megatron=megatron)
+    reference = selective(tmp_path / "without", {"megatron": megatron}, marks="some")
     run_ranks(tmp_path / "without", 1, train_without, reference, 3, ["--exit-interval", "4"])
     shutil.rmtree(tmp_path / "skipped/run/checkpoints/iter_0000006")
     (tmp_path / "skipped/run/checkpoints/latest_checkpointed_iteration.txt").write_text("4")
