@@ -68,8 +68,8 @@ class Progress:
 
     @property
     def under_way(self) -> bool:
-        """Whether enough was learned to tell what the model does: a tenth of the training."""
-        return bool(self._args.skip_train) or self.iteration >= self._args.train_iters / 10
+        """Whether enough was learned to tell what the model does: a tenth of the training, and 100 steps."""
+        return bool(self._args.skip_train) or self.iteration >= max(self._args.train_iters / 10, 100)
 
     def ends_interval(self, iteration: int) -> bool:
         """Whether a line is printed after a step."""
@@ -175,9 +175,23 @@ class Progress:
         timer.elapsed(reset=False)  # brings the sum up to date
         before, self._timed = self._timed, timer.active_time()
         seconds = self._timed - before
+        record = self._record(iteration, seconds)
         loss = self._heard.get(shown, float("nan"))
+        self._interval.append((None if "skipped" in record else loss, seconds))
+        if self._steps is not None:
+            self._steps.write(json.dumps(record) + "\n")
+        for listener in self.listeners:
+            listener(record)
+        if self._bar is not None:
+            self._bar.n = iteration
+            self._bar.refresh()
+        if self.ends_interval(iteration):
+            self._report(iteration)
+        self._heard.clear()  # a step of fewer loops says nothing of the others
+
+    def _record(self, iteration: int, seconds: float) -> dict[str, Any]:
+        """A step's line of steps.jsonl."""
         skipped = self._skipped.pop(iteration, None)
-        self._interval.append((None if skipped else loss, seconds))
         record: dict[str, Any] = {
             "iteration": iteration,
             "loss": self._heard.get("lm loss"),
@@ -200,17 +214,7 @@ class Progress:
             record["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         # JSON has no NaN.
         lost = [key for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
-        record |= dict.fromkeys(lost)
-        if self._steps is not None:
-            self._steps.write(json.dumps(record) + "\n")
-        for listener in self.listeners:
-            listener(record)
-        if self._bar is not None:
-            self._bar.n = iteration
-            self._bar.refresh()
-        if self.ends_interval(iteration):
-            self._report(iteration)
-        self._heard.clear()  # a step of fewer loops says nothing of the others
+        return record | dict.fromkeys(lost)
 
     def _report(self, iteration: int) -> None:
         args = self._args
