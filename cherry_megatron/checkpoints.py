@@ -1,17 +1,10 @@
 """What a run loads and what it saves: where it starts, whether that fits, and the record of what it writes."""
 
 import hashlib
-import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
-from zipfile import BadZipFile
-
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from torch.distributed.checkpoint import CheckpointException
 
 from cherry_megatron.config import Config, Data
 from cherry_megatron.data.paths import data_prefixes
@@ -21,8 +14,9 @@ from cherry_megatron.model.options import MultiToken, Recurrence
 from cherry_megatron.model.pattern import parse
 from cherry_megatron.runs import checkpoint_to_load, own_checkpoints
 from cherry_megatron.storage.ancestry import parents_of, record_saved
-from cherry_megatron.storage.checkpoint import OPTIMIZER, TRACKER, Checkpoint, newest, open_checkpoint
+from cherry_megatron.storage.checkpoint import OPTIMIZER, Checkpoint, newest, open_checkpoint, way_back
 from cherry_megatron.storage.fits import check_model
+from cherry_megatron.storage.integrity import INTEGRITY, check_description
 from cherry_megatron.storage.layers import LOOP_A
 from cherry_megatron.storage.lineage import read_lineage
 from cherry_megatron.storage.trained import (
@@ -34,6 +28,7 @@ from cherry_megatron.storage.trained import (
     other_function,
     other_walk,
     tokenizer_of,
+    told_tokenizer,
 )
 
 # What a run may not change once it has a checkpoint.
@@ -70,9 +65,10 @@ def unloadable(config: Config) -> list[str]:
     folder = checkpoint_to_load(config)
     if folder is None:
         return []
-    if own_checkpoints(config):
-        return _changes(config, folder)
-    checkpoint = Checkpoint(folder)
+    own = own_checkpoints(config) is not None
+    checkpoint = _whole(folder, own)
+    if own:
+        return _changes(config, checkpoint)
     if other := _other_kind(config, checkpoint):
         return [f"megatron.load {folder} {other}"]
     if foreign := _foreign(checkpoint):
@@ -91,10 +87,22 @@ def unloadable(config: Config) -> list[str]:
     ]
 
 
+def _whole(folder: Path, own: bool) -> Checkpoint:
+    """A checkpoint whose files are there and long enough; Megatron compares their hashes when it loads them."""
+    try:
+        check_description(folder, required=own)
+        checkpoint = Checkpoint(folder)
+        checkpoint.check(list(checkpoint.tensors))
+        checkpoint.arguments()
+    except CherryError as error:
+        raise CherryError(f"{error}{way_back(folder)}") from None
+    return checkpoint
+
+
 def _foreign(checkpoint: Checkpoint) -> str | None:
     """What Megatron would stumble over in a checkpoint that Megatron-LM has saved; None if there is nothing."""
-    if not (checkpoint.folder / "integrity.json").is_file():
-        return "it has no integrity.json"
+    if not (checkpoint.folder / INTEGRITY).is_file():
+        return f"it has no {INTEGRITY}"
     if "decoder.final_layernorm.weight" in checkpoint.model:
         return "its layers have the names of Megatron's GPTModel"
     return None
@@ -123,7 +131,7 @@ def _other_tokenizer(config: Config, checkpoint: Checkpoint) -> Differences:
     ours, theirs = _tokenizer(config).get("tokenizer"), tokenizer_of(checkpoint)
     if None in (ours, theirs) or ours == theirs:
         return {}
-    return {TOKENIZER: (f"{config.value('tokenizer-model')} ({ours})", theirs)}
+    return {TOKENIZER: (f"{config.value('tokenizer-model')} ({ours})", told_tokenizer(checkpoint))}
 
 
 def _differences(config: Config, checkpoint: Checkpoint) -> Differences:
@@ -186,9 +194,9 @@ def _other_layers(config: Config, checkpoint: Checkpoint) -> str | None:
     return f"has {stored} experts in each layer 'E', and the configuration {wanted or 'none'}; name another"
 
 
-def _changes(config: Config, folder: Path) -> list[str]:
+def _changes(config: Config, checkpoint: Checkpoint) -> list[str]:
     """What differs from the model that a run's own checkpoint was trained as."""
-    before = _record(folder)
+    before = _record(checkpoint.folder)
     if before is None:
         return []
     # Runs of before there were corrections, or routers, of each loop have no word of them.
@@ -203,7 +211,7 @@ def _changes(config: Config, folder: Path) -> list[str]:
     found += [(f"megatron.{flag}", trained.value(flag), config.value(flag)) for flag in FUNCTION]
     found += [("mtp.depths", _setting(before, "mtp", "depths"), config.mtp.depths)]
     found += [(f"moee.{key}", old, new) for key, old, new in _mixture_changes(config, before.get("moee"))]
-    tokenizer = _other_tokenizer(config, Checkpoint(folder))
+    tokenizer = _other_tokenizer(config, checkpoint)
     found += [(key, theirs, ours) for key, (ours, theirs) in tokenizer.items()]
     return [
         f"the run {config.run} was trained with {key} {old!r}, not {new!r}; choose another run, whose "
@@ -281,42 +289,20 @@ def start_from(config: Config) -> dict[str, Any]:
 
 def where_from(config: Config, args: Any) -> str:
     """The first line of a training: what it starts from."""
+    further = f"; {config.recurrence.further_loops}" if config.recurrence.further_loops else ""
     if args.load is None:
-        return "starts from new weights"
-    folder = newest(Path(args.load))
+        return f"starts from new weights{further}"
+    checkpoint = Checkpoint(newest(Path(args.load)))
     if own_checkpoints(config) is None:
-        found = _differences(config, Checkpoint(folder)) if config.changed else {}
-        changes = "".join(f", with {key} {ours} for {theirs}" for key, (ours, theirs) in found.items())
-        return f"starts from {folder}{' (weights only)' if args.finetune else ''}{changes}"
-    if args.train_iters is not None and args.iteration >= args.train_iters:
+        found = _differences(config, checkpoint) if config.changed else {}
+        start = f"starts from {checkpoint.folder}{' (weights only)' if args.finetune else ''}"
+    elif args.train_iters is not None and args.iteration >= args.train_iters:
         return f"is at step {args.iteration} of {args.train_iters} already (megatron.train-iters): nothing to train"
-    return f"goes on from step {args.iteration}, {folder}"
-
-
-class Loading:
-    """Turns what is raised for a damaged checkpoint, while Megatron loads one, into one sentence."""
-
-    # torch's derives from BaseException.
-    _RAISED = (CheckpointingException, CheckpointException, OSError, EOFError, BadZipFile, UnpicklingError)
-
-    def __init__(self, args: Any) -> None:
-        self._load: str | None = args.load
-
-    def done(self) -> None:
-        """The checkpoint has been loaded, or there was none."""
-        self._load = None
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if self._load is None or not isinstance(error, self._RAISED):
-            return
-        traceback.print_exception(error, file=sys.stdout)  # into the log
-        folder = newest(Path(self._load))
-        others = sorted({found.parent.name for found in folder.parent.glob("iter_*/.metadata")} - {folder.name})
-        advice = f"; to go back to {others[-1]}, write its number into {folder.parent / TRACKER}" if others else ""
-        says = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CherryError(f"cannot load {folder}: {says[:300]}{advice}") from error
+    else:
+        found, start = {}, f"goes on from step {args.iteration}, {checkpoint.folder}"
+    found |= other_walk(checkpoint, config.recurrence, ("loops",))
+    changes = "".join(f", with {key} {ours} for {theirs}" for key, (ours, theirs) in found.items())
+    return f"{start}{changes}{further}"
 
 
 def unchanged_start(config: Config, args: Any) -> None:

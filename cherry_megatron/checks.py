@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from cherry_megatron.data.marks import read_marks
 from cherry_megatron.data.paths import DATA_FLAGS, data_prefixes
 from cherry_megatron.data.prepare import token_type
 from cherry_megatron.errors import CherryError
+from cherry_megatron.files import why_not_writable
 from cherry_megatron.inference.prompts import configured_prompts
 from cherry_megatron.platform.machine import Machine
 
@@ -53,12 +53,8 @@ def _machine(machine: Machine, config: Config) -> list[str]:
 
 
 def _writable(run: Path) -> list[str]:
-    there = run.absolute()
-    while not there.exists():
-        there = there.parent
-    if there.is_dir() and os.access(there, os.W_OK):
-        return []
-    return [f"cannot write the run's folder {run}: {there} is not a folder that you may write"]
+    why = why_not_writable(run)
+    return [] if why is None else [f"cannot write the run's folder {run}: {why}; choose another"]
 
 
 def _tokenizer(config: Config) -> list[str]:

@@ -14,6 +14,7 @@ from cherry_megatron.monitor.console import hide_warnings
 from cherry_megatron.platform.leaving import leave
 from cherry_megatron.verbs.data import add_data, add_tokenizer
 from cherry_megatron.verbs.experiment import add_experiment
+from cherry_megatron.verbs.job import add_job
 from cherry_megatron.verbs.report import add_report
 from cherry_megatron.verbs.sgt import add_select
 from cherry_megatron.verbs.status import add_status
@@ -117,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     add_status(verbs)
     add_experiment(verbs)
     add_report(verbs)
+    add_job(verbs)
     return parser
 
 

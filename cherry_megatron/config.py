@@ -26,12 +26,12 @@ import yaml
 
 from cherry_megatron import rules
 from cherry_megatron.data.shuffle import Shuffle
-from cherry_megatron.errors import CherryError
+from cherry_megatron.errors import CherryError, naming
 from cherry_megatron.flags import action_of, megatron_arguments, nearest, outline_values, parse_flags
 from cherry_megatron.model.options import Mixture, MultiToken, Recurrence
 from cherry_megatron.model.pattern import MOE
 from cherry_megatron.model.plan import Plan, make_plan
-from cherry_megatron.model.shape import Shape
+from cherry_megatron.model.shape import Shape, heads_of
 from cherry_megatron.monitor.options import Guards
 from cherry_megatron.sections import plain, section_of
 from cherry_megatron.sgt.options import Selective
@@ -214,18 +214,15 @@ class Config:
     @property
     def shape(self) -> Shape:
         """The model's sizes."""
-        heads = self.positive("num-attention-heads")
         hidden = self.positive("hidden-size")
-        if hidden % heads and self.value("kv-channels") is None:
-            raise CherryError(
-                f"{self.source}: megatron.hidden-size {hidden} is not a multiple of num-attention-heads {heads}"
-            )
+        flags = ("num-attention-heads", "group-query-attention", "num-query-groups", "kv-channels")
+        heads, groups, head_size = heads_of(self.source, {flag: self.value(flag) for flag in flags}, hidden)
         return Shape(
             hidden=hidden,
             ffn=self.positive("ffn-hidden-size"),
             heads=heads,
-            groups=self.positive("num-query-groups") if self.value("group-query-attention") else heads,
-            head_size=self.value("kv-channels") or hidden // heads,
+            groups=groups,
+            head_size=head_size,
             vocabulary=self.positive("padded-vocab-size"),
             gated=bool(self.value("swiglu")),
             tied=not self.value("untie-embeddings-and-output-weights"),
@@ -321,7 +318,9 @@ def load(path: Path, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -
         raise CherryError(f"{path}: `run` must name the run's folder{said}, e.g. run: runs/{path.stem}")
     flags = (*_flags(path, data), *flags)
     megatron = rules.fill_in(path, data.get("megatron", {}), flags)
-    changed = rules.changed_keys(path, data.get("changed", []), megatron.get("load"))
+    changed = rules.changed_keys(path, data.get("changed", []))
+    if changed and megatron.get("load") is None:
+        raise CherryError(f"{path}: `changed` is of what megatron.load names; set that, or take `changed` out")
     config = Config(path, Path(run), megatron=megatron, flags=flags, changed=changed, **_sections(path, data))
     rules.check(config)
     return config
@@ -353,6 +352,7 @@ class Outline:
         depths: of multi-token prediction.
         moee: the mixture of models, if it is one.
         megatron: what `megatron`, with the defaults of this project, and `flags` set, by flag.
+        changed: as in `Config`.
         settings: all sections as they stand, for the record.
     """
 
@@ -360,6 +360,7 @@ class Outline:
     depths: int
     moee: Mixture | None
     megatron: dict[str, Any]
+    changed: tuple[str, ...]
     settings: dict[str, Any]
 
 
@@ -374,14 +375,13 @@ def outline(path: Path, overrides: Sequence[str] = ()) -> Outline:
     settings = read_with(path, overrides)
     flags = _flags(path, settings)
     megatron = rules.fill_in(path, settings.get("megatron", {}), flags)
+    changed = rules.changed_keys(path, settings.get("changed", []))
     sections = _sections(path, settings)
-    try:
+    recurrence, depths, moee = sections["recurrence"], sections["mtp"].depths, sections.get("moee")
+    with naming(path):
         megatron = outline_values(megatron, flags)
-        rules.check_supported(megatron)
-        rules.check_query_groups(megatron)
-    except CherryError as error:
-        raise CherryError(f"{path}: {error}") from None
-    return Outline(sections["recurrence"], sections["mtp"].depths, sections.get("moee"), megatron, settings)
+        rules.check_outline(recurrence, megatron)
+    return Outline(recurrence, depths, moee, megatron, changed, settings)
 
 
 def read_with(path: Path, overrides: Sequence[str]) -> dict[str, Any]:

@@ -8,8 +8,6 @@ any layout. A mixture's experts are compared one by one, see model/mixture.py.
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +20,14 @@ from torch import Tensor
 
 from cherry_megatron.config import Config, Distillation, load
 from cherry_megatron.data.tokenizer import fingerprint
-from cherry_megatron.errors import CherryError
+from cherry_megatron.errors import CherryError, naming
 from cherry_megatron.model.build import build_model, prepare_config
 from cherry_megatron.model.mixture import mixture_of
 from cherry_megatron.model.plan import make_plan
 from cherry_megatron.shares import shares
 from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint
 from cherry_megatron.storage.fits import check_model
-from cherry_megatron.storage.trained import FUNCTION, tokenizer_of
+from cherry_megatron.storage.trained import FUNCTION, tokenizer_of, told_tokenizer
 
 
 class Teacher:
@@ -57,7 +55,7 @@ class Teacher:
         alone, _ = torch.distributed.new_subgroups(1)
         if mpu.is_pipeline_last_stage():
             self._model = _build(teacher_config(options, student), args, alone)
-            with _about("distillation.load"):  # hashes are seen here, because only here all of it is read
+            with naming("distillation.load"):  # hashes are seen here, because only here all of it is read
                 _load(self._model, open_checkpoint(Path(options.load)))
             self._model.requires_grad_(False).eval().to(torch.cuda.current_device())
 
@@ -140,15 +138,6 @@ def _log_softmax(logits: Tensor, group: Any) -> Tensor:
     return logits - largest - total.log()
 
 
-@contextmanager
-def _about(key: str) -> Iterator[None]:
-    """Have refusals say of which key of the student's configuration they are."""
-    try:
-        yield
-    except CherryError as error:
-        raise CherryError(f"{key}: {error}") from None
-
-
 def teacher_config(options: Distillation, student: Config) -> Config:
     """The teacher's configuration, with the layout and the batch of the student.
 
@@ -158,7 +147,7 @@ def teacher_config(options: Distillation, student: Config) -> Config:
     same = ("tensor-model-parallel-size", "global-batch-size", "micro-batch-size", "seq-length")
     overrides = [f"megatron.{flag}={student.value(flag)}" for flag in same]
     overrides += [f"megatron.max-position-embeddings={student.value('max-position-embeddings')}"]
-    with _about("distillation.config"):
+    with naming("distillation.config"):
         found = load(Path(options.config), [*overrides, "megatron.pipeline-model-parallel-size=1"])
         found.require_one_model("a teacher")
         found.require_no_experts("a teacher")
@@ -177,17 +166,17 @@ def check_teacher(options: Distillation, student: Config) -> None:
         CherryError: naming the first thing that differs.
     """
     teacher = teacher_config(options, student)
-    with _about("distillation.load"):
+    with naming("distillation.load"):
         source = open_checkpoint(Path(options.load))
         source.check(list(source.model))
-    with _about("distillation.config"):
+    with naming("distillation.config"):
         check_model(source, teacher.recurrence, teacher.source, teacher.all_flags)
     if student.value("tokenizer-type") == "HuggingFaceTokenizer" and student.value("tokenizer-model") is not None:
         ours, theirs = fingerprint(Path(student.value("tokenizer-model"))), tokenizer_of(source)
         if theirs not in (None, ours):
             raise CherryError(
-                f"distillation.load: {source.folder} was trained with the tokenizer {theirs}, the student's is "
-                f"{ours} ({student.value('tokenizer-model')}); both must read the same tokens"
+                f"distillation.load: {source.folder} was trained with the tokenizer {told_tokenizer(source)}, "
+                f"the student's is {student.value('tokenizer-model')} ({ours}); both must read the same tokens"
             )
 
 

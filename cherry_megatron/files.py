@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -165,6 +166,28 @@ def new_folder(save: Path, needed: int) -> Iterator[Path]:
 def hidden_folder(save: Path) -> Path:
     """Where `new_folder` has what will be `save`."""
     return save.parent / f".{save.name}.partial"
+
+
+def why_not_writable(folder: Path, tried: bool = False) -> str | None:
+    """Why nothing can be written into a folder that may have to be made; None if it can.
+
+    Args:
+        folder: the folder.
+        tried: by making a folder there, which also sees what modes do not tell; by one process of many at most.
+    """
+    there = folder.absolute()
+    try:
+        while not there.exists():
+            there = there.parent
+        if not there.is_dir():
+            return f"{there} is not a folder"
+        if not os.access(there, os.W_OK | os.X_OK):
+            return f"{there} may not be written"
+        if tried:
+            tempfile.TemporaryDirectory(prefix=".cherry-", dir=there).cleanup()
+    except OSError as error:
+        return f"{there} takes no new folder ({error.strerror})"
+    return None
 
 
 def refuse_taken(save: Path) -> None:

@@ -8,6 +8,7 @@ takes longer than the work. It is made from that parser, and made anew for anoth
 import argparse
 import ast
 import difflib
+import re
 import typing
 from collections.abc import Iterable
 from functools import cache
@@ -25,7 +26,24 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
-        raise CherryError(f"Megatron's flags: {message}")
+        found = re.fullmatch(r"argument --([\w-]+)[^:]*: (.*)", message, re.DOTALL)
+        if found is None:
+            raise CherryError(f"Megatron's flags: {message}")
+        flag, why = found.groups()
+        if number := re.fullmatch(r"invalid (int|float) value: '(.*)'", why, re.DOTALL):
+            raise CherryError(f"megatron.{flag} is {number[2]!r}{_instead(*number.groups())}")
+        raise CherryError(f"megatron.{flag}: {why}")
+
+
+def _instead(kind: str, text: str) -> str:
+    """What to write for a value that is no number of a kind, as the end of a message."""
+    if kind == "float":
+        return "; it takes a number"
+    try:
+        whole = f": write {int(float(text))}" if float(text).is_integer() and abs(float(text)) < 2**53 else ""
+    except ValueError:
+        whole = ""
+    return f"; it takes a whole number{whole}"
 
 
 def _several(text: str) -> tuple[int, ...]:
@@ -152,8 +170,8 @@ def megatron_arguments(values: dict[str, Any]) -> list[str]:
     arguments: list[str] = []
     for key, value in values.items():
         check_name(key)
-        nargs = _outline()._option_string_actions[f"--{key}"].nargs
-        takes_value = nargs != 0
+        action = _outline()._option_string_actions[f"--{key}"]
+        nargs, takes_value = action.nargs, action.nargs != 0
         if isinstance(value, bool) and not takes_value:
             arguments += [f"--{key}"] if value else []
         elif value is None:
@@ -162,11 +180,19 @@ def megatron_arguments(values: dict[str, Any]) -> list[str]:
             raise CherryError(f"megatron.{key} is {value!r}; it is a switch: use true or false")
         elif nargs is None:
             if isinstance(value, list | dict):
-                raise CherryError(f"megatron.{key} is {value!r}; it takes one value, without brackets")
+                raise CherryError(f"megatron.{key} is {value!r}; it takes one value{_as_text(action, value)}")
             arguments.append(f"--{key}={value}")  # in one piece, or a negative number would be taken for a flag
         else:
             arguments += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
     return arguments
+
+
+def _as_text(action: argparse.Action, value: Any) -> str:
+    """How a list is written for a flag that takes it as one text, as the end of a message."""
+    if action.type is _layers:
+        return f', in quotes and without spaces: "{str(value).replace(" ", "")}"'
+    several = action.type is _several and isinstance(value, list)
+    return f", without brackets: {','.join(map(str, value))}" if several else ", without brackets"
 
 
 def parse_flags(arguments: list[str]) -> argparse.Namespace:

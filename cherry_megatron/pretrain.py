@@ -18,7 +18,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 
 from cherry_megatron.around_step import AroundStep
-from cherry_megatron.checkpoints import Loading, recorder, start_from, unchanged_start, where_from
+from cherry_megatron.checkpoints import recorder, start_from, unchanged_start, where_from
 from cherry_megatron.checks import require
 from cherry_megatron.config import Config
 from cherry_megatron.data.batches import build_datasets, build_held_out
@@ -26,12 +26,14 @@ from cherry_megatron.distillation import Teacher
 from cherry_megatron.errors import CherryError
 from cherry_megatron.files import cannot_write
 from cherry_megatron.flags import megatron_arguments
+from cherry_megatron.loading import Loading
 from cherry_megatron.model.build import build_mixture, build_model, prepare_config
 from cherry_megatron.monitor.accounting import training_flops
 from cherry_megatron.monitor.console import Console
 from cherry_megatron.monitor.evaluation import LoopEvaluation
 from cherry_megatron.monitor.progress import Progress
 from cherry_megatron.objective import Objective
+from cherry_megatron.platform.leaving import end_on_user_signal
 from cherry_megatron.platform.machine import Machine
 from cherry_megatron.platform.saving import before_checkpoint_counts, save_in_this_process
 from cherry_megatron.platform.steps import around_each_step
@@ -60,6 +62,7 @@ def pretrain(
         What `evaluation` made.
     """
     require(machine, config)
+    end_on_user_signal()
     terminal = sys.stdout
     with Console() as console:
         args = initialize(config, machine, extra or {})

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cherry_megatron.errors import CherryError
+from cherry_megatron.errors import CherryError, naming
 from cherry_megatron.expert_rules import EXPERT_DEFAULTS
 from cherry_megatron.flags import check_name, names_of, nearest
+from cherry_megatron.model.options import Recurrence
+from cherry_megatron.model.plan import check_stages
 from cherry_megatron.section_rules import check_sections
 from cherry_megatron.storage.trained import CHANGEABLE
 
@@ -122,29 +124,23 @@ def fill_in(path: Path, values: Any, flags: Sequence[str] = ()) -> dict[str, Any
     return {**_DEFAULTS, **experts, **given, **fixed}
 
 
-def changed_keys(path: Path, values: Any, load: Any) -> tuple[str, ...]:
+def changed_keys(path: Path, values: Any) -> tuple[str, ...]:
     """A file's `changed`: what a run may have otherwise than the checkpoint that it starts from.
 
     Args:
         path: the file.
         values: what it says.
-        load: its `megatron.load`.
 
     Raises:
-        CherryError: naming a key that cannot be changed.
+        CherryError: naming a key that it cannot name.
     """
     if not isinstance(values, list) or not all(isinstance(key, str) for key in values):
         raise CherryError(f"{path}: `changed` must be a list of keys, e.g. changed: [megatron.rotary-base]")
     for key in values:
         if key not in CHANGEABLE:
-            raise CherryError(
-                f"{path}: `changed` names {key}, which a run has as the checkpoint that it starts from"
-                f"{nearest(key, CHANGEABLE)}"
-            )
+            raise CherryError(f"{path}: `changed` cannot name {key}{nearest(key, CHANGEABLE)}")
         if values.count(key) > 1:
             raise CherryError(f"{path}: `changed` names {key} twice; keep one")
-    if values and load is None:
-        raise CherryError(f"{path}: `changed` is of what megatron.load names; set that, or take `changed` out")
     return tuple(values)
 
 
@@ -168,13 +164,13 @@ def check(config: "Config") -> None:
         raise CherryError(f"--{key} follows from `{_DERIVED[key]}`; set that instead")
     for key in megatron_keys & set(_AT_THE_START):
         raise CherryError(f"--{key} would undo every resume; set megatron.{key}, which holds for the first start")
-    try:
+    with naming(config.source):
         for flag, (wanted, why) in _FIXED.items():
             if not config.holds(flag, wanted):
                 raise CherryError(f"--{flag} must be {wanted}: {why}")
-        check_supported(config.all_flags)
         _check_numbers(config)
-        check_query_groups(config.all_flags)
+        check_outline(config.recurrence, config.all_flags)
+        check_stages(config.recurrence, config.value("pipeline-model-parallel-size"))
         _check_sizes(config)
         _check_split(config)
         _check_tensor_parallel(config)
@@ -182,10 +178,6 @@ def check(config: "Config") -> None:
         check_sections(config)
         _check_batch(config)
         _check_schedule(config)
-        config.plan()
-    except CherryError as error:
-        text = str(error)
-        raise CherryError(text if str(config.source) in text else f"{config.source}: {text}") from None
 
 
 def _check_numbers(config: "Config") -> None:
@@ -202,20 +194,26 @@ def _check_numbers(config: "Config") -> None:
         raise CherryError(f"megatron.min-lr {config.value('min-lr')} is more than lr {config.value('lr')}")
 
 
-def check_supported(given: dict[str, Any]) -> None:
-    """Refuse what would be accepted and not done, by the flags that are set."""
+def check_outline(recurrence: Recurrence, given: dict[str, Any]) -> None:
+    """Refuse what neither a training nor surgery for one takes.
+
+    Args:
+        recurrence: of the configuration.
+        given: what its `megatron` and `flags` set, by flag.
+    """
     for flag, why in _UNSUPPORTED.items():
         if given.get(flag) not in (None, False, _UNSUPPORTED_DEFAULTS.get(flag)):
             raise CherryError(f"megatron.{flag}: {why}; take it out")
-
-
-def check_query_groups(given: dict[str, Any]) -> None:
-    """Refuse groups that Megatron would pass over, by the flags that are set."""
-    groups = given.get("num-query-groups")
-    if groups is not None and not given.get("group-query-attention"):
+    groups, hidden = given.get("num-query-groups"), given.get("hidden-size")
+    if groups is not None and not given.get("group-query-attention"):  # Megatron would pass over them
         raise CherryError(
             f"megatron.num-query-groups {groups} does nothing without group-query-attention; set that to true, or "
             "take num-query-groups out"
+        )
+    if hidden is not None and recurrence.loop_rank > hidden:
+        raise CherryError(
+            f"recurrence.loop_rank {recurrence.loop_rank} is more than megatron.hidden-size {hidden}, the rank of "
+            "whole weights; use less"
         )
 
 
@@ -280,11 +278,6 @@ def _check_loops(config: "Config") -> None:
         raise CherryError(
             f"evaluation.loops {max(config.evaluation.loops)} is more than the model's {recurrence.loops}; "
             "`cherry evaluate --loops` walks more loops than were trained"
-        )
-    if recurrence.loop_rank > config.shape.hidden:
-        raise CherryError(
-            f"recurrence.loop_rank {recurrence.loop_rank} is more than megatron.hidden-size {config.shape.hidden}, "
-            "the rank of whole weights; use less"
         )
     recomputes = config.value("recompute-granularity") == "full"
     if recomputes and (config.value("recompute-method"), config.value("recompute-num-layers")) != ("uniform", 1):

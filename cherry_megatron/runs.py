@@ -31,7 +31,7 @@ import yaml
 from cherry_megatron.config import Config
 from cherry_megatron.errors import CherryError
 from cherry_megatron.files import lock_or_refuse, read_last_lines, read_lines, write_atomically
-from cherry_megatron.storage.checkpoint import TRACKER, newest, saved_folder
+from cherry_megatron.storage.checkpoint import newest, saved_folder, whole, why_none
 from cherry_megatron.versions import git_state, installed_versions
 
 
@@ -42,12 +42,9 @@ def own_checkpoints(config: Config) -> Path | None:
         CherryError: if it holds some that do not count.
     """
     folder = config.run.absolute() / "checkpoints"
-    if not (folder / TRACKER).exists() and (left := sorted(folder.glob("iter_*/.metadata"))):
-        raise CherryError(
-            f"{folder} holds {left[-1].parent.name}, but {TRACKER} is missing; write the step to go on from into "
-            "it, or choose another run"
-        )
-    return saved_folder(folder)
+    if (saved := saved_folder(folder)) is None and whole(folder):
+        raise CherryError(f"{why_none(folder)}, or choose another run")
+    return saved
 
 
 def checkpoint_to_load(config: Config) -> Path | None:
@@ -61,9 +58,7 @@ def checkpoint_to_load(config: Config) -> Path | None:
         return None
     saved = saved or saved_folder(Path(str(named)).absolute())
     if saved is None:
-        raise CherryError(
-            f"megatron.load {named}: no checkpoint there ({TRACKER} is missing); name the folder that holds it"
-        )
+        raise CherryError(f"megatron.load: {why_none(Path(str(named)))}")
     return newest(saved)
 
 

@@ -6,7 +6,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from cherry_megatron.errors import CherryError
+from cherry_megatron.errors import CherryError, naming
 from cherry_megatron.flags import nearest
 
 
@@ -33,10 +33,8 @@ def section_of(path: Path, name: str, cls: Any, values: Any) -> Any:
     missing = [k for k, f in known.items() if f.default is dataclasses.MISSING and k not in values]
     if missing:
         raise CherryError(f"{path}: {name}.{missing[0]} is missing")
-    try:
+    with naming(path):
         return cls(**values)
-    except CherryError as error:
-        raise CherryError(f"{path}: {error}") from None
 
 
 def _typed(path: Path, name: str, kind: Any, value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Which code this is: the commit and the versions of what it stands on."""
 
 import importlib.metadata
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,19 @@ def installed_versions() -> dict[str, str]:
 
 def git_state() -> dict[str, Any]:
     """Commit of this code and whether the tree differs from it; empty outside a repository."""
-    root = Path(__file__).parent
+    commit = _git("rev-parse", "HEAD")
+    return {"commit": commit.strip(), "modified": bool(_git("status", "--porcelain"))} if commit else {}
 
-    def git(*args: str) -> str | None:
-        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else None
 
-    commit = git("rev-parse", "HEAD")
-    return {"commit": commit, "modified": bool(git("status", "--porcelain"))} if commit else {}
+def git_difference() -> str:
+    """What the tree has otherwise than the commit, as `git diff` prints it; empty outside a repository."""
+    return _git("diff", "HEAD") or ""
+
+
+def _git(*args: str) -> str | None:
+    """What git prints of this code's repository; None if there is none, or no git."""
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "-C", str(Path(__file__).parent), *args]
+    done = subprocess.run(command, capture_output=True, check=False)
+    return done.stdout.decode(errors="replace") if done.returncode == 0 else None

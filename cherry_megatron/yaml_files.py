@@ -49,7 +49,11 @@ def read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     parent = data.pop("extends", None)
     if parent is None:
         return data
-    base = path.parent / str(parent)
+    if not isinstance(parent, str):
+        raise CherryError(f"{path}: `extends` is {parent!r}; name one file, as text")
+    base = path.parent / parent
+    if not base.exists():
+        raise CherryError(f"{path}: `extends` names {parent}, and {base} is not there; correct the name")
     if base.resolve() in seen:
         raise CherryError(f"{path}: extends {parent}, which extends it again")
     return _merge(read_file(base, (*seen, path.resolve())), data)

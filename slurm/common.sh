@@ -1,8 +1,9 @@
 # shellcheck shell=bash
-# What the launch scripts of this folder share: settings, submission, ranks and logs. Sourced, never run.
+# What the launch scripts of this folder share: settings, submission, ranks, logs, requeue. Sourced, never run.
 #
 # A script sets `script` to its own name, sources this file and calls
 #   cherry_job VERB DEFAULT_CONFIG [CONFIG] [--set KEY=VALUE ...] [-- MEGATRON_FLAGS ...]
+# What a stage starts from, whether it is finished and what follows an attempt is decided by `cherry job`.
 
 : "${script:?}"
 slurm_folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -64,7 +65,13 @@ parse_arguments() {
             *) fail "do not know what to do with '$1'; Megatron's flags follow after --" ;;
         esac
     done
-    [ -n "$run" ] || run=$(run_folder "$config")
+    given_run=$run
+    find_run
+}
+
+# Sets run, which may depend on CHERRY_BRANCH.
+find_run() {
+    run=${given_run:-$(run_folder "$config")}
     [[ $run == /* ]] || run=$root/$run
 }
 
@@ -84,11 +91,14 @@ run_folder() {
         if [ -n "$found" ] || [ -z "$parent" ]; then break; fi
         file=$(dirname "$file")/$parent
     done
-    case $found in
-        '') fail "$1 names no run folder; name it with --set run=FOLDER" ;;
-        *'$'*) fail "$1: its run folder depends on the environment; name it with --set run=FOLDER" ;;
-        *) printf '%s\n' "$found" ;;
-    esac
+    local variable='\$\{([A-Za-z_][A-Za-z0-9_]*)(:-([^}]*))?\}' value
+    while [[ $found =~ $variable ]]; do
+        value=${!BASH_REMATCH[1]:-${BASH_REMATCH[3]:-}}
+        [ -n "$value" ] || fail "$1: its run folder needs the variable ${BASH_REMATCH[1]}; set it"
+        found=${found/"${BASH_REMATCH[0]}"/"$value"}
+    done
+    [ -n "$found" ] || fail "$1 names no run folder; name it with --set run=FOLDER"
+    printf '%s\n' "$found"
 }
 
 # --- what is submitted ---
@@ -123,40 +133,37 @@ set_count() {
 
 # Sets options: the #SBATCH lines, overridden by the settings.
 resolve_options() {
-    local extra gpus=${CLUSTER_GPUS_PER_NODE:-}
+    local extra on_gpus gpus=${CLUSTER_GPUS_PER_NODE:-}
     mapfile -t options < <(sed -n 's/^#SBATCH //p' "$slurm_folder/$script")
     [ -z "${CLUSTER_ACCOUNT:-}" ] || set_option account "$CLUSTER_ACCOUNT"
     [ -z "${CLUSTER_PARTITION:-}" ] || set_option partition "$CLUSTER_PARTITION"
     [ -z "${CLUSTER_TIME:-}" ] || set_option time "$CLUSTER_TIME"
-    set_count CLUSTER_NODES nodes
     set_count CLUSTER_CPUS_PER_TASK cpus-per-task
-    if [ -n "$gpus" ]; then
+    on_gpus=$(get_option gpus-per-node)
+    [ -z "$on_gpus" ] || set_count CLUSTER_NODES nodes # what uses no GPU runs on one node
+    if [ -n "$gpus" ] && [ -n "$on_gpus" ]; then
         [[ $gpus =~ ^([A-Za-z0-9_.-]+:)?[1-9][0-9]*$ ]] ||
             fail "CLUSTER_GPUS_PER_NODE is '$gpus'; it must be a positive number, or TYPE:NUMBER"
         set_option gpus-per-node "$gpus"
         set_option ntasks-per-node "${gpus##*:}"
     fi
     set_option output "$run/logs/slurm-%j.out"
+    [ -z "${BRANCHES:-}" ] || set_option array "$BRANCHES"
+    [ -z "${AFTER:-}" ] || options+=("--dependency=afterok:$AFTER" --kill-on-invalid-dep=yes)
+    [ -z "${COMMENT:-}" ] || set_option comment "$COMMENT"
     read -ra extra <<<"${CLUSTER_SBATCH_OPTIONS:-}"
     options+=("${extra[@]}")
 }
 
 # --- what is started in the job ---
 
-# make_launch VERB NODES TASKS_PER_NODE CPUS_PER_TASK: sets launch, the srun command.
-# One task a GPU: srun gives each its rank, and `cherry` takes it from SLURM_PROCID. Each task sees
-# all GPUs of its node (no --gpus-per-task), which is what NCCL and LOCAL_RANK expect.
-make_launch() {
-    local program extra
-    launch=(srun --nodes="$2" --ntasks="$(($2 * $3))" --ntasks-per-node="$3"
-        --cpus-per-task="$4" # srun no longer takes it from sbatch (SLURM 22.05)
-        --kill-on-bad-exit=1 # one rank that fails would leave the others waiting for it
-        --open-mode=append --output="$run/logs/slurm-%j-%t.out")
+# Sets program, the command `cherry`, and place, srun's options that put it into a container.
+find_program() {
+    place=()
     if [ -n "${CLUSTER_CONTAINER:-}" ]; then
-        launch+=(--container-image="$CLUSTER_CONTAINER" --container-workdir="$root"
+        place=(--container-image="$CLUSTER_CONTAINER" --container-workdir="$root"
             --container-mounts="$root:$root${CLUSTER_CONTAINER_MOUNTS:+,$CLUSTER_CONTAINER_MOUNTS}")
     fi
-    read -ra extra <<<"${CLUSTER_SRUN_OPTIONS:-}"
     if [ -n "${CHERRY:-}" ]; then
         read -ra program <<<"$CHERRY"
     elif [ -n "${CLUSTER_VENV:-}" ]; then
@@ -166,10 +173,34 @@ make_launch() {
     else
         program=(cherry)
     fi
-    launch+=("${extra[@]}" "${program[@]}" "$1" --config "$config" "${sets[@]}" "${flags[@]}")
-    if [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${CLUSTER_CONTAINER:-}" ] && [ "${DRY_RUN:-0}" = 0 ]; then
+    if [ "${DRY_RUN:-0}" = 0 ] && [ -z "${CLUSTER_CONTAINER:-}" ]; then
         command -v "${program[0]}" >/dev/null || fail "there is no command ${program[0]}; set CLUSTER_VENV or CHERRY"
     fi
+}
+
+# make_launch VERB NODES TASKS_PER_NODE CPUS_PER_TASK [ARGUMENTS]: sets launch, the srun command.
+# One task a GPU: srun gives each its rank, and `cherry` takes it from SLURM_PROCID. Each task sees
+# all GPUs of its node (no --gpus-per-task), which is what NCCL and LOCAL_RANK expect.
+make_launch() {
+    local extra
+    launch=(srun --nodes="$2" --ntasks="$(($2 * $3))" --ntasks-per-node="$3"
+        --cpus-per-task="$4" # srun no longer takes it from sbatch (SLURM 22.05)
+        --kill-on-bad-exit=1 # one rank that fails would leave the others waiting for it
+        --open-mode=append --output="$run/logs/slurm-%j-%t.out")
+    read -ra extra <<<"${CLUSTER_SRUN_OPTIONS:-}"
+    launch+=("${place[@]}" "${extra[@]}" "${program[@]}" "$1" --config "$config")
+    shift 4
+    launch+=("$@" "${sets[@]}" "${flags[@]}") # what the command line sets wins
+}
+
+# ask ACTION [OPTIONS]: `cherry job` of this stage, in a container if there is one.
+ask() {
+    local action=$1 sources where=()
+    shift
+    read -ra sources <<<"${LOAD:-}"
+    [ -z "${CLUSTER_CONTAINER:-}" ] || where=(srun --nodes=1 --ntasks=1 "${place[@]}")
+    "${where[@]}" "${program[@]}" job "$action" "$verb" --config "$config" ${FROM:+--parent "$FROM"} \
+        ${sources[0]:+--load "${sources[@]}"} "$@" "${sets[@]}" "${flags[@]}"
 }
 
 load_modules() {
@@ -183,13 +214,16 @@ load_modules() {
 
 # The allocation decides how many, not the settings: sbatch's command line may have asked for something else.
 start_job() {
-    local nodes=${SLURM_JOB_NUM_NODES:-1} cpus=${SLURM_CPUS_PER_TASK:-1} hosts
+    local nodes=${SLURM_JOB_NUM_NODES:-1} cpus=${SLURM_CPUS_PER_TASK:-1} hosts said status=0 added=()
     local tasks=${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-${SLURM_NTASKS_PER_NODE:-1}}}
     tasks=${tasks##*:}
     [ "$tasks" != 0 ] || tasks=${SLURM_NTASKS_PER_NODE:-1} # a rehearsal on nodes without GPUs
     load_modules
     cd "$root"
-    make_launch "$1" "$nodes" "$tasks" "$cpus"
+    find_program
+    job=$SLURM_JOB_ID
+    [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    records=$run/jobs/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
     hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
     MASTER_ADDR=$(head -n 1 <<<"$hosts")
     MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000)) # below the ports that systems hand out by themselves
@@ -197,8 +231,63 @@ start_job() {
     unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE # of the shell that submitted: each task gets its own
     printf '%s: job %s, start %s, %s nodes of %s tasks, master %s:%s\n' "$script" "$SLURM_JOB_ID" \
         "$((${SLURM_RESTART_COUNT:-0} + 1))" "$nodes" "$tasks" "$MASTER_ADDR" "$MASTER_PORT"
+    said=$(ask begin --records "$records") || status=$?
+    [ "$status" != 10 ] || exit 0 # there is nothing to do
+    [ "$status" = 0 ] || exit "$status"
+    [ -z "$said" ] || mapfile -t added <<<"$said"
+    make_launch "$verb" "$nodes" "$tasks" "$cpus" "${added[@]}"
     print_command "${launch[@]}"
-    exec "${launch[@]}"
+    run_ranks
+    follow_up
+}
+
+# Sets status, that of the ranks. A signal to this shell is one to them, on which they save at the end of their step.
+run_ranks() {
+    # What srun says is kept, because it names the node of the rank that failed.
+    "${launch[@]}" 2> >(trap '' TERM USR1 && exec tee -a "$records/srun.err" >&2) &
+    local child=$! interrupted
+    # srun hands SIGUSR1 on to the ranks; to SIGTERM it would answer by killing them.
+    trap 'interrupted=1; kill -USR1 "$child" 2>/dev/null || true' TERM USR1
+    while :; do
+        interrupted=
+        status=0
+        wait "$child" || status=$?
+        [ -n "$interrupted" ] || break
+    done
+}
+
+# Ends the job as what became of its ranks asks for.
+follow_up() {
+    local state without verdict=0
+    # Not RUNNING: SLURM has cancelled or requeued it, which is not to be undone.
+    state=$(timeout 60 squeue --noheader --jobs="$job" --format=%T 2>/dev/null) || state=UNKNOWN
+    without=$(ask end --status "$status" --state "$state" --errors "$records/srun.err") || verdict=$?
+    [ "$verdict" = 10 ] || exit "$verdict"
+    [ -z "$without" ] || find_exclusion "$without"
+    trap '' TERM USR1 # with which SLURM ends what is requeued
+    scontrol requeue "$job" || fail "job $job cannot be requeued; submit the same line again to go on"
+    # Only a waiting job can be told so.
+    if [ -n "$without" ] && scontrol update JobId="$job" ExcNodeList="$without"; then
+        echo "$script: requeued without $without"
+    fi
+    exit 0
+}
+
+# find_exclusion NODES: sets without, all that the job is to do without; nothing if there are not enough others.
+find_exclusion() {
+    local others before
+    others=$(timeout 60 sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --responding --format='%N %t' |
+        awk '$2 !~ /drain|drng|down|fail|maint|boot/ { print $1 }' | sort -u | grep -cvxF "$(tr , '\n' <<<"$1")") || others=0
+    if [ "$others" -lt "$SLURM_JOB_NUM_NODES" ]; then
+        echo "$script: there are not enough nodes to do without $1"
+        without=
+        return
+    fi
+    before=$(timeout 60 scontrol show job "$job" | sed -nE 's/.* ExcNodeList=(.*)/\1/p')
+    case $before in
+        '' | '(null)') ;;
+        *) without=$before,$1 ;;
+    esac
 }
 
 print_command() {
@@ -211,28 +300,53 @@ make_logs() {
     mkdir -p "$run/logs" 2>/dev/null || fail "cannot write the run's folder $run"
 }
 
+# The numbers of an array such as 0-3,5%2, a line each.
+array_numbers() {
+    local part
+    for part in $(tr ',' ' ' <<<"${1%%%*}"); do
+        seq "${part%-*}" "${part#*-}" || fail "the array $1 is not of the form 0-3,5"
+    done
+}
+
 cherry_job() {
-    local verb=$1 default=$2 submission gpus
+    verb=$1
+    local default=$2 submission tasks array number
     shift 2
+    # A configuration of branches is that of one branch in each task of an array.
+    [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || export CHERRY_BRANCH=$SLURM_ARRAY_TASK_ID
     parse_arguments "$default" "$@"
     if [ -n "${SLURM_JOB_ID:-}" ] && [ "${DRY_RUN:-0}" = 0 ]; then
         make_logs
-        start_job "$verb"
+        start_job
     fi
     resolve_options
+    array=$(get_option array)
+    if [ -n "$array" ]; then
+        CHERRY_BRANCH=%a find_run # which sbatch replaces
+        set_option output "$run/logs/slurm-%j.out"
+    fi
     submission=(sbatch "${options[@]}" "$slurm_folder/$script" "$config" "${sets[@]}" "${flags[@]}")
     if [ "${DRY_RUN:-0}" != 0 ]; then
-        gpus=$(get_option gpus-per-node)
-        make_launch "$verb" "$(get_option nodes)" "${gpus##*:}" "$(get_option cpus-per-task)"
+        tasks=$(get_option ntasks-per-node)
+        find_program
+        make_launch "$verb" "$(get_option nodes)" "${tasks:-1}" "$(get_option cpus-per-task)"
         echo "# submitted:"
         print_command "${submission[@]}"
-        echo "# started in the job, with MASTER_ADDR its first node and MASTER_PORT 10000 + job id % 20000:"
+        echo "# started in the job, with MASTER_ADDR its first node and MASTER_PORT 10000 + job id % 20000, and with"
+        echo "# what \`cherry job begin\` adds there (what to load, where to write):"
         print_command "${launch[@]}"
         return
     fi
     command -v sbatch >/dev/null ||
         fail "there is no sbatch here; run it on a SLURM login node, or with DRY_RUN=1 to see what it would submit"
-    make_logs
+    if [ -n "$array" ]; then
+        for number in $(array_numbers "$array"); do
+            CHERRY_BRANCH=$number find_run
+            make_logs
+        done
+    else
+        make_logs
+    fi
     cd "$root" # where the job finds slurm/common.sh, and what relative paths in a configuration are relative to
     exec "${submission[@]}"
 }

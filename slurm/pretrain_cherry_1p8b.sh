@@ -1,13 +1,16 @@
 #!/bin/bash
-# Pretrains a CHERRY model on a SLURM cluster, one process a GPU. From the project's folder:
+# Pretrains a CHERRY model, one process a GPU. From the project's folder:
 #
 #   sbatch slurm/pretrain_cherry_1p8b.sh [CONFIG] [--set KEY=VALUE ...] [-- MEGATRON_FLAGS ...]
 #   bash slurm/pretrain_cherry_1p8b.sh ...             submits it with the settings of slurm/cluster.env
 #   DRY_RUN=1 bash slurm/pretrain_cherry_1p8b.sh ...   prints what would be submitted and started
 #
-# CONFIG is by default the 1.8B mixture, configs/cherry_1p8b.yaml, one expert a GPU. See docs/slurm.md.
+# CONFIG is by default the 1.8B mixture, configs/cherry_1p8b.yaml, one expert a GPU. A first start loads LOAD=RUN, else
+# what assemble_moee.sh has put into the run's folder; without either it trains from scratch. The other launchers of this
+# folder take the same arguments. See docs/slurm.md.
 #
 # The defaults; sbatch's command line overrides them, and with `bash` so do the settings.
+#
 #SBATCH --job-name=cherry-pretrain
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8
@@ -21,15 +24,10 @@ set -euo pipefail
 
 script=pretrain_cherry_1p8b.sh
 # sbatch runs a copy of this file from elsewhere, so what lies beside it is found from where it was submitted.
-submitted=${SLURM_SUBMIT_DIR:-$PWD}
-for folder in "$(dirname "${BASH_SOURCE[0]}")" "$submitted/slurm" "$submitted/../slurm"; do
-    [ -f "$folder/common.sh" ] && break
+for folder in "$(dirname "$0")" "${SLURM_SUBMIT_DIR:-.}/slurm" "${SLURM_SUBMIT_DIR:-.}"; do
+    if [ -f "$folder/common.sh" ]; then break; fi
 done
-if [ ! -f "$folder/common.sh" ]; then
-    echo "$script: cannot find slurm/common.sh from $submitted; submit from the project's folder" >&2
-    exit 2
-fi
 # shellcheck source=slurm/common.sh
-. "$folder/common.sh"
+. "$folder/common.sh" || { echo "$script: submit it from the project's folder" >&2; exit 2; }
 
 cherry_job pretrain configs/cherry_1p8b.yaml "$@"

@@ -24,8 +24,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests fork, and the library's 
 # are started afresh, because CUDA does not survive a fork.
 HAS_GPU = Path("/dev/nvidia0").exists()
 _CONTEXT = multiprocessing.get_context("spawn" if HAS_GPU else "forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["cherry_megatron.pretrain", "cherry_megatron.data.prepare", "transformers.models.auto.tokenization_auto"]
+_CONTEXT.set_forkserver_preload(["tests.preloaded"])
+# Python 3.12.1 and older do not tell the server sys.path (cpython issue 117378).
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")))
 )
 
 TEXT = """나는 학교에 갑니다 그리고 오늘 날씨가 매우 좋습니다 하지만 내일은 비가 온다고 합니다 결제 연동을

@@ -97,7 +97,7 @@ CASES = {
     "head": ("looped", ("megatron.untie-embeddings-and-output-weights=false",), (), "output-weights is False, but"),
     "width": ("looped", ("megatron.ffn-hidden-size=96",), (), "ffn-hidden-size is 96, but PATH has 64"),
     "heads-without-record": ("unrecorded", HEADS, (), "num-attention-heads is 2, but"),
-    "tokenizer": ("looped", (OTHER_TOKENS,), (), "or name megatron.tokenizer-model in `changed` to go on"),
+    "tokenizer": ("looped", (OTHER_TOKENS,), (), "or a copy of it, or name megatron.tokenizer-model in `changed`"),
     # Changed on purpose.
     "changed-angles": ("looped", (ANGLES, "changed=[megatron.rotary-base]"), (), ""),
     "changed-tokenizer": ("looped", (OTHER_TOKENS, "changed=[megatron.tokenizer-model]"), (), ""),
@@ -252,11 +252,8 @@ def test_what_is_changed_is_said_and_recorded(starts, tmp_path, train):
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        (
-            "[megatron.hidden-size]",
-            "names megatron.hidden-size, which a run has as the checkpoint",
-        ),
-        ("[recurrence.pattern]", "names recurrence.pattern, which"),
+        ("[megatron.lr]", "`changed` cannot name megatron.lr"),
+        ("[recurrence.pattern]", "`changed` cannot name recurrence.pattern"),
         ("[rotary-base]", "did you mean 'megatron.rotary-base'?"),
         ("megatron.rotary-base", "`changed` must be a list of keys"),
         ("[5]", "`changed` must be a list of keys"),

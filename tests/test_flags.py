@@ -56,6 +56,38 @@ def test_a_value_is_taken_or_refused_as_by_megatrons_parser(value, flag):
         assert ours is value
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "says"),
+    [
+        ("rotary-base", 10000.0, "megatron.rotary-base is '10000.0'; it takes a whole number: write 10000"),
+        ("rotary-base", 1e99, "megatron.rotary-base is '1e+99'; it takes a whole number"),
+        ("rotary-base", "nan", "megatron.rotary-base is 'nan'; it takes a whole number"),
+        ("rotary-base", 0.5, "megatron.rotary-base is '0.5'; it takes a whole number"),
+        ("lr", "fast", "megatron.lr is 'fast'; it takes a number"),
+        ("window-size", "8,", "megatron.window-size: '8,' is not numbers such as 128,0"),
+        ("lr", [1, 2], "megatron.lr is [1, 2]; it takes one value, without brackets"),
+    ],
+)
+def test_what_is_refused_is_said_of_its_key(flag, value, says):
+    with pytest.raises(CherryError) as found:
+        outline_values({flag: value})
+    assert str(found.value) == says
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "text", "how"),
+    [
+        ("window-size", [8, 0], "8,0", "without brackets: 8,0"),
+        ("no-rope-freq", [0, 1], "[0,1]", 'in quotes and without spaces: "[0,1]"'),
+    ],
+)
+def test_a_list_that_is_one_text_is_refused_with_the_text(flag, value, text, how):
+    with pytest.raises(CherryError) as found:
+        outline_values({flag: value})
+    assert str(found.value) == f"megatron.{flag} is {value}; it takes one value, {how}"
+    assert list(getattr(parse_flags(megatron_arguments({flag: text})), action_of(flag).dest)) == value
+
+
 def test_megatron_is_not_imported_for_it():
     code = (
         "import sys; from cherry_megatron.flags import outline_values; outline_values({'hidden-size': 8}); "

@@ -11,9 +11,9 @@ SAMPLE = {
         4,
         "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2",
     ),
-    "micro4": (1, "--micro-batch-size 4"),
 }
 REST = {
+    "micro4": (1, "--micro-batch-size 4"),
     "pp2": (2, "--pipeline-model-parallel-size 2"),
     "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "tp2-pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),

@@ -124,8 +124,7 @@ LAYOUTS = {
         {"tensor-model-parallel-size": 2, "pipeline-model-parallel-size": 2, "sequence-parallel": True},
     ),
 }
-SAMPLE = ["pp2", "tp2", pytest.param("dp2", marks=pytest.mark.full),
-          pytest.param("tp2-sp-pp2", marks=pytest.mark.full)]  # fmt: skip
+SAMPLE = ["pp2", *(pytest.param(name, marks=pytest.mark.full) for name in ("tp2", "dp2", "tp2-sp-pp2"))]
 
 
 @pytest.mark.parametrize("name", SAMPLE)
@@ -163,7 +162,7 @@ def test_tied_embeddings_and_other_types(megatron, tmp_path, write_config, train
         (["--plan", "search", "--align", "weights"], "use it with --method average and --align none"),
         (["--budget", "9"], "--budget is that of --plan search; add it"),
         (["--plan", "search", "--budget", "1"], "--budget 1: use 2 or more"),
-        (["--plan", "search", "--set", "recurrence.pattern=(*-)x9"], "the source has 8 layers, fewer than the 9"),
+        (["--plan", "search", "--set", "recurrence.pattern=(*-)x9"], "has 9 layers, and the source only 8; use"),
         (["--plan", "search", "--set", "megatron.hidden-size=64"], "megatron.hidden-size is 64"),
         (["--plan", "search", "--set", "megatron.data-path=nowhere"], "nowhere.idx or .bin is missing"),
         (["--plan", "search", "--save", "."], ". exists and is not empty; choose another folder"),

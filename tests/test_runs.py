@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,7 +67,9 @@ def test_a_tracker_that_names_no_checkpoint_is_refused(copy, content):
 
 def test_checkpoints_without_a_tracker_are_not_written_over(copy):
     (copy.parent / "run/checkpoints" / TRACKER).unlink()
-    assert "holds iter_0000004, but latest_checkpointed_iteration.txt is missing" in refused(copy)
+    sentence = refused(copy)
+    assert f"checkpoints holds iter_0000004, but {TRACKER} is missing; write the number" in sentence
+    assert f"{copy.parent}/run/checkpoints/{TRACKER}, or choose another run" in sentence
 
 
 @pytest.mark.parametrize(
@@ -100,15 +103,21 @@ def _flip(path: Path) -> None:
         ("__0_0.distcp", _flip),
         ("__0_0.distcp", lambda path: os.truncate(path, 1000)),
         ("__0_0.distcp", Path.unlink),
-        ("metadata.json", Path.unlink),
+        ("metadata.json", lambda path: path.write_text("{}")),
         ("integrity.json", Path.unlink),
         (".metadata", _flip),
     ],
 )
-def test_a_damaged_checkpoint_is_one_sentence_that_names_the_older_one(copy, file, damage):
+def test_a_damaged_checkpoint_is_one_sentence_that_names_the_file_and_the_older_one(copy, file, damage):
     damage(copy.parent / "run/checkpoints/iter_0000004" / file)
+    later = copy.parent / "run/checkpoints/iter_0000006"  # its save was killed
+    later.mkdir()
+    shutil.copy(copy.parent / "run/checkpoints/iter_0000002/.metadata", later)
     sentence = refused(copy, "--", "--train-iters", "6")
-    assert "iter_0000004" in sentence
+    assert "iter_0000004" in sentence and file in sentence
+    tracker = copy.parent / "run/checkpoints" / TRACKER
+    assert "restore " in sentence
+    assert f", or go back to iter_0000002: write its number into {tracker}" in sentence
 
 
 def test_going_back_to_an_older_checkpoint_is_possible(copy, train):
@@ -117,10 +126,11 @@ def test_going_back_to_an_older_checkpoint_is_possible(copy, train):
 
 
 def test_a_run_says_where_it_starts_and_when_it_saves(copy):
-    status, _ = pretrain(copy, "--", "--train-iters", "6")
+    status, _ = pretrain(copy, "--set", "recurrence.loops=4", "--", "--train-iters", "6")
     printed = (copy.parent / "output/rank0.out").read_text()
     assert status == 0
-    assert f"goes on from step 4, {copy.parent}/run/checkpoints/iter_0000004" in printed
+    start = f"goes on from step 4, {copy.parent}/run/checkpoints/iter_0000004"
+    assert f"{start}, with recurrence.loops 4 for 3; loops above 3 use the vectors of loop 3\n" in printed
     assert f"step       6  checkpoint written to {copy.parent}/run/checkpoints/iter_0000006" in printed
     pretrain(copy, "--", "--train-iters", "6")
     assert "is at step 6 of 6 already" in (copy.parent / "output/rank0.out").read_text()

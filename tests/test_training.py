@@ -64,6 +64,20 @@ def test_tensorboard_reads_back(run):
     assert {"cherry/throughput/tokens-per-second", "cherry/throughput/tflops-per-device"} <= tags
 
 
+def test_the_learning_rate_is_that_of_the_step(run):
+    """Two of warmup, then half a cosine; the schedule counts the steps that are done, so the first has none yet."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, folder, output = run
+    wanted = [0.0, 5e-4, *(1e-3 * (1 + math.cos(math.pi * done / 10)) / 2 for done in range(10))]
+    steps = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    assert [s["learning_rate"] for s in steps[:12]] == pytest.approx(wanted, rel=1e-6)
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    assert [e.value for e in events.Scalars("learning-rate")][:12] == pytest.approx(wanted, rel=1e-6)
+    assert f"lr {wanted[4]:.2e}" in next(line for line in output.splitlines() if line.startswith("step       5/12"))
+
+
 def _evaluate(path: Path, loops: list[int], flags: list[str]) -> dict[int, float]:
     from cherry_megatron.config import load
     from cherry_megatron.platform.machine import prepare

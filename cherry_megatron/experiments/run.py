@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cherry_megatron.cli import check_arguments
 from cherry_megatron.config import load, outline
-from cherry_megatron.errors import CherryError
+from cherry_megatron.errors import CherryError, naming
 from cherry_megatron.experiments.plan import OUTPUTS, Experiment, Task, find, read
 from cherry_megatron.experiments.records import Records
 from cherry_megatron.experiments.schedule import PROGRAM, Schedule, Slot
@@ -93,7 +93,7 @@ def check(experiment: Experiment, out: Path) -> None:
     """
     for stage in experiment.stages.values():
         task = Task(stage, stage.seeds[0])
-        try:
+        with naming(f"{experiment.source}, stage {stage.name}"):
             check_arguments(stage.verb, task.arguments(out))
             if OUTPUTS[stage.verb] == "run":
                 flags = load(stage.config, task.overrides(out)).flags
@@ -103,8 +103,6 @@ def check(experiment: Experiment, out: Path) -> None:
                     )
             else:
                 outline(stage.config, task.overrides(out))
-        except CherryError as error:
-            raise CherryError(f"{experiment.source}, stage {stage.name}: {error}") from None
 
 
 def unchanged(

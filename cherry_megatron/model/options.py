@@ -94,6 +94,16 @@ class Recurrence:
         return parse(self.pattern)
 
     @property
+    def further_loops(self) -> str | None:
+        """In words, what loops beyond those of the pattern use, if weights are of each loop (see loops.py)."""
+        stored = self.parsed.loops
+        of_loops = {"vectors": self.loop_scales, "corrections": self.loop_rank, "routers": self.loop_routers}
+        kinds = " and ".join(kind for kind, there in of_loops.items() if there)
+        if not kinds or self.loops <= stored:
+            return None
+        return f"loops above {stored} use the {kinds} of loop {stored}"
+
+    @property
     def output_scale(self) -> float:
         """What initial weights of output projections are scaled by: 1 / sqrt(effective sublayers)."""
         visits = unroll(self.parsed, self.parsed.loops, self.order)

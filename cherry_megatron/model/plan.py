@@ -89,23 +89,34 @@ def make_plan(recurrence: Recurrence, shape: Shape, sequence: int, pipeline_size
     Raises:
         CherryError: if there are fewer effective layers than stages, or `stages` does not add up.
     """
+    check_stages(recurrence, pipeline_size)
     pattern = recurrence.parsed
     visits = unroll(pattern, recurrence.loops, recurrence.order)
-    if len(visits) < pipeline_size:
-        raise CherryError(
-            f"pipeline-model-parallel-size {pipeline_size} is more than the {len(visits)} effective layers "
-            "of recurrence.pattern; use fewer stages or more loops"
-        )
     lengths = recurrence.stages
     if lengths is None:
         costs = [shape.forward_flops(pattern.layers[visit.layer], sequence) for visit in visits]
         costs[0] += EMBEDDING_COST * costs[0]
         costs[-1] += shape.head_flops + depths * shape.depth_flops(sequence)
         lengths = tuple(balance(costs, pipeline_size))
-    elif len(lengths) != pipeline_size or sum(lengths) != len(visits) or min(lengths) < 1:
-        raise CherryError(
-            f"recurrence.stages {list(lengths)} must be {pipeline_size} positive numbers "
-            f"(pipeline-model-parallel-size) that add up to {len(visits)} effective layers"
-        )
     cuts = [sum(lengths[:k]) for k in range(pipeline_size + 1)]
     return Plan(pattern, tuple(visits[a:b] for a, b in pairwise(cuts)), depths)
+
+
+def check_stages(recurrence: Recurrence, pipeline_size: int) -> None:
+    """See that every pipeline stage has a layer to walk.
+
+    Raises:
+        CherryError: if there are fewer effective layers than stages, or `stages` does not add up.
+    """
+    layers = len(unroll(recurrence.parsed, recurrence.loops, recurrence.order))
+    lengths = recurrence.stages
+    if layers < pipeline_size:
+        raise CherryError(
+            f"pipeline-model-parallel-size {pipeline_size} is more than the {layers} effective layers "
+            "of recurrence.pattern; use fewer stages or more loops"
+        )
+    if lengths is not None and (len(lengths) != pipeline_size or sum(lengths) != layers or min(lengths) < 1):
+        raise CherryError(
+            f"recurrence.stages {list(lengths)} must be {pipeline_size} positive numbers "
+            f"(pipeline-model-parallel-size) that add up to {layers} effective layers"
+        )

@@ -6,7 +6,10 @@ embedding lookup does not; attention scores and their product with the values co
 and layer for a sequence of s tokens (causal: half of the square). Recomputation is not counted.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.pattern import AHEAD, ATTENTION, MLP, MOE
@@ -113,3 +116,35 @@ class Shape:
     def head_flops(self) -> float:
         """Forward FLOPs a token of the output layer."""
         return 2 * self.vocabulary_weights
+
+
+def heads_of(config: Path, megatron: Mapping[str, Any], hidden: int) -> tuple[int, int, int]:
+    """Query heads, query groups, and channels of a head.
+
+    Args:
+        config: the configuration's file, for messages.
+        megatron: its `megatron` section by flags.
+        hidden: width of the residual stream, which is shared out where `kv-channels` is not set.
+
+    Raises:
+        CherryError: if the configuration does not name the heads, or names what cannot be.
+    """
+
+    def positive(key: str) -> int:
+        value = megatron.get(key)
+        if not isinstance(value, int) or value < 1:
+            raise CherryError(f"{config}: set megatron.{key} to a positive number (it is {value})")
+        return value
+
+    heads = positive("num-attention-heads")
+    groups = positive("num-query-groups") if megatron.get("group-query-attention") else heads
+    if heads % groups:
+        raise CherryError(f"{config}: megatron.num-query-groups {groups} does not divide the {heads} heads")
+    if megatron.get("kv-channels") is not None:
+        return heads, groups, positive("kv-channels")
+    if hidden % heads:
+        raise CherryError(
+            f"{config}: megatron.hidden-size {hidden} is not a multiple of num-attention-heads {heads}; use a "
+            "number of heads that divides it, or set megatron.kv-channels"
+        )
+    return heads, groups, hidden // heads

@@ -9,6 +9,7 @@ from typing import Any
 from cherry_megatron.config import outline
 from cherry_megatron.errors import CherryError
 from cherry_megatron.files import read_lines
+from cherry_megatron.jobs.attempts import ATTEMPTS
 from cherry_megatron.monitor.alarms import ALARMS, read_alarms
 from cherry_megatron.runs import read_evaluations, recent_steps
 from cherry_megatron.storage.ancestry import describe
@@ -119,7 +120,7 @@ def _checkpoint(run: Path, verify: bool) -> list[str]:
 
 def _starts(run: Path) -> list[str]:
     """Starts, and of those by a launcher what followed each."""
-    path, attempts = run / "starts.jsonl", run / "attempts.jsonl"
+    path, attempts = run / "starts.jsonl", run / ATTEMPTS
     starts = list(read_lines(path)) if path.exists() else []
     told = ["none recorded"]
     if starts:

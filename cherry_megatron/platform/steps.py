@@ -1,11 +1,13 @@
 """Be called around each training step, and decide whether it may update the weights.
 
-megatron.training has no callbacks there.
+megatron.training has no callbacks there. And have the step's learning rate reported: Megatron-core 0.19.2 reads it
+when its schedule has moved on, and so reports the next step's rate beside a step's loss.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.training import training
 from torch import Tensor
 
@@ -50,11 +52,16 @@ class Hooks:
 def around_each_step(hooks: Hooks) -> None:
     """Call these around each step from now on; a later call replaces the earlier."""
 
+    used: float | None = None
+
     def step(
         forward_step_func: Any, data_iterator: Any, model: Any, optimizer: Any, scheduler: Any, config: Any,
         passes: Callable[..., Any], *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
+        nonlocal used
         data_iterator = hooks.prepare(data_iterator, model, config)
+        rate = get_canonical_lr_for_logging(optimizer.param_groups)
+        used = None if rate is None else float(rate)  # a tensor would change with the schedule
         losses: list[dict[str, Tensor]] = []
 
         def run(**given: Any) -> Any:
@@ -80,6 +87,7 @@ def around_each_step(hooks: Hooks) -> None:
         return done
 
     training.train_step = step
+    training.get_canonical_lr_for_logging = lambda _: used
 
 
 def _ask_before_updates(optimizer: Any, allows: Callable[[float], bool]) -> None:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from cherry_megatron.errors import CherryError
 from cherry_megatron.files import write_atomically
 from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint
+from cherry_megatron.storage.integrity import THREADS, damage
 from cherry_megatron.storage.lineage import (
     LINEAGE,
     MANIFEST,
@@ -22,8 +23,6 @@ from cherry_megatron.storage.lineage import (
     read_lineage,
     record,
 )
-
-THREADS = 8  # reading and hashing both let other threads go on
 
 
 def parents_of(loaded: Path | None, own: bool) -> list[dict[str, Any]]:
@@ -82,7 +81,8 @@ def describe(path: Path, verify: bool) -> list[str]:
 
     Args:
         path: see `open_checkpoint`.
-        verify: read every tensor of it, and compare; of an ancestor that is still there its manifest is compared.
+        verify: read every tensor and every file of it, and compare; of an ancestor that is still there its manifest
+            is compared.
 
     Raises:
         CherryError: if the checkpoint or an ancestor is not what its record says.
@@ -102,8 +102,22 @@ def describe(path: Path, verify: bool) -> list[str]:
         known = str(checkpoint.folder) if depth == 0 else entry["path"]
         state = ("verified" if verify else "not verified") if depth == 0 else _ancestor(Path(known), entry)
         made = f"{entry.get('role', '')} {entry['operation']}{_at(entry)}".lstrip()
-        lines.append(f"{'  ' * depth}{entry['identity'][:12]}  {made:<26}  {_code(entry)}  {known}  ({state})")
+        made = f"{entry['identity'][:12]}  {made:<26}  {_code(entry)}  {known}  "
+        lines.append(f"{'  ' * depth}{made}{_how(entry)}({state})")
     return lines
+
+
+def _how(entry: dict[str, Any]) -> str:
+    """How a compression was made, and what a start had `changed`; with spaces behind."""
+    options, found = entry.get("options", {}), []
+    if {"method", "groups"} <= {*options}:
+        found.append(f"{options['method']}, groups {options['groups']}")
+        found += [f"align {options['align']}"] if options.get("align", "none") != "none" else []
+    config = entry.get("config")
+    changed = config.get("changed") if isinstance(config, dict) else None
+    if isinstance(changed, list) and changed:
+        found.append(f"changed {' '.join(map(str, changed))}")
+    return f"{', '.join(found)}  " if found else ""
 
 
 def _at(entry: dict[str, Any]) -> str:
@@ -125,6 +139,8 @@ def _verify(checkpoint: Checkpoint) -> None:
         )
     checkpoint.check(list(checkpoint.tensors))
     hash_all(checkpoint, tqdm(checkpoint.tensors, unit="tensor", desc="verify", disable=None))
+    if why := damage(checkpoint.folder):  # of all files, what is no tensor in them too
+        raise CherryError(f"{why}; restore the checkpoint")
 
 
 def _ancestor(folder: Path, entry: dict[str, Any]) -> str:

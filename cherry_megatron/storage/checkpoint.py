@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from cherry_megatron.errors import CherryError
+from cherry_megatron.storage.integrity import INTEGRITY, check_description
 from cherry_megatron.storage.lineage import Manifest, read_manifest
 from cherry_megatron.storage.records import DTYPES, Array, load_pickle, read_object, read_tensor
 
@@ -100,7 +101,9 @@ class Checkpoint:
         except OSError as error:
             raise CherryError(f"{folder}/.metadata: {error.strerror}; name a torch_dist checkpoint") from None
         except (CherryError, KeyError, AttributeError, TypeError, ValueError, IndexError) as error:
-            raise CherryError(f"{folder}/.metadata is not that of a torch_dist checkpoint ({error})") from None
+            raise CherryError(
+                f"{folder}/.metadata is not that of a torch_dist checkpoint ({error}); restore the checkpoint"
+            ) from None
         for name in sorted((self.manifest or {}).keys() - self.tensors.keys()):
             raise CherryError(f"{folder}/.metadata lacks the tensor {name} of its manifest; restore the checkpoint")
 
@@ -193,7 +196,9 @@ class Checkpoint:
             if dtype != tensor.dtype or values.shape != chunk.sizes:
                 raise CherryError(f"it holds {dtype} {values.shape}, not {tensor.dtype} {chunk.sizes}")
         except (CherryError, OSError) as error:
-            raise CherryError(f"{path}: cannot read the tensor {tensor.name}: {error}") from None
+            raise CherryError(
+                f"{path}: cannot read the tensor {tensor.name}: {error}; restore the checkpoint"
+            ) from None
         digest = hash_values(values)
         self.read_hashes.setdefault(tensor.name, {})[chunk.key] = digest
         if self.manifest is not None and self.manifest.get(tensor.name, {}).get(chunk.key) != digest:
@@ -233,7 +238,7 @@ class Checkpoint:
             with path.open("rb") as file:
                 return read_object(file, place.offset, place.length)
         except (CherryError, OSError) as error:
-            raise CherryError(f"{path}: cannot read {name}: {error}") from None
+            raise CherryError(f"{path}: cannot read {name}: {error}; restore the checkpoint") from None
 
 
 def _is_whole(tensor: Tensor) -> bool:
@@ -282,7 +287,24 @@ def together(parts: Mapping[str, Checkpoint]) -> Checkpoint:
 
 def saved_folder(path: Path) -> Path | None:
     """The folder that Megatron saved checkpoints to: this one, or a run's checkpoints/ in it."""
-    return next((folder for folder in (path, path / "checkpoints") if (folder / TRACKER).is_file()), None)
+    return next((folder for folder in _saved_to(path) if (folder / TRACKER).is_file()), None)
+
+
+def _saved_to(path: Path) -> tuple[Path, Path]:
+    return path, path / "checkpoints"
+
+
+def why_none(path: Path) -> str:
+    """Why there is no checkpoint in a folder that is not one that Megatron saved to, and what to do."""
+    left = [found for folder in _saved_to(path) for found in whole(folder)]
+    if left:
+        return (
+            f"{path} holds {left[-1].name}, but {TRACKER} is missing; write the number of the checkpoint to "
+            f"take into {left[-1].parent / TRACKER}"
+        )
+    if (path / "metadata.json").is_file():
+        return f"{path}/.metadata is missing; restore the checkpoint"
+    return f"{path}: no checkpoint there ({TRACKER} is missing); name the folder that holds it"
 
 
 def newest(saved: Path) -> Path:
@@ -296,23 +318,42 @@ def newest(saved: Path) -> Path:
     folder = saved / (f"iter_{int(text):07d}" if text.isdecimal() else text)
     if (text == "release" or text.isdecimal()) and (folder / ".metadata").is_file():
         return folder
+    if text.isdecimal() and folder.is_dir():
+        raise CherryError(f"{folder}/.metadata is missing; restore the checkpoint{way_back(folder)}")
     complete = sorted(found.parent.name for found in saved.glob("*/.metadata"))
-    others = f"there are {', '.join(complete)}" if complete else "there is none"
+    others = f"there are {', '.join(complete)}: write the number of one into it" if complete else "there is none"
     raise CherryError(f"{tracker} says {text[:20]!r}, which is no checkpoint beside it; {others}")
+
+
+def way_back(folder: Path) -> str:
+    """What to do about a damaged checkpoint besides restoring it, as the end of a sentence.
+
+    Args:
+        folder: the checkpoint, in a folder that a training saved to.
+    """
+    before = [found.name for found in whole(folder.parent) if found.name < folder.name]
+    return f", or go back to {before[-1]}: write its number into {folder.parent / TRACKER}" if before else ""
+
+
+def whole(saved: Path) -> list[Path]:
+    """The checkpoints of a folder that were saved to their end, in order: hashes of their files come last."""
+    return sorted(found.parent for found in saved.glob(f"iter_*/{INTEGRITY}"))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """The newest checkpoint of a run or of a folder that Megatron saved to, or the checkpoint in a folder.
 
     Raises:
-        CherryError: if there is none.
+        CherryError: if there is none, or what describes it is damaged.
     """
-    if (path / ".metadata").is_file():
-        return Checkpoint(path)
-    saved = saved_folder(path)
-    if saved is None:
-        raise CherryError(f"{path}: no checkpoint there ({TRACKER} is missing); name the folder that holds it")
-    return Checkpoint(newest(saved))
+    folder = path
+    if not (path / ".metadata").is_file():
+        saved = saved_folder(path)
+        if saved is None:
+            raise CherryError(why_none(path))
+        folder = newest(saved)
+    check_description(folder)
+    return Checkpoint(folder)
 
 
 def hash_values(values: Array) -> str:

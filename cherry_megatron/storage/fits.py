@@ -11,6 +11,7 @@ from typing import Any
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.pattern import ATTENTION, MLP, MOE
+from cherry_megatron.model.shape import heads_of
 from cherry_megatron.storage.checkpoint import Checkpoint
 from cherry_megatron.storage.layers import (
     EMBEDDING,
@@ -32,7 +33,7 @@ from cherry_megatron.storage.layers import (
     member,
     source_layers,
 )
-from cherry_megatron.storage.trained import WALK, check_heads, check_trained
+from cherry_megatron.storage.trained import WALK, check_heads, check_trained, recorded_recurrence
 
 
 def check_model(
@@ -114,12 +115,14 @@ def _check_configured(source: Checkpoint, layers: Source, config: Path, megatron
         _check_heads(source, names, config, megatron, hidden)
     for key, value in found:
         if megatron.get(key, value) != value:
-            raise CherryError(f"{config}: megatron.{key} is {megatron[key]}, but {source.folder} has {value}")
+            raise CherryError(
+                f"{config}: megatron.{key} is {megatron[key]}, but {source.folder} has {value}; set it so"
+            )
     untied = bool(megatron.get("untie-embeddings-and-output-weights"))
     if untied != (HEAD in layers.top):
         raise CherryError(
             f"{config}: megatron.untie-embeddings-and-output-weights is {untied}, but {source.folder} holds "
-            f"{'no' if untied else 'a'} {HEAD}"
+            f"{'no' if untied else 'a'} {HEAD}; set it to {str(not untied).lower()}"
         )
 
 
@@ -132,7 +135,8 @@ def _check_gate(
     if rows != neurons * (2 if megatron.get("swiglu") else 1):
         raise CherryError(
             f"{config}: megatron.swiglu is {bool(megatron.get('swiglu'))}, but "
-            f"{names[f'{first}.weight']} in {source.folder} has {rows} rows for {neurons} neurons"
+            f"{names[f'{first}.weight']} in {source.folder} has {rows} rows for {neurons} neurons "
+            "(with a gate it takes two each); set it so"
         )
     return neurons
 
@@ -155,26 +159,6 @@ def _check_heads(
             f"in {source.folder}"
         )
     check_heads(source, config, heads, groups, size)
-
-
-def heads_of(config: Path, megatron: dict[str, Any], hidden: int) -> tuple[int, int, int]:
-    """Query heads, query groups, and channels of a head.
-
-    Raises:
-        CherryError: if the configuration does not name the heads, or names what cannot be.
-    """
-
-    def positive(key: str) -> int:
-        value = megatron.get(key)
-        if not isinstance(value, int) or value < 1:
-            raise CherryError(f"{config}: set megatron.{key} to a positive number (it is {value})")
-        return value
-
-    heads = positive("num-attention-heads")
-    groups = positive("num-query-groups") if megatron.get("group-query-attention") else heads
-    if heads % groups:
-        raise CherryError(f"{config}: megatron.num-query-groups {groups} does not divide the {heads} heads")
-    return heads, groups, positive("kv-channels") if megatron.get("kv-channels") is not None else hidden // heads
 
 
 def first_names(layers: Source) -> dict[str, str]:
@@ -229,9 +213,12 @@ def check_layers(source: Checkpoint, layers: Source, recurrence: Recurrence, con
     """
     pattern = recurrence.parsed
     if len(layers.layers) != len(pattern.layers):
+        before = recorded_recurrence(source)
+        dense = before is not None and before.loops == 1 and len(layers.layers) > len(pattern.layers)
         raise CherryError(
             f"{config}: {source.folder} holds {len(layers.layers)} layers, recurrence.pattern "
-            f"{len(pattern.layers)}; name the configuration that it was trained with"
+            f"{len(pattern.layers)} ({recurrence.pattern}); set the pattern that it was trained with"
+            + (", or make a model of fewer layers of it by `cherry compress-depth`" if dense else "")
         )
     core = range(len(pattern.prelude), len(pattern.prelude) + len(pattern.core))
     for layer, symbols in enumerate(pattern.layers):

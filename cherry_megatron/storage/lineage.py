@@ -40,7 +40,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         if not all(isinstance(chunks, dict) for chunks in tensors.values()):
             raise TypeError
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise CherryError(f"{path} is damaged; restore it, or remove it to go on without verification") from None
+        raise CherryError(f"{path} is damaged; restore the checkpoint") from None
     return tensors
 
 
@@ -57,7 +57,7 @@ def identity(tensors: Manifest) -> str:
 # What every record has, what one that is among the parents of another has besides, and what one may have.
 _RECORD: dict[str, type[Any]] = {"operation": str, "identity": str, "parents": list}
 _PARENT: dict[str, type[Any]] = {"path": str}
-_DETAILS: dict[str, type[Any]] = {"role": str, "git": dict, "recurrence": dict, "expert": int}
+_DETAILS: dict[str, type[Any]] = {"role": str, "git": dict, "recurrence": dict, "expert": int, "options": dict}
 _NAMES: dict[type[Any], str] = {str: "a text", list: "a list", dict: "keys and values", int: "a number"}
 
 

@@ -92,7 +92,7 @@ def check_changes(
     for key, (ours, theirs) in found.items():
         if key in (changed or ()):
             continue
-        ways = ["set it so"]
+        ways = ["set it to that or a copy of it" if key == TOKENIZER else "set it so"]
         if changed is not None and key in CHANGEABLE:
             ways.append(f"or name {key} in `changed` to go on otherwise")
         before = recorded_recurrence(source)
@@ -223,3 +223,20 @@ def tokenizer_of(checkpoint: Checkpoint) -> str | None:
     from cherry_megatron.data.tokenizer import fingerprint  # a library that surgery mostly does without
 
     return fingerprint(Path(folder))
+
+
+def told_tokenizer(checkpoint: Checkpoint) -> str:
+    """The tokenizer that a checkpoint was trained with, for a message: folder, fingerprint, whether it is there.
+
+    Args:
+        checkpoint: one of which `tokenizer_of` knows.
+    """
+    recorded, folder = tokenizer_of(checkpoint), checkpoint.arguments().get("tokenizer_model")
+    if folder is None:
+        return str(recorded)
+    from cherry_megatron.data.tokenizer import fingerprint  # see above
+
+    if not (Path(folder) / "tokenizer.json").is_file():
+        return f"{folder} ({recorded}, which is missing there now)"
+    other = "" if fingerprint(Path(folder)) == recorded else ", where another one is now"
+    return f"{folder} ({recorded}{other})"

@@ -15,7 +15,7 @@ from cherry_megatron.model.options import Mixture, Recurrence
 from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint
 from cherry_megatron.storage.fits import check_model
 from cherry_megatron.storage.layers import DEPTHS, EMBEDDING, sublayer_prefixes
-from cherry_megatron.storage.trained import WALK, tokenizer_of
+from cherry_megatron.storage.trained import WALK, tokenizer_of, told_tokenizer
 from cherry_megatron.surgery.compress import Surgery, configuration
 from cherry_megatron.surgery.depth import objects
 from cherry_megatron.surgery.jobs import Constant, Copy, Normal
@@ -147,8 +147,8 @@ def check_alike(parts: list[Checkpoint], tensors: list[dict[str, str]]) -> None:
         known, wanted = tokenizers[0]
         if found != wanted:
             raise CherryError(
-                f"{part.folder} was trained with the tokenizer {found}, {known.folder} with {wanted}; experts "
-                "predict the same tokens"
+                f"{part.folder} was trained with the tokenizer {told_tokenizer(part)}, {known.folder} with "
+                f"{told_tokenizer(known)}; experts predict the same tokens"
             )
 
 

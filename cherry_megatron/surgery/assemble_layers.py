@@ -16,8 +16,8 @@ from cherry_megatron.config import Outline, outline
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.pattern import AHEAD, MLP, MOE
+from cherry_megatron.model.shape import heads_of
 from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint
-from cherry_megatron.storage.fits import heads_of
 from cherry_megatron.storage.layers import (
     DEPTH_NORMS,
     DEPTHS,

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cherry_megatron.config import Outline, outline
-from cherry_megatron.errors import CherryError
+from cherry_megatron.errors import CherryError, naming
 from cherry_megatron.files import new_folder
 from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.pattern import Pattern
+from cherry_megatron.model.shape import heads_of
 from cherry_megatron.storage.checkpoint import Checkpoint, open_checkpoint, together
-from cherry_megatron.storage.fits import check_fit, heads_of
+from cherry_megatron.storage.fits import check_fit
 from cherry_megatron.storage.layers import EMBEDDING, Source, source_layers
 from cherry_megatron.storage.lineage import Manifest, parent, record
-from cherry_megatron.storage.trained import check_trained, recorded_recurrence
+from cherry_megatron.storage.trained import check_trained, other_function, recorded_recurrence
 from cherry_megatron.surgery.activations import open_calibration
 from cherry_megatron.surgery.align import Alignment
 from cherry_megatron.surgery.depth import compression, expansion, objects, peak_bytes, written_bytes
@@ -152,18 +153,16 @@ def plan_compression(
     layers = source_layers(source)
     _check_dense(source)
     check_fit(source, layers, config, megatron)
-    check_trained(source, recurrence, config, megatron, ())
+    check_trained(source, recurrence, config, megatron, (), wanted.changed)
     _check_depths(source, layers, config, depths, layers.depths <= depths)
-    _check_moments(options, recurrence, depths if layers.depths < depths else 0)
-    groups = make_groups(options.groups, len(layers.layers), recurrence)
+    with naming(config):
+        _check_moments(options, recurrence, depths if layers.depths < depths else 0)
+        groups = make_groups(options.groups, len(layers.layers), recurrence)
     mixes = mix(groups, options.method, options.weights, options.keep)
     alignment = _alignment(source, layers, config, megatron, options)
-    std = initial_std(config, megatron)
-    output_std = std * recurrence.output_scale
-    draw = partial(Drawn, std=std, output_std=output_std, seed=options.seed) if options.method == "random" else None
-    moments, gated = options.optimizer == "average", bool(megatron.get("swiglu"))
-    jobs = compression(source, layers, recurrence, mixes, alignment, moments, gated, draw)
-    jobs += new_depths(source, layers, depths, std, output_std, options.seed)
+    with naming(config):
+        jobs = _jobs(source, layers, config, wanted, mixes, alignment, options)
+    moments = options.optimizer == "average"
     source.check([name for job in jobs for name in job.reads])
     calibration = alignment and alignment.calibration
     details: dict[str, Any] = {
@@ -177,6 +176,7 @@ def plan_compression(
         f"source      {source.folder}: {len(layers.layers)} layers",
         *(_describe(pattern, layer, mixed) for layer, mixed in enumerate(mixes)),
         *_uncommon(len(layers.layers), groups),
+        *_changed(source, wanted),
         f"method      {options.method}, corrections of rank {recurrence.loop_rank}, alignment {options.align}"
         + (f" of {calibration.tokens:,} tokens, {calibration.folder}" if calibration else ""),
         *([_tell(found)] if found else []),
@@ -233,6 +233,23 @@ def _alignment(
     return Alignment(heads, groups, bool(megatron.get("swiglu")), calibration)
 
 
+def _jobs(
+    source: Checkpoint,
+    layers: Source,
+    config: Path,
+    wanted: Outline,
+    mixes: Sequence[Mix],
+    alignment: Alignment | None,
+    options: Options,
+) -> list[Job]:
+    std = initial_std(config, wanted.megatron)
+    output_std = std * wanted.recurrence.output_scale
+    draw = partial(Drawn, std=std, output_std=output_std, seed=options.seed) if options.method == "random" else None
+    moments, gated = options.optimizer == "average", bool(wanted.megatron.get("swiglu"))
+    jobs = compression(source, layers, wanted.recurrence, mixes, alignment, moments, gated, draw)
+    return jobs + new_depths(source, layers, wanted.depths, std, output_std, options.seed)
+
+
 def initial_std(config: Path, megatron: dict[str, Any]) -> float:
     """The standard deviation of initial weights.
 
@@ -270,6 +287,7 @@ def plan_expansion(load: Path, config: Path, overrides: Sequence[str]) -> Surger
     lines = [
         f"source      {source.folder}: {len(layers.layers)} stored layers",
         f"target      {len(dense.layers)} layers, pattern {dense.symbols}",
+        *([f"note        {further}"] if (further := recurrence.further_loops) else []),
         "optimizer   its state is dropped",
     ]
     details = {**configuration(config, wanted), "pattern": dense.symbols}
@@ -308,6 +326,12 @@ def _uncommon(layers: int, groups: Sequence[tuple[int, ...]]) -> list[str]:
         for name, found in (("in none", none), ("in several", several))
         if found
     ]
+
+
+def _changed(source: Checkpoint, wanted: Outline) -> list[str]:
+    """What training will have otherwise than the source; the weights are the same."""
+    found = other_function(source, wanted.megatron)
+    return [f"changed     {key} {found[key][0]} for {found[key][1]}" for key in wanted.changed if key in found]
 
 
 def _tell(found: Found) -> str:

@@ -109,7 +109,7 @@ def factors(prefix: str, merge: Merge, loops: int, rank: int, gated: bool) -> tu
         if rank > min(outputs, inputs):
             raise CherryError(
                 f"recurrence.loop_rank is {rank}, but {linear} of {outputs} x {inputs} has no larger rank than "
-                f"{min(outputs, inputs)}"
+                f"{min(outputs, inputs)}; use that or less"
             )
         parts = 2 if linear == FC1 and gated else 1
         found.append(Spec(f"{prefix}{linear}.{LOOP_A}", weight.dtype, (loops, rank, inputs)))

@@ -51,7 +51,10 @@ def make_groups(text: str, layers: int, recurrence: Recurrence) -> list[tuple[in
     """
     wanted = len(recurrence.parsed.layers)
     if layers < wanted:
-        raise CherryError(f"the source has {layers} layers, fewer than the {wanted} of recurrence.pattern")
+        raise CherryError(
+            f"recurrence.pattern {recurrence.pattern} has {wanted} layers, and the source only {layers}; use "
+            "no more"
+        )
     if text == "adjacent":
         return _even(range(layers), wanted)
     if text == "slots":

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from cherry_megatron.files import cannot_write, sync_folder
 from cherry_megatron.storage import records
 from cherry_megatron.storage.checkpoint import TRACKER, Checkpoint, hash_values
+from cherry_megatron.storage.integrity import INTEGRITY, hash_file
 from cherry_megatron.storage.lineage import LINEAGE, MANIFEST, Manifest, manifest_text
 from cherry_megatron.storage.records import DTYPES, Array, stand_in
 from cherry_megatron.workers import worker_processes
@@ -84,7 +85,7 @@ def carry_out(checkpoint: Checkpoint, folder: Path) -> Callable[[int, Job], Repo
                     written.append((spec, at, length, hash_values(values)))
         except OSError as error:
             raise cannot_write(path, error) from None
-        return Report(path.name, _hash_file(path), tuple(written), dict(checkpoint.read_hashes))
+        return Report(path.name, hash_file(path), tuple(written), dict(checkpoint.read_hashes))
 
     return do
 
@@ -166,9 +167,9 @@ def publish(
         _write(folder / name, content)
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     hashes |= {report.file: report.sha256 for report in reports}
-    hashes["__objects.distcp"] = _hash_file(folder / "__objects.distcp")
+    hashes["__objects.distcp"] = hash_file(folder / "__objects.distcp")
     # What Megatron's --verify-integrity reads.
-    _write(folder / "integrity.json", json.dumps({"algorithm": "sha256", "files": hashes}, indent=1).encode())
+    _write(folder / INTEGRITY, json.dumps({"algorithm": "sha256", "files": hashes}, indent=1).encode())
     sync_folder(folder)
     _write(partial / TRACKER, b"0")
     sync_folder(partial)
@@ -181,11 +182,6 @@ def _write(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
         file.write(content)
         os.fsync(file.fileno())
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _origin(spec: Spec) -> str:

@@ -3,9 +3,13 @@
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cherry_megatron.errors import CherryError
 from cherry_megatron.verbs.common import add_config, add_verb, load_config
+
+if TYPE_CHECKING:
+    from cherry_megatron.surgery.compress import Surgery
 
 
 def add_calibrate(verbs: argparse._SubParsersAction) -> None:
@@ -51,9 +55,7 @@ def add_compress_depth(verbs: argparse._SubParsersAction) -> None:
                 seed=arguments.seed or 0,
             )  # fmt: skip
             surgery = compress.plan_compression(arguments.load, arguments.config, arguments.set, options, found)
-        print(compress.summary(surgery, arguments.workers))
-        if not arguments.dry_run:
-            print(f"written     {surgery.run(arguments.save, arguments.workers)}")
+        _carry_out(surgery, arguments)
 
     parser = add_verb(verbs, "compress-depth", "average the layers of a checkpoint into few, without a GPU", run)
     parser.add_argument("--load", type=Path, required=True, help="a run's folder, or one of checkpoints")
@@ -82,7 +84,7 @@ def add_assemble_moee(verbs: argparse._SubParsersAction) -> None:
     def run(arguments: argparse.Namespace) -> None:
         from cherry_megatron.config import outline
         from cherry_megatron.model.pattern import MOE
-        from cherry_megatron.surgery import assemble, assemble_layers, compress
+        from cherry_megatron.surgery import assemble, assemble_layers
 
         seed = arguments.seed or 0
         _check_common(arguments.workers, arguments.save, arguments.load)
@@ -103,9 +105,7 @@ def add_assemble_moee(verbs: argparse._SubParsersAction) -> None:
             surgery = assemble.plan_extraction(
                 arguments.load[0], arguments.config, arguments.set, arguments.extract
             )
-        print(compress.summary(surgery, arguments.workers))
-        if not arguments.dry_run:
-            print(f"written     {surgery.run(arguments.save, arguments.workers)}")
+        _carry_out(surgery, arguments)
 
     parser = add_verb(verbs, "assemble-moee", "models become the experts of one, without a GPU", run)
     parser.add_argument(
@@ -123,14 +123,27 @@ def add_assemble_moee(verbs: argparse._SubParsersAction) -> None:
 
 def _check_common(workers: int, save: Path, loads: list[Path]) -> None:
     """What compress-depth and assemble-moee refuse before they look at a checkpoint, `--dry-run` or not."""
-    from cherry_megatron.files import refuse_taken
+    from cherry_megatron.files import why_not_writable
 
     if workers < 0:
         raise CherryError(f"--workers {workers} is negative; 0 takes all cores")
-    refuse_taken(save)
     for load in loads:
         if save.resolve().is_relative_to(load.resolve()):
-            raise CherryError(f"--save {save} is inside {load}, which is only read; choose a folder beside it")
+            where = "" if save.resolve() == load.resolve() else "inside "
+            raise CherryError(f"--save {save} is {where}{load}, which is only read; choose a folder beside it")
+    if why := why_not_writable(save.absolute().parent, tried=True):
+        raise CherryError(f"cannot write --save {save}: {why}; choose another place")
+
+
+def _carry_out(surgery: "Surgery", arguments: argparse.Namespace) -> None:
+    """Print the plan; write the checkpoint, or with `--dry-run` say whether there is something in its place."""
+    from cherry_megatron.files import refuse_taken
+    from cherry_megatron.surgery.compress import summary
+
+    print(summary(surgery, arguments.workers))
+    refuse_taken(arguments.save)
+    if not arguments.dry_run:
+        print(f"written     {surgery.run(arguments.save, arguments.workers)}")
 
 
 def _refuse_beside_expand(arguments: argparse.Namespace) -> None:
@@ -146,6 +159,7 @@ def _refuse_beside_expand(arguments: argparse.Namespace) -> None:
 
 def _search(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     """What `--plan search` finds; refused before Megatron is imported if anything else does not go with it."""
+    from cherry_megatron.files import refuse_taken
     from cherry_megatron.surgery import compress
 
     if arguments.groups is not None:
@@ -170,6 +184,8 @@ def _search(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
 
     machine = prepare()
     config = load_config(arguments)
+    if not arguments.dry_run:
+        refuse_taken(arguments.save)  # before the hours of a search
     from cherry_megatron.plan_search import find_groups
 
     budget = 64 if arguments.budget is None else arguments.budget

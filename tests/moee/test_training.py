@@ -131,7 +131,6 @@ def check(options, ranks, flags, tmp_path, single, write_mixture, train):
 EP, TP = "--expert-model-parallel-size 2", "--tensor-model-parallel-size 2 --sequence-parallel"
 OVERLAP = f"{EP} --overlap-grad-reduce --overlap-param-gather"  # of parameters from the second step on
 SAMPLE = {
-    "all-dp2": (ALL, 2, ""),  # two ranks with the same experts
     "some-tp2": (SOME, 2, TP),
     "some-ahead-ep2": ({**SOME, "depths": 2}, 2, EP),
 }

@@ -1,12 +1,14 @@
 """A training ends, whatever of it is still alive."""
 
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
 
 import pytest
 
+from cherry_megatron.platform.leaving import end_on_user_signal
 from tests.conftest import _CONTEXT
 
 ERRORS = {
@@ -46,3 +48,16 @@ def test_a_training_that_is_over_does_not_stay(name, tmp_path, write_config):
     process.kill()
     assert ended == status
     assert text in (tmp_path / "said").read_text()
+
+
+def test_user_signal_is_a_request_to_end():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    heard = []
+    try:
+        signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+        end_on_user_signal()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert heard == [signal.SIGTERM]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -55,6 +55,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 ReturnToService=2
 KillWait=5
+# How long a node may be silent before its jobs are requeued.
+SlurmdTimeout=20
 InactiveLimit=0
 # A test does not wait for the next scheduling round.
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
@@ -115,6 +117,19 @@ class Cluster:
             found = re.search(r"JobState=(\w+)", self.call("scontrol", "show", "job", job))
             return found[1] if found else ""
         return ""
+
+    def kill_node(self, name: str, all_of_it: bool) -> None:
+        """End a node's slurmd with SIGKILL; or all that the node runs, as a power failure does."""
+        (daemon,) = (daemon for daemon in self._daemons if str(daemon.args).endswith(f"'{name}']"))
+        daemon.kill()
+        daemon.wait()
+        log = str(self._root / f"slurmd.{name}.log")  # which daemons of steps have open
+        for pid in self._left_over() if all_of_it else ():
+            with contextlib.suppress(OSError):
+                environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                opened = [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()]
+                if f"SLURMD_NODENAME={name}".encode() in environment or log in opened:
+                    os.kill(pid, signal.SIGKILL)
 
     def stop(self) -> None:
         """End the jobs and the daemons that were started here, and take back what was changed."""

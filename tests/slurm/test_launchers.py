@@ -1,80 +1,19 @@
-"""The SLURM launch scripts: what they would submit, and what they do on a real SLURM."""
+"""The SLURM launch scripts: what they would submit."""
 
-import json
+import os
 import re
 import shlex
-import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
-from cherry_megatron.runs import TRACKER, read_steps
-from tests.slurm.cluster import Cluster
-
-ROOT = Path(__file__).parents[2]
-SCRIPT = "slurm/pretrain_cherry_1p8b.sh"
-TWO_BY_TWO = {"CLUSTER_NODES": "2", "CLUSTER_GPUS_PER_NODE": "2", "CLUSTER_CPUS_PER_TASK": "1"}
-
-# Stands in for `cherry`: each rank says what it was given.
-STUB = """\
-#!/bin/sh
-echo "$SLURM_PROCID $SLURM_LOCALID $SLURM_NTASKS $MASTER_ADDR $MASTER_PORT $CUDA_VISIBLE_DEVICES ${RANK:-none}"
-echo "$*"
-"""
+from tests.slurm.launching import ROOT, SCRIPT, launch
 
 
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    """Launchers and configurations in a folder of their own, where no cluster.env of the user's counts."""
-    root = tmp_path / "the project"
-    (root / "slurm").mkdir(parents=True)
-    for file in (ROOT / "slurm").glob("*.sh"):
-        shutil.copy(file, root / "slurm")
-    shutil.copytree(ROOT / "configs", root / "configs")
-    return root
-
-
-@pytest.fixture
-def stub(tmp_path: Path) -> Callable[[str], dict[str, str]]:
-    """Makes a script that takes the place of `cherry`; returns the environment that names it."""
-
-    def make(text: str) -> dict[str, str]:
-        path = tmp_path / "stub.sh"
-        path.write_text(text)
-        path.chmod(0o755)
-        return {"CHERRY": str(path)}
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def no_slurm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An environment whose PATH holds the usual tools and no SLURM."""
-    folder = tmp_path_factory.mktemp("bin")
-    for name in ("bash", "basename", "dirname", "head", "mkdir", "sed"):
-        found = shutil.which(name)
-        assert found, f"{name} is missing"
-        (folder / name).symlink_to(found)
-    return {"PATH": str(folder), "HOME": "/home/someone"}
-
-
-def launch(
-    project: Path, env: dict[str, str], *args: str, by: tuple[str, ...] = ("bash",)
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*by, SCRIPT, *args], cwd=project, env=env, timeout=120, check=False, capture_output=True, text=True
-    )
-
-
-def dry_run(project: Path, env: dict[str, str], *args: str) -> tuple[list[str], list[str]]:
+def dry_run(project: Path, env: dict[str, str], *args: str, script: str = SCRIPT) -> tuple[list[str], list[str]]:
     """The words of the printed sbatch and srun commands."""
-    done = launch(project, {**env, "DRY_RUN": "1"}, *args)
+    done = launch(project, {**env, "DRY_RUN": "1"}, *args, script=script)
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     assert not (project / "runs").exists(), "a dry run leaves nothing behind"
@@ -93,19 +32,6 @@ def options(words: list[str]) -> dict[str, str]:
         assert name not in found, f"--{name} is given twice"
         found[name] = value
     return found
-
-
-def logs(run: Path, job: str) -> dict[str, str]:
-    """What each rank printed."""
-    return {file.stem.rpartition("-")[2]: file.read_text() for file in (run / "logs").glob(f"slurm-{job}-*.out")}
-
-
-def job_id(done: subprocess.CompletedProcess[str]) -> str:
-    assert "Submitted batch job" in done.stdout, done.stderr
-    return done.stdout.split()[-1]
-
-
-# --- dry runs ---
 
 
 def test_defaults_are_the_sbatch_lines(project: Path, no_slurm: dict[str, str]) -> None:
@@ -171,6 +97,64 @@ def test_run_folder(project: Path, no_slurm: dict[str, str]) -> None:
     (project / "child.yaml").write_text("extends: configs/cherry_tiny.yaml\nrun: '/runs/my own'  # here\n")
     _, srun = dry_run(project, no_slurm, "child.yaml")
     assert options(srun)["output"] == "/runs/my own/logs/slurm-%j-%t.out"
+    (project / "child.yaml").write_text("run: ${HOME}/${NOBODY_SETS_IT:-two}/${HOME}\n")
+    _, srun = dry_run(project, no_slurm, "child.yaml")
+    assert options(srun)["output"] == "/home/someone/two//home/someone/logs/slurm-%j-%t.out"
+
+
+@pytest.mark.parametrize(
+    ("script", "verb", "config", "gpus", "extra"),
+    [
+        ("pretrain_base_1b", "pretrain", "base_1b", True, {"signal": "TERM@120"}),
+        ("compress_depth", "compress-depth", "recover_227m", False, {}),
+        ("recover_227m", "pretrain", "branch_227m", True, {"signal": "TERM@120", "array": "0-7"}),
+        ("assemble_moee", "assemble-moee", "cherry_1p8b", False, {}),
+        ("sgt_finetune", "pretrain", "sgt_1p8b", True, {"signal": "TERM@120"}),
+        ("evaluate", "evaluate", "cherry_1p8b", True, {}),
+    ],
+)
+def test_stages(
+    project: Path, no_slurm: dict[str, str], script: str, verb: str, config: str, gpus: bool, extra: dict[str, str]
+) -> None:
+    """Each launcher's own verb, configuration and options; what needs no GPU runs once, whatever the settings."""
+    settings = {"CLUSTER_NODES": "2", "CLUSTER_GPUS_PER_NODE": "4"}
+    sbatch, srun = dry_run(project, {**no_slurm, **settings}, script=f"slurm/{script}.sh")
+    found = options(sbatch)
+    assert {"requeue": "", "open-mode": "append", **extra}.items() <= found.items()
+    assert ("array" in found, "signal" in found) == ("array" in extra, "signal" in extra)
+    assert (found["nodes"], found.get("gpus-per-node")) == (("2", "4") if gpus else ("1", None))
+    assert (options(srun)["ntasks"]) == ("8" if gpus else "1")
+    assert srun[-3:] == [verb, "--config", f"{project}/configs/{config}.yaml"]
+
+
+def test_array_of_branches(project: Path, no_slurm: dict[str, str]) -> None:
+    env = {**no_slurm, "BRANCHES": "0,3", "AFTER": "17"}
+    sbatch, _ = dry_run(project, env, script="slurm/recover_227m.sh")
+    found = options(sbatch)
+    assert found["output"] == f"{project}/runs/branch_227m/%a/logs/slurm-%j.out"
+    assert (found["array"], found["dependency"], found["kill-on-invalid-dep"]) == ("0,3", "afterok:17", "yes")
+
+
+def test_chain_without_slurm(
+    project: Path, no_slurm: dict[str, str], stub: Callable[[str], dict[str, str]]
+) -> None:
+    """DRY_RUN prints every submission, each after the one before, and the table."""
+    env = {
+        **no_slurm,
+        **stub(""),
+        "DRY_RUN": "1",
+        "PATH": os.environ["PATH"],
+        "SGT_CONFIG": "configs/sgt_1p8b.yaml",
+    }
+    done = launch(project, env, script="slurm/submit_cherry.sh")
+    assert done.returncode == 0, done.stderr
+    submitted = [shlex.split(line) for line in done.stdout.splitlines() if line.startswith("sbatch ")]
+    names = ["base", "compress", "recover", "assemble", "mixture", "sgt", "evaluate"]
+    assert [options(words).get("dependency") for words in submitted] == [
+        None, *(f"afterok:JOB_{name}" for name in names[:-1]),
+    ]  # fmt: skip
+    assert [line.split()[0] for line in done.stdout.splitlines()[-8:]] == ["stage", *names]
+    assert not (project / "runs").exists()
 
 
 def test_container(project: Path, no_slurm: dict[str, str]) -> None:
@@ -192,7 +176,7 @@ def test_container(project: Path, no_slurm: dict[str, str]) -> None:
         (["--lr", "1"], {}, "'--lr'; Megatron's flags follow after --"),
         (["--set"], {}, "--set needs KEY=VALUE"),
         (["unnamed.yaml"], {}, "names no run folder"),
-        (["variable.yaml"], {}, "depends on the environment"),
+        (["variable.yaml"], {}, "needs the variable NOBODY_SETS_IT"),
         ([], {"CLUSTER_NODES": "two"}, "CLUSTER_NODES is 'two'"),
         ([], {"CLUSTER_GPUS_PER_NODE": "0"}, "CLUSTER_GPUS_PER_NODE is '0'"),
         ([], {}, "there is no sbatch here"),
@@ -202,7 +186,7 @@ def test_mistakes_are_one_sentence(
     project: Path, no_slurm: dict[str, str], arguments: list[str], settings: dict[str, str], told: str
 ) -> None:
     (project / "unnamed.yaml").write_text("megatron: {}\n")
-    (project / "variable.yaml").write_text("run: ${HOME}/runs\n")
+    (project / "variable.yaml").write_text("run: ${NOBODY_SETS_IT}/runs\n")
     done = launch(project, {**no_slurm, **settings}, *arguments)
     assert done.returncode == 2
     assert not done.stdout
@@ -224,112 +208,3 @@ def test_settings_are_known_and_documented(project: Path, no_slurm: dict[str, st
     for text in (example, example.replace("#CLUSTER_", "CLUSTER_")):
         settings.write_text(text)
         dry_run(project, no_slurm)
-
-
-# --- on a real SLURM ---
-
-
-def test_ranks_share_one_master(cluster: Cluster, project: Path, stub: Callable[[str], dict[str, str]]) -> None:
-    """`sbatch` of the script itself: it finds the rest; srun gives each task its rank and its node's GPUs."""
-    sbatch = ("sbatch", "--wait", "--nodes=2", "--gpus-per-node=2", "--ntasks-per-node=2", "--cpus-per-task=1")
-    env = {**cluster.env, **stub(STUB), "RANK": "9"}
-    done = launch(project, env, "configs/cherry_tiny.yaml", "--", "--lr", "1e-4", by=sbatch)
-    assert done.returncode == 0, done.stderr
-    job = job_id(done)
-    output = logs(project / "runs/tiny", job)
-    assert sorted(output) == ["0", "1", "2", "3"]
-    port = str(10000 + int(job))
-    for rank, text in output.items():
-        given, arguments = text.splitlines()
-        assert given.split() == [rank, str(int(rank) % 2), "4", cluster.nodes[0], port, "0,1", "none"]
-        assert arguments == f"pretrain --config {project}/configs/cherry_tiny.yaml -- --lr 1e-4"
-    assert f"master {cluster.nodes[0]}:{port}" in (project / f"slurm-{job}.out").read_text()
-
-
-def test_failure_reaches_sbatch(cluster: Cluster, project: Path, stub: Callable[[str], dict[str, str]]) -> None:
-    """One failing rank ends the others, and its status is the job's. Submitted by the script itself."""
-    fails = (
-        STUB
-        + """\
-[ "$SLURM_PROCID" != 3 ] || exit 7
-trap 'exit 0' TERM
-while :; do sleep 0.1; done
-"""
-    )
-    env = {
-        **cluster.env, **stub(fails), **TWO_BY_TWO, "CLUSTER_SBATCH_OPTIONS": "--wait",
-        "CLUSTER_MODULES": "gcc cuda", "BASH_FUNC_module%%": '() { echo "module $*"; }',
-    }  # fmt: skip
-    begin = time.monotonic()
-    done = launch(project, env)
-    assert done.returncode == 7, done.stderr
-    assert time.monotonic() - begin < 40
-    job = job_id(done)
-    assert len(logs(project / "runs/cherry_1p8b", job)) == 4
-    told = (project / f"runs/cherry_1p8b/logs/slurm-{job}.out").read_text()
-    assert "exit code 7" in told
-    assert "module load gcc cuda" in told
-
-
-def test_nodes_without_gpus(cluster: Cluster, project: Path, stub: Callable[[str], dict[str, str]]) -> None:
-    sbatch = ("sbatch", "--wait", "--nodes=1", "--gpus-per-node=0", "--ntasks-per-node=2", "--cpus-per-task=1")
-    done = launch(project, {**cluster.env, **stub(STUB)}, by=sbatch)
-    assert done.returncode == 0, done.stderr
-    assert sorted(logs(project / "runs/cherry_1p8b", job_id(done))) == ["0", "1"]
-
-
-def test_mistake_in_a_job(cluster: Cluster, project: Path) -> None:
-    sbatch = ("sbatch", "--wait", "--nodes=1", "--gpus-per-node=1", "--ntasks-per-node=1", "--cpus-per-task=1")
-    done = launch(project, cluster.env, "none.yaml", by=sbatch)
-    assert done.returncode == 2
-    told = (project / f"slurm-{job_id(done)}.out").read_text()
-    assert told.count("\n") == 1
-    assert "no configuration none.yaml" in told
-
-
-def test_requeued_job_starts_again(cluster: Cluster, project: Path, stub: Callable[[str], dict[str, str]]) -> None:
-    """The ranks are told with SIGTERM, then the job runs a second time and adds to the same logs."""
-    waits = """\
-#!/bin/bash
-echo "start ${SLURM_RESTART_COUNT:-0}"
-[ "${SLURM_RESTART_COUNT:-0}" = 0 ] || exit 0
-trap 'echo saved; exit 0' TERM
-while :; do sleep 0.1; done
-"""
-    done = launch(project, {**cluster.env, **stub(waits), **TWO_BY_TWO})
-    job, run = job_id(done), project / "runs/cherry_1p8b"
-    assert _until(lambda: sum("start 0" in text for text in logs(run, job).values()) == 4, 20)
-    cluster.call("scontrol", "requeue", job)
-    assert _until(lambda: cluster.state(job) == "COMPLETED", 60)
-    for text in logs(run, job).values():
-        said = [line for line in text.splitlines() if line.startswith(("start", "saved"))]
-        assert said == ["start 0", "saved", "start 1"]
-
-
-def test_training_is_saved_by_a_signal(cluster: Cluster, write_config: Callable[..., Path], project: Path) -> None:
-    """A real training on 2 nodes: SLURM's SIGTERM saves its last step and ends the job well."""
-    path = write_config(project, megatron={"train-iters": 3000})
-    run = Path(yaml.safe_load(path.read_text())["run"])
-    one_each = {**TWO_BY_TWO, "CLUSTER_GPUS_PER_NODE": "1", "CLUSTER_VENV": sys.prefix}
-    job = job_id(launch(project, {**cluster.env, **one_each}, str(path)))
-    steps = run / "steps.jsonl"
-    assert _until(lambda: steps.exists() and steps.read_text().count("\n") > 2, 180), _tail(run, job)
-    cluster.call("scancel", "--signal=TERM", job)
-    assert _until(lambda: cluster.state(job) == "COMPLETED", 120), _tail(run, job)
-    start = json.loads((run / "starts.jsonl").read_text())
-    assert (start["world_size"], start["slurm_job"]) == (2, job)
-    saved = int((run / "checkpoints" / TRACKER).read_text())
-    assert [step["iteration"] for step in read_steps(run)] == list(range(1, saved + 1))
-
-
-def _until(condition: Callable[[], Any], seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.1)
-    return True
-
-
-def _tail(run: Path, job: str) -> str:
-    return "\n".join(text[-2000:] for text in logs(run, job).values())

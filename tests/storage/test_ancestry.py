@@ -1,6 +1,7 @@
 """Lineage: the chain from a compressed checkpoint back, and whether it still holds."""
 
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from cherry_megatron.cli import main
 from cherry_megatron.errors import CherryError
-from cherry_megatron.storage.ancestry import _at, _code, describe
+from cherry_megatron.storage.ancestry import _at, _code, _how, describe
 from cherry_megatron.storage.lineage import ancestors, chain, read_lineage
 from cherry_megatron.surgery import compress
 from tests.surgery.conftest import model_tensors, save
@@ -31,9 +32,30 @@ def family(tmp_path, config) -> Path:
 def test_the_chain_is_told_newest_first(family, capsys):
     assert main(["lineage", str(family / "smaller")]) == 0
     first, second, third = capsys.readouterr().out.splitlines()
-    assert "compress-depth" in first and first.endswith("(verified)")
+    assert "compress-depth" in first and first.endswith("iter_0000000  average, groups adjacent  (verified)")
     assert second.startswith("  ") and "small/iter_0000000" in second and "there, same manifest" in second
     assert third.startswith("    ") and "unknown" in third and "had no manifest" in third
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ({}, ""),
+        ({"options": {"method": "select", "groups": "0-3,4-7", "align": "none"}}, "select, groups 0-3,4-7  "),
+        (
+            {"options": {"method": "average", "groups": "slots", "align": "weights"}},
+            "average, groups slots, align weights  ",
+        ),
+        (
+            {"config": {"changed": ["recurrence.order", "megatron.rotary-base"]}},
+            "changed recurrence.order megatron.rotary-base  ",
+        ),
+        # A compression has the weights as they were trained.
+        ({"options": {}, "config": "a.yaml", "settings": {"changed": ["recurrence.order"]}}, ""),
+    ],
+)
+def test_how_is_told_compactly(entry, says):
+    assert _how(entry) == says
 
 
 def test_the_chain_outlives_the_ancestors(family):
@@ -62,6 +84,40 @@ def test_every_flipped_byte_of_a_tensor_is_noticed(family):
         data[place] ^= 1
         path.write_bytes(data)
     assert describe(family / "smaller", verify=True)
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {"flipped": _flip, "overwritten": lambda path: path.write_text("{}"), "gone": Path.unlink}
+
+
+def test_damage_to_what_is_no_tensor_is_noticed(family, config, capsys):
+    """By a compression too, as far as it reads it."""
+    more = ["--save", family / "new", "--config", config(recurrence={"pattern": "*-[*-]x2"})]
+    for file in (".metadata", "metadata.json", "integrity.json", "__objects.distcp"):
+        path = family / "small/iter_0000000" / file
+        content = path.read_bytes()
+        for how, damage in DAMAGES.items():
+            damage(path)
+            verbs = [["lineage", family / "small"], ["compress-depth", "--load", family / "small", *more]]
+            for verb in verbs[: 2 if file in (".metadata", "metadata.json") else 1]:
+                assert main([*map(str, verb)]) == 2, (file, how)
+                said = capsys.readouterr().err
+                assert file in said and said.endswith("; restore the checkpoint\n") and said.count("\n") == 1, said
+            path.write_bytes(content)
+    assert main(["lineage", str(family / "small")]) == 0 and not (family / "new").exists()
+
+
+def test_hashes_that_are_none_are_refused(family):
+    path = family / "small/iter_0000000/integrity.json"
+    for content in ("7", "[]", '{"files": {}}', "[" * 100_000, "\0", '{"algorithm": "md5", "files": {}}'):
+        path.write_text(content)
+        with pytest.raises(CherryError, match=re.escape(f"{path} is damaged; restore the checkpoint")):
+            describe(family / "small", verify=True)
 
 
 def test_compressing_a_damaged_source_is_refused(family, config):
@@ -137,6 +193,7 @@ WRONG = {
     "code": ({**ONE, "git": "main"}, 'git is "main", not keys and values'),
     "walk": ({**ONE, "recurrence": "*-"}, 'recurrence is "*-", not keys and values'),
     "walk-of-a-training": ({**ONE, "config": {"recurrence": []}}, "config.recurrence is [], not keys and values"),
+    "options": ({**ONE, "options": []}, "options is [], not keys and values"),
     "no-expert": ({**ONE, "operation": "extract-expert"}, "expert is null, not a number"),
 }
 
@@ -172,7 +229,9 @@ JSON = st.recursive(
 
 @settings(max_examples=60)
 @given(
-    st.sampled_from([*ONE, "git", "config", "role", "expert", "recurrence", "time", "iteration"]),
+    st.sampled_from(
+        [*ONE, "git", "config", "role", "expert", "recurrence", "time", "iteration", "options", "settings"]
+    ),
     JSON,
     st.booleans(),
 )
@@ -190,7 +249,14 @@ def test_whatever_a_record_holds_it_is_told_or_refused(key, value, of_parent):
     told = [entry for _, entry in chain(found)]
     assert told == ([found, changed] if of_parent else [found])
     for entry in told:
-        texts = [entry["operation"], entry["identity"], entry.get("role", ""), _code(entry), _at(entry)]
+        texts = [
+            entry["operation"],
+            entry["identity"],
+            entry.get("role", ""),
+            _code(entry),
+            _at(entry),
+            _how(entry),
+        ]
         assert all(isinstance(text, str) for text in texts)
         assert _at(entry) == (f" step {entry['iteration']}" if "iteration" in entry else "")
     taught = of_parent and changed.get("role") == "teacher"

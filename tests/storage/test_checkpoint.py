@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cherry_megatron.errors import CherryError
 from cherry_megatron.storage import checkpoint as checkpoints
-from cherry_megatron.storage.checkpoint import Checkpoint, Chunk, Place, Tensor, _is_whole
+from cherry_megatron.storage.checkpoint import Checkpoint, Chunk, Place, Tensor, _is_whole, open_checkpoint
 from cherry_megatron.surgery import compress
 from tests.surgery.conftest import model_tensors, save
 
@@ -78,3 +78,42 @@ def test_a_checkpoint_that_no_training_saved_is_refused_by_a_sentence(common, tm
 def test_the_state_of_several_optimizers_is_not_the_models(tmp_path):
     save(tmp_path / "deep", {**model_tensors(2), "chained_0.optimizer.state.exp_avg.x": torch.zeros(3)})
     assert Checkpoint(tmp_path / "deep/iter_0000007").model.keys() == model_tensors(2).keys()
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x00\xff", b"", b"N.", b"cos\nsystem\n(S'touch hacked'\ntR.", b"(dp0\nS'state'\nNs."]
+)
+def test_a_description_that_is_none_is_refused_with_what_to_do(content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "deep", model_tensors(2))
+    (tmp_path / "deep/iter_0000007/.metadata").write_bytes(content)
+    with pytest.raises(
+        CherryError, match=r"\.metadata is not that of a torch_dist checkpoint .*; restore the check"
+    ):
+        open_checkpoint(tmp_path / "deep")
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_what_is_missing_around_a_checkpoint_is_named(tmp_path):
+    run = tmp_path / "run"
+    saved = save(run / "checkpoints", model_tensors(2))
+    assert open_checkpoint(run).folder == saved / "iter_0000007"
+    (saved / "latest_checkpointed_iteration.txt").unlink()
+    with pytest.raises(CherryError, match="no checkpoint there"):  # its save may have been killed
+        open_checkpoint(run)
+    (saved / "iter_0000007/integrity.json").write_text("{}")
+    for path in (run, saved):
+        with pytest.raises(CherryError) as found:
+            open_checkpoint(path)
+        assert str(found.value) == (
+            f"{path} holds iter_0000007, but latest_checkpointed_iteration.txt is missing; write the number of the "
+            f"checkpoint to take into {saved / 'latest_checkpointed_iteration.txt'}"
+        )
+    (saved / "latest_checkpointed_iteration.txt").write_text("7")
+    (saved / "iter_0000007/metadata.json").write_text("{}")
+    (saved / "iter_0000007/.metadata").unlink()
+    for path in (run, saved, saved / "iter_0000007"):
+        with pytest.raises(CherryError, match=r"iter_0000007/\.metadata is missing; restore the checkpoint$"):
+            open_checkpoint(path)
+    with pytest.raises(CherryError, match="none: no checkpoint there"):
+        open_checkpoint(tmp_path / "none")

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from cherry_megatron.errors import CherryError
+from cherry_megatron.storage.checkpoint import open_checkpoint
 from cherry_megatron.storage.fits import heads_of
+from cherry_megatron.storage.trained import tokenizer_of, told_tokenizer
 from cherry_megatron.surgery import compress
 from tests.surgery.conftest import GROUPS, HEADS, SIZE, model_tensors, save
 
@@ -140,6 +142,10 @@ def test_types_that_differ_between_groups_are_refused(tmp_path, config):
         ({"num-query-groups": 0}, "set megatron.num-query-groups to a positive number"),
         ({"num-query-groups": 4}, "4 does not divide the 6 heads"),
         ({"num-attention-heads": None}, "set megatron.num-attention-heads to a positive number"),
+        (
+            {"num-attention-heads": 10},
+            "24 is not a multiple of num-attention-heads 10; use .* or set megatron.kv-ch",
+        ),
     ],
 )
 def test_heads_that_cannot_be_are_refused(megatron, says):
@@ -208,3 +214,18 @@ def test_what_training_would_refuse_is_not_written(flag, tmp_path, config):
     save(tmp_path / "deep", model_tensors(8))
     with pytest.raises(CherryError, match=rf"config.yaml: megatron.{flag}: the attention is .*; take it out"):
         compress.plan_compression(tmp_path / "deep", config(), (f"megatron.{flag}=true",), OPTIONS)
+
+
+def test_a_tokenizer_is_told_by_its_folder_and_whether_it_is_there(tmp_path):
+    folder = tmp_path / "tokenizer"
+    source = open_checkpoint(save(tmp_path / "deep", model_tensors(2), tokenizer_model=str(folder)))
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("first")
+    known = tokenizer_of(source)
+    assert told_tokenizer(source) == f"{folder} ({known})"
+    record = {"operation": "pretrain", "identity": "0", "parents": [], "tokenizer": known}
+    (source.folder / "lineage.json").write_text(json.dumps(record))
+    (folder / "tokenizer.json").write_text("second")
+    assert told_tokenizer(source) == f"{folder} ({known}, where another one is now)"
+    (folder / "tokenizer.json").unlink()
+    assert told_tokenizer(source) == f"{folder} ({known}, which is missing there now)"

@@ -215,3 +215,17 @@ def test_a_model_with_tied_embeddings_has_the_extra_state_that_training_asks_for
     path = config(megatron={"untie-embeddings-and-output-weights": False})
     compressed(tmp_path / "deep", tmp_path / "small", path)
     assert "output_layer._extra_state/shard_0_1" in open_checkpoint(tmp_path / "small").objects
+
+
+def test_what_training_changes_on_purpose_is_told_and_not_written(tmp_path, config):
+    """One configuration serves the compression and the training that starts from it."""
+    save(tmp_path / "deep", model_tensors(8))
+    overrides = ("changed=[megatron.rotary-base, megatron.norm-epsilon]", "megatron.rotary-base=500000")
+    surgery = compress.plan_compression(tmp_path / "deep", config(), overrides, compress.Options())
+    assert [line for line in surgery.lines if line.startswith("changed")] == [
+        "changed     megatron.rotary-base 500000 for 10000"
+    ]
+    surgery.run(tmp_path / "small", 1)
+    assert open_checkpoint(tmp_path / "small").arguments()["rotary_base"] == 10000
+    with pytest.raises(CherryError, match=r"was trained with 10000; set it so$"):  # no training starts from that
+        compress.plan_expansion(tmp_path / "small", config(), overrides)

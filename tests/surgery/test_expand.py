@@ -8,6 +8,7 @@ import pytest
 
 from cherry_megatron.errors import CherryError
 from cherry_megatron.surgery import compress
+from cherry_megatron.surgery.jobs import Unroll
 from tests.conftest import run_ranks
 from tests.surgery.conftest import model_tensors, save
 
@@ -187,6 +188,17 @@ def test_what_the_loops_have_is_what_the_configuration_says(key, held, asked, tm
     has = "holds decoder" if held else "has a layer without"
     with pytest.raises(CherryError, match=rf"config.yaml: recurrence.{key} is {asked}, but .*small/.* {has}"):
         compress.plan_expansion(tmp_path / "small", path, (f"recurrence.{key}={asked}",))
+
+
+def test_loops_above_those_of_the_pattern_take_the_last_ones_vectors(tmp_path, config):
+    save(tmp_path / "deep", model_tensors(4))
+    path = config(recurrence={"pattern": "*-[*-]x2*-", "loop_scales": True})
+    compress.plan_compression(tmp_path / "deep", path, (), compress.Options()).run(tmp_path / "small", 2)
+    for loops, says in ((2, False), (5, True)):
+        surgery = compress.plan_expansion(tmp_path / "small", path, (f"recurrence.loops={loops}",))
+        core = [job.loop for job in surgery.jobs if isinstance(job, Unroll) and job.symbol == "*"][1:-1]
+        assert core == [min(loop, 1) for loop in range(loops)]
+        assert ("note        loops above 2 use the vectors of loop 2" in surgery.lines) == says
 
 
 def test_injection_cannot_be_expanded(tmp_path, config):

@@ -48,8 +48,10 @@ def _save_gpt(folder: Path, numbered: bool, ranks: int) -> None:
     (folder / "latest_checkpointed_iteration.txt").write_text("3")
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("numbered", [False, True], ids=["stacked", "numbered"])
+@pytest.mark.parametrize(
+    ("numbered", "ranks"),
+    [(False, 2), (True, 1), *(pytest.param(*rest, marks=pytest.mark.full) for rest in ((False, 1), (True, 2)))],
+)
 def test_layers_of_a_gpt_model_are_averaged(numbered, ranks, tmp_path, config):
     run_ranks(tmp_path / "out", ranks, _save_gpt, tmp_path / "gpt", numbered, ranks)
     compress.plan_compression(tmp_path / "gpt", config(), (), compress.Options()).run(tmp_path / "small", 2)

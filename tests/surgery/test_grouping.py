@@ -82,7 +82,7 @@ def test_groups_that_do_not_fit_are_refused(text, says):
 
 
 def test_more_layers_than_there_are_cannot_be_made():
-    with pytest.raises(CherryError, match="the source has 5 layers, fewer than the 6"):
+    with pytest.raises(CherryError, match="has 6 layers, and the source only 5; use no more"):
         groups("adjacent", 5)
 
 

@@ -85,7 +85,7 @@ def test_two_runs_do_not_write_one_checkpoint(deep, capsys):
     assert "another run is writing" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("step", ["_write", "_hash_file", "sync_folder"])
+@pytest.mark.parametrize("step", ["_write", "hash_file", "sync_folder"])
 @pytest.mark.parametrize("nth", [1, 2, 3, 4, 5, 6])
 def test_a_kill_between_any_two_steps_of_publishing_is_made_good(step, nth, deep, monkeypatch):
     whole = publish_in_child(deep, "whole", None, 0)
@@ -222,21 +222,51 @@ def test_a_shard_that_is_gone_is_named(deep, capsys):
         (["--workers", "-1"], "--workers -1 is negative"),
         (["--optimizer", "average"], "holds no optimizer state"),
         (["--optimizer", "average", "--align", "weights"], "are not carried"),
-        (["--set", "recurrence.pattern='(*-)x9'"], "the source has 8 layers, fewer than the 9"),
-        (["--set", "megatron.hidden-size=32"], "megatron.hidden-size is 32, but"),
+        (
+            ["--set", "recurrence.pattern='(*-)x9'"],
+            "config.yaml: recurrence.pattern (*-)x9 has 9 layers, and the source only 8; use no more",
+        ),
+        (
+            ["--set", "recurrence.pattern='(*-)x9'", "--expand"],
+            "holds 8 layers, recurrence.pattern 9 ((*-)x9); set",
+        ),
+        (
+            ["--set", "recurrence.loop_rank=4000"],
+            "config.yaml: recurrence.loop_rank 4000 is more than megatron.hid",
+        ),
+        (["--set", "recurrence.loop_rank=21"], "config.yaml: recurrence.loop_rank is 21, but mlp.linear_fc2 of"),
+        (["--set", "megatron.hidden-size=32"], "megatron.hidden-size is 32, but PATH has 24; set it so"),
         (["--set", "megatron.ffn-hidden-size=16"], "megatron.ffn-hidden-size is 16, but"),
         (["--set", "megatron.padded-vocab-size=64"], "megatron.padded-vocab-size is 64, but"),
         (["--set", "megatron.num-attention-heads=4"], "4 heads and 2 query groups"),
+        (
+            ["--set", "megatron.num-attention-heads=10"],
+            "config.yaml: megatron.hidden-size 24 is not a multiple of num-attention-heads 10; use a number of",
+        ),
         (["--set", "recurrence.pattern='*[*]x4*'"], "layer 0 is '*-', but recurrence.pattern wants '*'"),
         (["--set", "megatron.swiglu=false"], "megatron.swiglu is False"),
         (["--set", "megatron.untie-embeddings-and-output-weights=false"], "holds a output_layer.weight"),
-        (["--set", "megatron.rotary-base=500000"], "megatron.rotary-base is 500000, but"),
-        (["--set", "megatron.norm-epsilon=1.0e-6"], "was trained with 1e-05; set it so"),
+        (
+            ["--set", "megatron.rotary-base=500000"],
+            "is 500000, but PATH was trained with 10000; set it so, or name megatron.rotary-base in `changed`",
+        ),
+        (["--set", "changed=[megatron.lr]"], "`changed` cannot name megatron.lr; "),
+        (["--set", "changed=[megatron.rotary_base]"], "megatron.rotary_base; did you mean 'megatron.rotary-base'?"),
+        (["--set", "megatron.norm-epsilon=1.0e-6"], "trained with 1e-05; set it so, or"),
         (["--expand"], "holds 8 layers, recurrence.pattern 4"),
         (["--set", "recurrence.lops=3"], "did you mean 'loops'"),
         (["--set", "megatron.hiden-size=24"], "unknown key megatron.hiden-size; did you mean 'hidden-size'"),
-        (["--set", "megatron.hidden-size=24.0"], "argument --hidden-size: invalid int value: '24.0'"),
-        (["--set", "megatron.train-iters=many"], "config.yaml: Megatron's flags: argument --train-iters: invalid"),
+        (["--set", "megatron.hidden-size=24.0"], "hidden-size is '24.0'; it takes a whole number: write 24"),
+        (
+            ["--set", "megatron.train-iters=many"],
+            "config.yaml: megatron.train-iters is 'many'; it takes a whole number",
+        ),
+        (
+            ["--set", "megatron.window-size=[8, 0]"],
+            "window-size is [8, 0]; it takes one value, without brackets: 8,0",
+        ),
+        (["--set", "megatron.no-rope-freq=[0, 1]"], 'it takes one value, in quotes and without spaces: "[0,1]"'),
+        (["--set", "megatron.lr=fast"], "config.yaml: megatron.lr is 'fast'; it takes a number"),
         (["--set", "megatron.swiglu=1"], "megatron.swiglu is 1; it is a switch: use true or false"),
         (["--set", "megatron.num-layers=4"], "megatron.num-layers follows from `recurrence.pattern`"),
         (["--set", "megatron.normalization=LayerNorm"], "megatron.normalization must be RMSNorm"),
@@ -250,7 +280,7 @@ def test_a_shard_that_is_gone_is_named(deep, capsys):
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(deep, capsys, arguments, says):
-    refused(deep, says, capsys, *arguments)
+    refused(deep, says.replace("PATH", str(deep / "deep/iter_0000007")), capsys, *arguments)
 
 
 def test_numbers_may_be_written_as_megatron_reads_them(deep):
@@ -258,17 +288,40 @@ def test_numbers_may_be_written_as_megatron_reads_them(deep):
     assert main(command(deep, "--set", "megatron.norm-epsilon=1e-5", "--set", "megatron.hidden-size='24'")) == 0
 
 
-TARGETS = {
-    "taken": (lambda folder: (folder / "small").write_text("mine"), "small", "small exists and is not empty"),
-    "link": (lambda folder: (folder / "small").symlink_to(folder / "other"), "small", "small is a symbolic link"),
+TAKEN = {
+    "taken": (lambda folder: (folder / "small").write_text("mine"), "small exists and is not empty"),
+    "link": (lambda folder: (folder / "small").symlink_to(folder / "other"), "small is a symbolic link"),
     "link-to-an-empty-folder": (
         lambda folder: [(folder / "other").mkdir(), (folder / "small").symlink_to("other")],
-        "small",
         "name the folder that it leads to",
     ),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_a_target_that_is_taken_is_said_after_all_else(name, deep, capsys):
+    """It hides no other mistake; `--dry-run` says it behind the plan."""
+    prepare, says = TAKEN[name]
+    prepare(deep)
+    refused(deep, "unknown key recurrence.lops", capsys, "--set", "recurrence.lops=3")
+    refused(deep, "holds no optimizer state", capsys, "--optimizer", "average")
+    refused(deep, says, capsys)
+    before = state(deep)
+    assert main(command(deep, "--dry-run")) == 2
+    said = capsys.readouterr()
+    assert "layer 0     prelude  from 0, 1" in said.out and says in said.err and state(deep) == before
+
+
+TARGETS = {
     "inside-the-source": (None, "deep/small", "deep/small is inside"),
     "inside-by-a-link": (lambda folder: (folder / "link").symlink_to("deep"), "link/small", "which is only read"),
-    "the-source": (None, "deep", "deep exists and is not empty"),
+    "the-source": (None, "deep", "deep, which is only read; choose a folder beside it"),
+    "below-a-file": (
+        lambda folder: (folder / "file").write_text("in the way"),
+        "file/small",
+        "file is not a folder; choose another place",
+    ),
+    "nowhere": (None, "/proc/small", "cannot write --save /proc/small: /proc takes no new folder ("),
 }
 
 
@@ -294,11 +347,6 @@ def test_a_target_that_is_there_is_not_touched(deep, capsys):
     (deep / "small").mkdir()
     (deep / "small/notes.txt").write_text("mine")
     refused(deep, "small exists and is not empty", capsys)
-
-
-def test_a_target_below_a_file_is_refused(deep, capsys):
-    (deep / "file").write_text("in the way")
-    refused(deep, "cannot write", capsys, "--save", str(deep / "file/small"))
 
 
 def test_no_room_is_seen_before_anything_is_written(deep, capsys, monkeypatch):
