@@ -17,6 +17,7 @@ from cherry_megatron.verbs.experiment import add_experiment
 from cherry_megatron.verbs.job import add_job
 from cherry_megatron.verbs.report import add_report
 from cherry_megatron.verbs.sgt import add_select
+from cherry_megatron.verbs.status import add_status
 from cherry_megatron.verbs.surgery import add_assemble_moee, add_calibrate, add_compress_depth, add_lineage
 from cherry_megatron.verbs.training import add_doctor, add_evaluate, add_generate, add_params, add_pretrain
 
@@ -114,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     add_compress_depth(verbs)
     add_assemble_moee(verbs)
     add_lineage(verbs)
+    add_status(verbs)
     add_experiment(verbs)
     add_report(verbs)
     add_job(verbs)

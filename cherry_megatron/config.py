@@ -32,6 +32,7 @@ from cherry_megatron.model.options import Mixture, MultiToken, Recurrence
 from cherry_megatron.model.pattern import MOE
 from cherry_megatron.model.plan import Plan, make_plan
 from cherry_megatron.model.shape import Shape, heads_of
+from cherry_megatron.monitor.options import Guards
 from cherry_megatron.sections import plain, section_of
 from cherry_megatron.sgt.options import Selective
 from cherry_megatron.yaml_files import read_file, set_value
@@ -146,7 +147,7 @@ class Config:
     Attributes:
         source: the file it came from.
         run: the run's folder.
-        recurrence, mtp, evaluation, generation, distillation, data, sgt, moee: sections of the file.
+        recurrence, mtp, evaluation, generation, distillation, data, guards, sgt, moee: sections of the file.
         megatron: flag name without dashes in front -> value, defaults of this project filled in.
         flags: Megatron flags of the file's `flags`, then those given after `--`; they come last and win.
         changed: keys that are meant to differ from what the checkpoint of `megatron.load` was trained with.
@@ -160,6 +161,7 @@ class Config:
     generation: Generation | None = None
     distillation: Distillation | None = None
     data: Data = field(default_factory=Data)
+    guards: Guards = field(default_factory=Guards)
     sgt: Selective | None = None
     moee: Mixture | None = None
     megatron: dict[str, Any] = field(default_factory=dict)
@@ -176,6 +178,7 @@ class Config:
             **({"distillation": dataclasses.asdict(self.distillation)} if self.distillation else {}),
             **({"mtp": dataclasses.asdict(self.mtp)} if self.mtp != MultiToken() else {}),
             **({"data": dataclasses.asdict(self.data)} if self.data != Data() else {}),
+            **({"guards": plain(dataclasses.asdict(self.guards))} if self.guards != Guards() else {}),
             **({"sgt": dataclasses.asdict(self.sgt)} if self.sgt else {}),
             **({"moee": dataclasses.asdict(self.moee)} if self.moee else {}),
             "megatron": dict(sorted(self.megatron.items())),
@@ -291,7 +294,7 @@ class Config:
 
 _SECTIONS = {
     "recurrence": Recurrence, "mtp": MultiToken, "evaluation": Evaluation, "generation": Generation,
-    "distillation": Distillation, "data": Data, "sgt": Selective, "moee": Mixture,
+    "distillation": Distillation, "data": Data, "guards": Guards, "sgt": Selective, "moee": Mixture,
 }  # fmt: skip
 _OPTIONAL = ("generation", "distillation", "sgt", "moee")
 _TOP_KEYS = ("extends", "run", *_SECTIONS, "megatron", "flags", "changed")

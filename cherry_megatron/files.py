@@ -58,6 +58,19 @@ def read_lines(path: Path) -> Iterator[Any]:
                 continue
 
 
+def read_last_lines(path: Path, size: int) -> Iterator[Any]:
+    """The same of the lines in the last `size` bytes."""
+    with path.open("rb") as file:
+        begin = max(file.seek(0, os.SEEK_END) - size, 0)
+        file.seek(begin)
+        lines = file.read(size).splitlines()
+    for line in lines[1:] if begin else lines:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder survive a crash of the machine."""
     descriptor = os.open(folder, os.O_RDONLY)

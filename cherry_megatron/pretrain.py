@@ -17,7 +17,7 @@ from megatron.training import pretrain as megatron_pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 
-from cherry_megatron.before_step import BeforeStep
+from cherry_megatron.around_step import AroundStep
 from cherry_megatron.checkpoints import recorder, start_from, unchanged_start, where_from
 from cherry_megatron.checks import require
 from cherry_megatron.config import Config
@@ -31,7 +31,6 @@ from cherry_megatron.model.build import build_mixture, build_model, prepare_conf
 from cherry_megatron.monitor.accounting import training_flops
 from cherry_megatron.monitor.console import Console
 from cherry_megatron.monitor.evaluation import LoopEvaluation
-from cherry_megatron.monitor.experts import report_of_step
 from cherry_megatron.monitor.progress import Progress
 from cherry_megatron.objective import Objective
 from cherry_megatron.platform.leaving import end_on_user_signal
@@ -117,9 +116,11 @@ def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Call
             before_checkpoint_counts(recorder(config, args, progress.say))
             if not args.async_save:
                 save_in_this_process()
+            around = AroundStep(config, objective, progress, evaluation, args.rank)
+            stack.callback(around.close)
+            around_each_step(around)
         stack.enter_context(progress)
         stack.enter_context(loading)
-        around_each_step(BeforeStep(config, objective, progress, evaluation), after_step(config, progress))
         megatron_pretrain(
             pretrain_cfg_container_from_args(args),
             datasets,
@@ -129,17 +130,6 @@ def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Call
             non_loss_data_func=evaluation,
         )
     return evaluation
-
-
-def after_step(config: Config, progress: Progress) -> Callable[..., None]:
-    """What is called with the model after each step."""
-
-    def finish(model: list[torch.nn.Module]) -> None:
-        if config.has_experts:
-            experts, each_walk = config.shape.experts, progress.ends_interval(progress.iteration)
-            progress.experts(*report_of_step(model, config.recurrence, experts, config.balance, each_walk))
-
-    return finish
 
 
 def initialize(config: Config, machine: Machine, extra: dict[str, Any]) -> Any:

@@ -11,7 +11,7 @@ from cherry_megatron.expert_rules import EXPERT_DEFAULTS
 from cherry_megatron.flags import check_name, names_of, nearest
 from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.plan import check_stages
-from cherry_megatron.section_rules import GRAPH, check_sections
+from cherry_megatron.section_rules import check_sections
 from cherry_megatron.storage.trained import CHANGEABLE
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ _UNSUPPORTED = {
     "enable-cuda-graph": "it is an older name; use cuda-graph-impl full_iteration",
     "external-cuda-graph": "it is an older name; use cuda-graph-impl full_iteration",
     "use-checkpoint-opt-param-scheduler": "the learning rate of a resume is the configuration's",
+    "iterations-to-skip": "nothing is evaluated or saved at these steps; use guards.leave_out",
+    "optimizer-cuda-graph": "the guards decide on each update, which a graph replays",
     "mock-data": "training reads the files of `cherry data` alone",
     "per-split-data-args-path": "what it names is not looked at before a run; use train-data-path and its kin",
     "yaml-cfg": "a configuration is a YAML file of this project's own form",
@@ -96,6 +98,7 @@ _DEFAULTS: dict[str, Any] = {
     "eval-interval": 1000,
     "eval-iters": 10,
     "dist-ckpt-strictness": "raise_unexpected",
+    "no-check-for-nan-in-loss-and-grad": True,  # the guards look at every step's loss and gradient norm
 }
 
 
@@ -116,11 +119,9 @@ def fill_in(path: Path, values: Any, flags: Sequence[str] = ()) -> dict[str, Any
             raise CherryError(f"{path}: megatron.{key} must be {wanted}: {why}")
         check_name(key, path)
     fixed = {key: value for key, (value, _) in _FIXED.items()}
-    # Megatron's check reads the loss back inside what a graph records.
-    unchecked = {"no-check-for-nan-in-loss-and-grad": True} if given.get("cuda-graph-impl") == GRAPH else {}
     has_experts = given.get("num-experts") is not None or "num-experts" in names_of(flags)
     experts = EXPERT_DEFAULTS if has_experts else {}
-    return {**_DEFAULTS, **experts, **unchecked, **given, **fixed}
+    return {**_DEFAULTS, **experts, **given, **fixed}
 
 
 def changed_keys(path: Path, values: Any) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 config.yaml       the resolved configuration of the last start
 starts.jsonl      one line a start: time, command, commit, versions, configuration hash
 steps.jsonl       one line a step: loss, gradient norm, learning rate, seconds
+alarms.jsonl      one line an alarm: skipped steps, rewinds, hangs, collapsing loops, left-out experts
 evaluations.jsonl one line an evaluation: held-out loss by number of loops
 probes.jsonl      one line a probe of selective training: the gradient coupling
 generations.jsonl one line an evaluation: continued prompts, their repetition, variety and length
@@ -29,7 +30,7 @@ import yaml
 
 from cherry_megatron.config import Config
 from cherry_megatron.errors import CherryError
-from cherry_megatron.files import lock_or_refuse, read_lines, write_atomically
+from cherry_megatron.files import lock_or_refuse, read_last_lines, read_lines, write_atomically
 from cherry_megatron.storage.checkpoint import newest, saved_folder, whole, why_none
 from cherry_megatron.versions import git_state, installed_versions
 
@@ -117,6 +118,20 @@ def read_steps(run: Path) -> list[dict[str, float]]:
     """The recorded steps of a run in order; of a step recorded twice (after a resume) the later."""
     steps = {step["iteration"]: step for step in read_lines(run / "steps.jsonl")}
     return [steps[iteration] for iteration in sorted(steps)]
+
+
+def recent_steps(run: Path) -> list[dict[str, Any]]:
+    """The same of the last 4 MiB, up to the step that was recorded last: those after it were before a rewind."""
+    path = run / "steps.jsonl"
+    lines = list(read_last_lines(path, 1 << 22)) if path.exists() else []
+    steps = {line["iteration"]: line for line in lines}
+    return [steps[iteration] for iteration in sorted(steps) if iteration <= lines[-1]["iteration"]]
+
+
+def last_saved(run: Path) -> int:
+    """The step of a run's newest checkpoint that counts; 0 if it has none."""
+    saved = saved_folder(run / "checkpoints")
+    return 0 if saved is None else int(newest(saved).name.removeprefix("iter_"))
 
 
 def read_evaluations(run: Path) -> list[dict[str, Any]]:

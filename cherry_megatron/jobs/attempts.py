@@ -17,6 +17,7 @@ from typing import Any
 
 from cherry_megatron.errors import CherryError
 from cherry_megatron.files import append_lines, cannot_write, read_lines
+from cherry_megatron.platform.leaving import AGAIN
 
 ATTEMPTS = "attempts.jsonl"
 REFUSED = 2  # the exit status of bad input
@@ -152,8 +153,8 @@ def end(run: Path, attempt: Attempt, ranks: Ranks, saved: int, last: int | None,
     node, cause = first_to_fail(ranks.errors)
     code = re.search(r"exit code (\d+)$", cause)  # the others' is that of being ended
     attempt.status, attempt.cause = int(code[1]) if code else ranks.status, cause
-    # Neither being ended from outside nor bad input says anything of the node.
-    attempt.node = "" if cause.endswith("Terminated") or attempt.status == REFUSED else node
+    # Neither being ended from outside nor bad input nor a step that was no good says anything of the node.
+    attempt.node = "" if cause.endswith("Terminated") or attempt.status in (REFUSED, AGAIN) else node
     attempt.saved, attempt.reached = saved, _reached(run, attempt)
     earlier = [a for a in read_attempts(run, attempt.job) if a.start != attempt.start]
     verdict = _decide([*earlier, attempt], ranks.running, last, early)
@@ -178,6 +179,8 @@ def _decide(attempts: Sequence[Attempt], running: bool, last: int | None, early:
         return Verdict(STOP, why)
     if attempt.status == 0:
         return Verdict(REQUEUE, f"was told to stop, saved at {at}")
+    if attempt.status == AGAIN:
+        return Verdict(REQUEUE, f"ended to go on from {at}, see alarms.jsonl")
     bad = tuple(dict.fromkeys(a.node for a in attempts if a.node))
     return Verdict(REQUEUE, f"{_failure(attempt)}; tried once more from {at}", bad)
 

@@ -16,7 +16,7 @@ from cherry_megatron.inference.prompts import configured_prompts
 from cherry_megatron.model.mixture import mixture_of
 from cherry_megatron.model.stack import recurrent_stacks
 from cherry_megatron.monitor.generation import health, table
-from cherry_megatron.monitor.loops import NAMES, LoopTrace
+from cherry_megatron.monitor.loops import NAMES, LoopTrace, alarms
 from cherry_megatron.monitor.mixture import RouterDrift
 from cherry_megatron.monitor.progress import Progress
 from cherry_megatron.monitor.tags import MOEE, MTP, OURS, of_section
@@ -112,6 +112,9 @@ class LoopEvaluation:
             for loop, value in enumerate(self.statistics[name], start=1):
                 if value == value:  # a loop cut by a stage boundary has no relative change
                     self._progress.scalar(f"{name.replace('_', '-')}/loop-{loop}", value, iteration)
+        if self._progress.under_way:
+            for line in alarms(self.statistics, self.losses):
+                self._progress.alarm("loops", line, iteration)
 
 
 class GenerationHealth:

@@ -1,7 +1,8 @@
 """Statistics of the hidden state, loop by loop: does the recurrence still do something?
 
 Two ways a loop can collapse (Geiping et al. 2025, arXiv 2502.05171, section 4.3): the states of all
-tokens grow alike (token correlation near 1), or the state stops changing (relative change near 0).
+tokens grow alike (token correlation near 1), or the state stops changing (relative change near 0). Either leads to
+a model that ignores its loops: as good with one as with all.
 """
 
 import torch
@@ -9,6 +10,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 NAMES = ("residual_norm", "relative_change", "token_correlation")
+# Beyond these a loop has collapsed.
+_MOST_CORRELATION, _LEAST_CHANGE = 0.99, 1e-3
+_LEAST_GAIN = 1e-3  # of the loss with one loop, by all others
 
 
 class LoopTrace:
@@ -71,3 +75,28 @@ class LoopTrace:
             "relative_change": (columns[2] / columns[3]).sqrt().tolist(),
             "token_correlation": (columns[4] / columns[5].clamp(min=1)).tolist(),
         }
+
+
+def alarms(statistics: dict[str, list[float]], losses: dict[int, float]) -> list[str]:
+    """A line for each sign of collapse at an evaluation.
+
+    Args:
+        statistics: of each loop, as `LoopTrace.reduce` gives them.
+        losses: held-out loss by number of loops.
+    """
+    found = []
+    alike = [loop for loop, value in enumerate(statistics["token_correlation"], 1) if value > _MOST_CORRELATION]
+    still = [loop for loop, value in enumerate(statistics["relative_change"], 1) if value < _LEAST_CHANGE]
+    if alike:
+        found.append(
+            f"loops {alike} have made all tokens alike: their token correlation is above {_MOST_CORRELATION}"
+        )
+    if still:
+        found.append(f"loops {still} do nothing: their relative change of the state is below {_LEAST_CHANGE}")
+    fewest, most = min(losses), max(losses)
+    if fewest < most and abs(losses[fewest] - losses[most]) < _LEAST_GAIN * losses[fewest]:
+        found.append(
+            f"the model ignores its loops: their number is {fewest} or {most}, its loss {losses[fewest]:.4f} or "
+            f"{losses[most]:.4f}"
+        )
+    return found

@@ -1,7 +1,9 @@
 """What a running training shows and records: a line an interval, TensorBoard, and files of lines."""
 
 import json
+import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -11,6 +13,7 @@ from tqdm import tqdm
 
 from cherry_megatron.files import append_lines
 from cherry_megatron.monitor.accounting import PEAK_BF16
+from cherry_megatron.monitor.alarms import record_alarm
 from cherry_megatron.monitor.mixture import MixtureWatch
 from cherry_megatron.monitor.tags import MOEE, MTP, OURS, of_section, of_step
 from cherry_megatron.platform.listen import listen
@@ -26,6 +29,11 @@ class Progress:
         args: Megatron's arguments.
         flops_per_token: of a training step, see accounting.
         terminal: where lines are printed.
+
+    Attributes:
+        records: whether this rank keeps the run's files of lines, as the last one does while it trains.
+        listeners: are called with each line of steps.jsonl.
+        ranks: what is said of single ranks in the next line, see monitor/stragglers.py.
     """
 
     def __init__(self, run: Path, args: Any, flops_per_token: float, terminal: TextIO) -> None:
@@ -36,10 +44,14 @@ class Progress:
         self._heard: dict[str, float] = {}
         self._held_out_at: int | None = None  # the step of Megatron's last evaluation
         self._timed = 0.0  # seconds of training steps so far
-        self._interval: list[tuple[float, float]] = []  # (loss, seconds) of each step
+        self._interval: list[tuple[float | None, float]] = []  # of each step; a skipped one has no loss
+        self._skipped: dict[int, str] = {}
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
+        self.ranks: dict[str, float] = {}
         self._mixture = MixtureWatch()
         self._terminal = terminal
         self._writer = get_tensorboard_writer()
+        self.records = self._writer is not None and not args.skip_train
         self._bar: Any = None
         self._steps: TextIO | None = None
         if self._writer is not None:
@@ -54,12 +66,17 @@ class Progress:
         # A training that has nothing left to do begins no step.
         return max(int(args.iteration), int(args.curr_iteration) + 1)
 
+    @property
+    def under_way(self) -> bool:
+        """Whether enough was learned to tell what the model does: a tenth of the training, and 100 steps."""
+        return bool(self._args.skip_train) or self.iteration >= max(self._args.train_iters / 10, 100)
+
     def ends_interval(self, iteration: int) -> bool:
         """Whether a line is printed after a step."""
         return iteration % self._args.log_interval == 0 or iteration == self._args.train_iters
 
     def __enter__(self) -> "Progress":
-        if self._writer is not None and not self._args.skip_train:
+        if self.records:
             self._steps = append_lines(self._run / "steps.jsonl")
             if sys.stderr.isatty():
                 self._bar = tqdm(total=self._args.train_iters, unit="step")
@@ -76,6 +93,25 @@ class Progress:
             self._bar.write(line, file=self._terminal, end=end)
         else:
             print(line, file=self._terminal, end=end, flush=True)
+
+    def alarm(self, kind: str, text: str, iteration: int, **details: Any) -> None:
+        """Tell of something that went wrong: print it, and in training keep it in alarms.jsonl and TensorBoard.
+
+        Args:
+            kind: see monitor/alarms.py.
+            text: what it is, without the step.
+            iteration: the step.
+            details: further keys of its line.
+        """
+        self.say(f"step {iteration:>7}  {text}")
+        if self.records:
+            record_alarm(self._run, kind, text, iteration, **details)
+            self.scalar(f"alarms/{kind}", 1.0, iteration)
+            self.text(f"alarms/{kind}", text, iteration)
+
+    def skip(self, iteration: int, why: str) -> None:
+        """The step that is going on does not update the weights."""
+        self._skipped[iteration] = why
 
     def scalar(self, tag: str, value: float, iteration: int) -> None:
         """Write one of our own scalars."""
@@ -139,15 +175,33 @@ class Progress:
         timer.elapsed(reset=False)  # brings the sum up to date
         before, self._timed = self._timed, timer.active_time()
         seconds = self._timed - before
+        record = self._record(iteration, seconds)
         loss = self._heard.get(shown, float("nan"))
-        self._interval.append((loss, seconds))
+        self._interval.append((None if "skipped" in record else loss, seconds))
+        if self._steps is not None:
+            self._steps.write(json.dumps(record) + "\n")
+        for listener in self.listeners:
+            listener(record)
+        if self._bar is not None:
+            self._bar.n = iteration
+            self._bar.refresh()
+        if self.ends_interval(iteration):
+            self._report(iteration)
+        self._heard.clear()  # a step of fewer loops says nothing of the others
+
+    def _record(self, iteration: int, seconds: float) -> dict[str, Any]:
+        """A step's line of steps.jsonl."""
+        skipped = self._skipped.pop(iteration, None)
         record: dict[str, Any] = {
             "iteration": iteration,
             "loss": self._heard.get("lm loss"),
             "grad_norm": self._heard["grad-norm"],
             "learning_rate": self._heard.get("learning-rate"),
             "seconds": round(seconds, 6),
+            **({"skipped": skipped} if skipped else {}),
+            **({"ranks": self.ranks} if self.ranks else {}),
         }
+        self.ranks = {}
         record |= self._mixture.step_ended(self._heard)
         if ahead := of_step(MTP, self._heard):
             record["mtp"] = ahead
@@ -158,20 +212,15 @@ class Progress:
             record[apart.replace(" ", "_")] = self._heard[apart]
         if torch.cuda.is_available():
             record["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
-        if self._steps is not None:
-            self._steps.write(json.dumps(record) + "\n")
-        if self._bar is not None:
-            self._bar.n = iteration
-            self._bar.refresh()
-        if self.ends_interval(iteration):
-            self._report(iteration)
-        self._heard.clear()  # a step of fewer loops says nothing of the others
+        # JSON has no NaN.
+        lost = [key for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
+        return record | dict.fromkeys(lost)
 
     def _report(self, iteration: int) -> None:
         args = self._args
-        count = len(self._interval)
-        loss = sum(loss for loss, _ in self._interval) / count
-        seconds = sum(seconds for _, seconds in self._interval) / count
+        losses = [loss for loss, _ in self._interval if loss is not None]
+        loss = sum(losses) / len(losses) if losses else float("nan")
+        seconds = sum(seconds for _, seconds in self._interval) / len(self._interval)
         self._interval.clear()
         tokens = args.global_batch_size * args.seq_length / seconds
         flops = tokens * self._flops / args.world_size
@@ -189,7 +238,7 @@ class Progress:
             f"left {_clock(seconds * (args.train_iters - iteration))}"
         )
         for line in self._mixture.alarms():
-            self.say(f"step {iteration:>7}  {line}")
+            self.alarm("expert", line, iteration)
 
 
 def _clock(seconds: float) -> str:

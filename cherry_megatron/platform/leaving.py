@@ -5,6 +5,8 @@ import signal
 import sys
 from typing import NoReturn
 
+AGAIN = 75  # the exit status of a training that is to be started again (EX_TEMPFAIL of sysexits.h)
+
 
 def end_on_user_signal() -> None:
     """Take SIGUSR1, which schedulers send before a time limit, for SIGTERM, on which a training saves and ends."""

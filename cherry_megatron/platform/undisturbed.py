@@ -15,6 +15,28 @@ from torch import Tensor
 _SCALES = {"scale": 1.0, "amax_history": 0.0}
 
 
+class Remembered:
+    """Generators and scales of FP8 as they are now: what passes change besides gradients.
+
+    Args:
+        model: chunks of this rank.
+    """
+
+    def __init__(self, model: list[torch.nn.Module]) -> None:
+        self._model = model
+        self._generators = _generators()
+        self._scales = {id(kept): kept.clone() for _, kept in _scales(model)}
+
+    def restore(self) -> None:
+        """Put them back."""
+        _set_generators(*self._generators)
+        for name, kept in _scales(self._model):
+            if id(kept) in self._scales:
+                kept.copy_(self._scales[id(kept)])
+            else:  # made by the first pass of all
+                kept.fill_(_SCALES[name])
+
+
 @contextmanager
 def undisturbed(model: list[torch.nn.Module], config: Any) -> Iterator[None]:
     """Put back what forward and backward passes change: generators, gradients, scales of FP8.
@@ -23,8 +45,7 @@ def undisturbed(model: list[torch.nn.Module], config: Any) -> Iterator[None]:
         model: chunks of this rank.
         config: Megatron's transformer configuration.
     """
-    generators = _generators()
-    scales = {id(kept): kept.clone() for _, kept in _scales(model)}
+    before = Remembered(model)
     timers, config.timers = config.timers, None
     rerun = rerun_state_machine.get_rerun_state_machine()
     mode = rerun.get_mode()
@@ -33,12 +54,7 @@ def undisturbed(model: list[torch.nn.Module], config: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        _set_generators(*generators)
-        for name, kept in _scales(model):
-            if id(kept) in scales:
-                kept.copy_(scales[id(kept)])
-            else:  # made by the first pass of all
-                kept.fill_(_SCALES[name])
+        before.restore()
         for chunk in model:
             chunk.zero_grad_buffer()  # type: ignore[operator]
         config.timers = timers

@@ -242,7 +242,8 @@ def test_the_dense_models_beside_our_mixtures_have_their_active_size_and_tokens(
         assert steps(dense) == sum(map(steps, ("dense-48", "recovered", *branches, mixture)))
         for branch in branches:
             (more,) = [n for n, s in mixtures.stages.items() if s.set == {"megatron.load": f"{{{branch}}}"}]
-            assert steps(more) == steps(mixture) and set(mixtures.stages[more].seeds) == {1, 2, 3}
+            seeds = {1, 2, 3} if mixture == "models-2" else {1}  # of four branches the others are left out for time
+            assert steps(more) == steps(mixture) and set(mixtures.stages[more].seeds) == seeds
     assert steps("unbranched") == steps("ko") + steps("models-2")
 
 

@@ -115,6 +115,21 @@ def test_same_step_fails_twice(job: Job) -> None:
     )
 
 
+def test_what_asks_to_be_started_again_is_no_fault_of_a_node(job: Job) -> None:
+    """A rewind or a hang; at one step twice it is over."""
+    job.start()
+    job.reach(36)
+    verdict = job.end(143, saved=30, errors=KILLED.replace("code 7", "code 75"))
+    assert (verdict.decision, verdict.without) == (REQUEUE, ())
+    assert verdict.reason == "ended to go on from step 30 of 100, see alarms.jsonl"
+    job.start()
+    job.reach(41)
+    assert job.end(75).decision == REQUEUE
+    job.start()
+    job.reach(41)
+    assert job.end(75).decision == STOP
+
+
 def test_another_step_or_a_newer_checkpoint_is_progress(job: Job) -> None:
     for reached, saved in ((36, None), (41, None), (41, 40), (41, None)):
         job.start()

@@ -1,5 +1,20 @@
 """What a training prints, a line for each thing."""
 
+from types import SimpleNamespace
+
+from cherry_megatron.monitor.progress import Progress
+
+
+def test_a_model_that_has_hardly_begun_is_not_judged():
+    def under_way(iteration, last, skip_train=False):
+        args = SimpleNamespace(skip_train=skip_train, train_iters=last, iteration=iteration, curr_iteration=-1)
+        progress = Progress.__new__(Progress)
+        progress._args, progress.before_first_step = args, False
+        return progress.under_way
+
+    assert under_way(100, 900) and under_way(200, 2000) and under_way(5, 10, skip_train=True)
+    assert not under_way(99, 100) and not under_way(199, 2000)
+
 
 def test_two_evaluations_at_one_step_are_told_apart(tmp_path, write_config, train):
     """Megatron evaluates once more after the last step, and goes on in the held-out text."""

@@ -1,0 +1,30 @@
+"""alarms.jsonl of a run's folder: what was noticed and what was done, a line each.
+
+time, iteration, text and kind: skip, rewind, stop (monitor/guards.py), hang (platform/watchdog.py), straggler,
+expert, loops. A rewind has checkpoint, the step gone back to, and leaves_out, the steps whose batches are left out.
+"""
+
+import datetime
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from cherry_megatron.files import append_lines, read_lines
+
+ALARMS = "alarms.jsonl"
+
+
+def record_alarm(run: Path, kind: str, text: str, iteration: int, **details: Any) -> None:
+    """Add a line, which is on the disk when this returns."""
+    time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    with append_lines(run / ALARMS) as file:
+        file.write(json.dumps({"time": time, "iteration": iteration, "kind": kind, "text": text, **details}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_alarms(run: Path) -> list[dict[str, Any]]:
+    """All lines, the oldest first."""
+    path = run / ALARMS
+    return list(read_lines(path)) if path.exists() else []

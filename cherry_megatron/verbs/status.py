@@ -1,0 +1,17 @@
+"""status."""
+
+import argparse
+from pathlib import Path
+
+from cherry_megatron.verbs.common import add_verb
+
+
+def add_status(verbs: argparse._SubParsersAction) -> None:
+    def run(arguments: argparse.Namespace) -> None:
+        from cherry_megatron.monitor.status import status
+
+        print("\n".join(status(arguments.run_folder, arguments.verify)))
+
+    parser = add_verb(verbs, "status", "how far a run is, what it last saved, and what went wrong", run)
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument("--verify", action="store_true", help="compare the hashes of its newest checkpoint")
