@@ -296,7 +296,7 @@ def _saved_to(path: Path) -> tuple[Path, Path]:
 
 def why_none(path: Path) -> str:
     """Why there is no checkpoint in a folder that is not one that Megatron saved to, and what to do."""
-    left = [found.parent for folder in _saved_to(path) for found in sorted(folder.glob("iter_*/.metadata"))]
+    left = [found for folder in _saved_to(path) for found in sorted(folder.glob("iter_*"))]
     if left:
         return (
             f"{path} holds {left[-1].name}, but {TRACKER} is missing; write the number of the checkpoint to "
@@ -313,16 +313,23 @@ def newest(saved: Path) -> Path:
     Raises:
         CherryError: if it names none that is there.
     """
-    tracker = saved / TRACKER
+    tracker, folder = saved / TRACKER, step_named(saved)
     text = tracker.read_text(errors="replace").strip()
-    folder = saved / (f"iter_{int(text):07d}" if text.isdecimal() else text)
-    if (text == "release" or text.isdecimal()) and (folder / ".metadata").is_file():
+    if text == "release" and (saved / text / ".metadata").is_file():
+        return saved / text
+    if folder is not None and (folder / ".metadata").is_file():
         return folder
-    if text.isdecimal() and folder.is_dir():
+    if folder is not None and folder.is_dir():
         raise CherryError(f"{folder}/.metadata is missing; restore the checkpoint{way_back(folder)}")
     complete = sorted(found.parent.name for found in saved.glob("*/.metadata"))
     others = f"there are {', '.join(complete)}: write the number of one into it" if complete else "there is none"
     raise CherryError(f"{tracker} says {text[:20]!r}, which is no checkpoint beside it; {others}")
+
+
+def step_named(saved: Path) -> Path | None:
+    """Where the checkpoint lies whose step the tracker file of a folder has; None if it has none."""
+    text = (saved / TRACKER).read_text(errors="replace").strip()
+    return saved / f"iter_{int(text):07d}" if text.isdecimal() and len(text) < 16 else None
 
 
 def way_back(folder: Path) -> str:
