@@ -41,8 +41,8 @@ def why_no_room(config: Config) -> str | None:
     if free >= needed:
         return None
     return (
-        f"no space left for a checkpoint in {saved}: about {needed:,} bytes are needed, {free:,} are free; make room, "
-        "or choose another run's folder"
+        f"no space left for a checkpoint in {saved}: about {needed:,} bytes are needed, {free:,} are free; make "
+        "room, or choose another run's folder"
     )
 
 

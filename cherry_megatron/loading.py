@@ -70,7 +70,7 @@ class Loading:
         else:
             folder, why = damaged[0]
             rest = "; no older checkpoint of the run is whole" if self._falls_back else ""
-            raise CherryError(f"{why}; restore the checkpoint{way_back(folder) if not rest else rest}")
+            raise CherryError(f"{why}; restore the checkpoint{rest or way_back(folder)}")
         if damaged and torch.distributed.get_rank() == 0:
             go_back([old for old, _ in damaged], folder)
             for old, why in damaged:

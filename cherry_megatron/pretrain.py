@@ -35,8 +35,8 @@ from cherry_megatron.monitor.evaluation import LoopEvaluation
 from cherry_megatron.monitor.experts import report_of_step
 from cherry_megatron.monitor.progress import Progress
 from cherry_megatron.objective import Objective
-from cherry_megatron.platform.machine import Machine
 from cherry_megatron.platform.joining import joining
+from cherry_megatron.platform.machine import Machine
 from cherry_megatron.platform.saving import around_each_save
 from cherry_megatron.platform.steps import around_each_step
 from cherry_megatron.runs import make_run_folder, only_training, record_start

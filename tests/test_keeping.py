@@ -133,3 +133,80 @@ def test_a_jump_of_the_clock_changes_nothing(copy, runs, train):
     (copy.parent / "calm/config.yaml").write_text(copy.read_text().replace("/run", "/calm/run"))
     train(copy.parent / "calm/config.yaml", flags="--train-iters 8")
     assert (copy.parent / "calm/run/checkpoints/iter_0000008/manifest.json").read_text() == ours
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a disk of so many KiB at a folder; gives what resizes it."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    mounted = []
+
+    def mount(folder: Path, options: str) -> None:
+        again = [] if folder not in mounted else ["-o", "remount"]
+        folder.mkdir(parents=True, exist_ok=True)
+        if subprocess.run(["mount", "-t", "tmpfs", *again, "-o", options, "none", folder], check=False).returncode:
+            pytest.skip("mounting is not allowed here")
+        mounted.append(folder)
+
+    yield mount
+    for folder in {*mounted}:
+        subprocess.run(["umount", folder], check=True)
+
+
+def _fills_up(path: Path, arguments: list[str]) -> tuple[int, str]:
+    """As if another program took the room after it was looked for."""
+    from cherry_megatron import keeping
+
+    keeping.why_no_room = lambda _: None
+    return verb(path.parent, ["pretrain", "--config", str(path), *arguments])
+
+
+@pytest.mark.parametrize("ways", ["", pytest.param("--async-save", marks=pytest.mark.full)])
+def test_a_disk_that_fills_up_ends_the_training_and_costs_no_checkpoint(ways, small_disk, tmp_path, runs, train):
+    run, path = tmp_path / "run", tmp_path / "config.yaml"
+    small_disk(run, "size=4500k")
+    content = yaml.safe_load((runs["waits"] / "config.yaml").read_text())
+    path.write_text(yaml.safe_dump({**content, "run": str(run)}))
+    ((status, errors),) = run_ranks(tmp_path / "output", 1, _fills_up, path, ["--", *ways.split()])
+    said = [line for line in errors.splitlines() if line.startswith("cherry")]
+    assert status == 2 and len(said) == 1 and "no space left for " in said[0] and "make room and run" in said[0]
+    assert "Traceback" not in errors
+    (*found, tracker) = checkpoints(tmp_path)
+    assert tracker == TRACKER and found[-1] == f"iter_{int((run / 'checkpoints' / TRACKER).read_text()):07d}"
+    assert found and all(damage(run / "checkpoints" / name) is None for name in found)
+    small_disk(run, "size=64m")
+    train(path, flags=ways)
+    assert checkpoints(tmp_path)[-2] == "iter_0000006"
+
+
+def _goes_read_only(path: Path, folder: Path) -> tuple[int, str]:
+    from megatron.training import training
+
+    step, steps = training.train_step, []
+
+    def and_then(*args, **kwargs):
+        steps.append(step(*args, **kwargs))
+        if len(steps) == 3:
+            subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+        return steps[-1]
+
+    from cherry_megatron.platform import steps as ours
+
+    ours._train_step = and_then
+    return verb(path.parent, ["pretrain", "--config", str(path)])
+
+
+def test_a_folder_that_goes_read_only_ends_the_training(small_disk, tmp_path, runs, train):
+    run, path = tmp_path / "run", tmp_path / "config.yaml"
+    small_disk(run / "checkpoints", "size=64m")
+    content = yaml.safe_load((runs["waits"] / "config.yaml").read_text())
+    path.write_text(yaml.safe_dump({**content, "run": str(run)}))
+    ((status, errors),) = run_ranks(tmp_path / "output", 1, _goes_read_only, path, run / "checkpoints")
+    said = [line for line in errors.splitlines() if line.startswith("cherry")]
+    assert status == 2 and len(said) == 1 and "Read-only file system" in said[0] and "Traceback" not in errors
+    assert checkpoints(tmp_path) == ["iter_0000001", "iter_0000002", TRACKER]
+    status, errors = befallen(path, "", "--train-iters", "6")  # nor does it begin
+    assert status == 2 and "Read-only file system" in errors
+    small_disk(run / "checkpoints", "size=64m,rw")
+    assert [step["iteration"] for step in train(path)] == [1, 2, 3, 4, 5, 6]

@@ -34,6 +34,6 @@ def joining(source: Path) -> Iterator[None]:
         else:
             why = f"rank {os.environ['RANK']} does not find rank 0 at {place}"
         raise CherryError(
-            f"{source}: {why}; see that MASTER_ADDR and MASTER_PORT are right on all ranks and the port is free, and "
-            "start all ranks again"
+            f"{source}: {why}; see that MASTER_ADDR and MASTER_PORT are right on all ranks and the port is free, "
+            "and start all ranks again"
         ) from None

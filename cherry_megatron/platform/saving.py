@@ -66,9 +66,7 @@ def around_each_save(saves: Saves) -> None:
         maybe_finalize_async_save(blocking=True)  # one at a time
         if not saves.begins(iteration):
             return
-        checkpointing.get_checkpoint_name = lambda *args, **kwargs: str(
-            hidden_folder(Path(_name_of(*args, **kwargs)))
-        )
+        checkpointing.get_checkpoint_name = lambda *given, **how: str(hidden_folder(Path(_name_of(*given, **how))))
         try:
             _save_checkpoint(iteration, *args, **kwargs)
         finally:
@@ -217,7 +215,7 @@ class _Thread(async_utils.AsyncCaller):  # type: ignore[misc]
 
 
 def _copied(before: Any, after: Any) -> Any:
-    """A bucket whose tensors are on the CPU, with copies of those that were there already: training changes them."""
+    """A bucket whose tensors are on the CPU, with copies of those that were there: training changes them."""
     path, name, (objects, tensors) = after
     there = {tensor.data_ptr() for _, tensor in before[2][1] if tensor.device.type == "cpu"}
     return path, name, (objects, [(item, t.clone() if t.data_ptr() in there else t) for item, t in tensors])
