@@ -142,14 +142,13 @@ def test_every_damage_is_detected(file, way, copy):
     assert file == "__0_0.distcp" or newest_whole(saved).name == "iter_0000002"
 
 
-@pytest.mark.parametrize("place", range(0, 1000, 7))
-def test_no_byte_of_the_list_of_hashes_can_change_unseen(place, copy):
+def test_no_byte_of_the_list_of_hashes_can_change_unseen(copy):
     """Not even one that leaves it a list of other files."""
     path = copy.parent / "run/checkpoints/iter_0000004/integrity.json"
-    text = bytearray(path.read_bytes())
-    text[place % len(text)] ^= 1
-    path.write_bytes(text)
-    assert damage(path.parent) is not None
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert damage(path.parent) is not None, place
 
 
 def falls_back(copy: Path, file: str, way: str, train) -> None:
