@@ -15,7 +15,7 @@ from cherry_megatron.storage.fallback import whole
 from cherry_megatron.storage.fits import check_model
 from cherry_megatron.storage.integrity import INTEGRITY
 from cherry_megatron.storage.layers import LOOP_A
-from cherry_megatron.storage.lineage import read_lineage
+from cherry_megatron.storage.lineage import LINEAGE, read_lineage
 from cherry_megatron.storage.trained import (
     FUNCTION,
     TOKENIZER,
@@ -40,6 +40,8 @@ _OBJECTIVE = {
     "data": ("shuffle",), "mtp": ("weight",), "sgt": ("marks", "top_loss", "alpha", "alpha_start", "alpha_steps"),
     "moee": ("top_k", "prefix"),
 }  # fmt: skip
+# What the record of every training has of its recurrence.
+_RECORDED = {"pattern", "order", "injection", "loop_scales"}
 # The same of experts inside layers.
 _ROUTED = ("moe-router-topk", "moe-router-pre-softmax")
 # What decides which text is held out.
@@ -232,7 +234,15 @@ def _meaning(recurrence: dict[str, Any], key: str) -> Any:
 def _record(folder: Path) -> dict[str, Any] | None:
     """The configuration that a checkpoint was trained with, if its record has it."""
     found = (read_lineage(folder) or {}).get("config")
-    return found if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        return None
+    kinds = {"recurrence": dict, "megatron": dict, "flags": list}
+    whole = all(isinstance(found.get(name), kind) for name, kind in kinds.items())
+    whole = whole and all(isinstance(found.get(name, {}), dict) for name in ("data", "evaluation", *_OBJECTIVE))
+    whole = whole and all(isinstance(flag, str) for flag in found["flags"])
+    if not whole or not {*found["recurrence"]} >= _RECORDED or not isinstance(found["recurrence"]["pattern"], str):
+        raise CherryError(f"{folder / LINEAGE}: its `config` is not that of a training; restore the checkpoint")
+    return found
 
 
 def _flags_of(config: Config, before: dict[str, Any]) -> Config:

@@ -120,6 +120,8 @@ def _data_set(config: Config, flag: str, prefix: str) -> list[str]:
     try:
         report = json.loads(made.read_text(encoding="utf-8"))
         known, documents = report["tokenizer"], report["documents"]
+        if not all(type(report[name]) is int for name in ("documents", "tokens", "vocabulary")):
+            raise TypeError
         # The index: a header, the length and place of each document, and the borders between them.
         sizes = {
             ".bin": report["tokens"] * token_type(report["vocabulary"]).itemsize,

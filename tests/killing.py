@@ -86,7 +86,7 @@ def _train(path: Path, phase: str, name: str, who: str, victim: int, seed: int, 
             steps._train_step = trigger(1).before(steps._train_step)
         elif phase == "mid-step":
             forward = objective.Objective.forward_step
-            objective.Objective.forward_step = trigger(draw.randint(5, 15)).before(forward)
+            objective.Objective.forward_step = trigger(draw.randint(3, 9)).before(forward)
         elif phase == "during save":
             from megatron.core.dist_checkpointing.strategies import filesystem_async
 

@@ -84,7 +84,7 @@ def around_each_save(saves: Saves) -> None:
 
 
 @dataclass(frozen=True)
-class _Hashed(WriteResult):  # type: ignore[misc]
+class _Hashed(WriteResult):
     """What a rank tells of a tensor or object that it has written, with SHA-256 of its values and of its file."""
 
     sha256: str | None
@@ -131,7 +131,7 @@ def _finish(hashed: dict[str, _Hashes], writer: Any, metadata: Any, results: lis
     for one in (one for of_rank in results for one in of_rank):
         found.files[one.storage_data.relative_path] = one.file_sha256
         if one.sha256 is not None:
-            found.manifest.setdefault(one.index.fqn, {})[",".join(map(str, one.index.offset))] = one.sha256
+            found.manifest.setdefault(one.index.fqn, {})[",".join(map(str, one.index.offset or ()))] = one.sha256
     hashed[str(writer.checkpoint_dir)] = found
     _write_metadata(writer, metadata, results)
 
@@ -185,7 +185,7 @@ class _Tracker(io.StringIO):
         self._counts(self._path.parent / f"iter_{int(text):07d}")
 
 
-class _Thread(async_utils.AsyncCaller):  # type: ignore[misc]
+class _Thread(async_utils.AsyncCaller):
     """Writes a rank's part of a checkpoint beside the training, from a copy."""
 
     def __init__(self) -> None:

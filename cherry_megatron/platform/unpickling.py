@@ -7,12 +7,14 @@ rest what `torch.load(weights_only=True)` takes, to which Megatron adds its own 
 
 import io
 import pickle
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, set_element
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 _CHECKPOINT = "torch.distributed.checkpoint"
 _METADATA = {
@@ -38,23 +40,33 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def _read(load: Callable[[], Any], what: str) -> Any:
+    try:
+        return load()
+    except Exception as error:  # noise makes it raise nearly any
+        first = str(error).partition("\n")[0] or type(error).__name__
+        raise pickle.UnpicklingError(f"{what} cannot be read: {first}") from error
+
+
 def refuse_foreign_pickles() -> None:
     """Put this in force in this process."""
 
     def read_metadata(self: FileSystemReader, *_: Any, **named: Any) -> Any:
         with self.fs.create_stream(self._get_metadata_path(named.get("rank")), "rb") as file:
-            metadata = _Unpickler(file).load()
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
+            metadata = _read(_Unpickler(file).load, ".metadata")
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError(".metadata does not describe a checkpoint")
+        metadata.storage_meta = getattr(metadata, "storage_meta", None) or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
     def load_bytes(self: DefaultLoadPlanner, read_item: Any, value: io.BytesIO) -> None:
-        name, found = read_item.dest_index.fqn, torch.load(value, weights_only=True)
+        name = read_item.dest_index.fqn
+        found = _read(partial(torch.load, value, weights_only=True), name)
         if self.flatten_state_dict:
             set_element(self.original_state_dict, self.mappings[name], found)
         else:
             self.state_dict[name] = found
 
-    FileSystemReader.read_metadata = read_metadata
-    DefaultLoadPlanner.load_bytes = load_bytes
+    FileSystemReader.read_metadata = read_metadata  # type: ignore[method-assign]
+    DefaultLoadPlanner.load_bytes = load_bytes  # type: ignore[method-assign]

@@ -287,16 +287,12 @@ def together(parts: Mapping[str, Checkpoint]) -> Checkpoint:
 
 def saved_folder(path: Path) -> Path | None:
     """The folder that Megatron saved checkpoints to: this one, or a run's checkpoints/ in it."""
-    return next((folder for folder in _saved_to(path) if (folder / TRACKER).is_file()), None)
-
-
-def _saved_to(path: Path) -> tuple[Path, Path]:
-    return path, path / "checkpoints"
+    return next((folder for folder in (path, path / "checkpoints") if (folder / TRACKER).is_file()), None)
 
 
 def why_none(path: Path) -> str:
     """Why there is no checkpoint in a folder that is not one that Megatron saved to, and what to do."""
-    left = [found for folder in _saved_to(path) for found in sorted(folder.glob("iter_*"))]
+    left = [*sorted(path.glob("iter_*")), *sorted(path.glob("checkpoints/iter_*"))]
     if left:
         return (
             f"{path} holds {left[-1].name}, but {TRACKER} is missing; write the number of the checkpoint to "
@@ -313,10 +309,9 @@ def newest(saved: Path) -> Path:
     Raises:
         CherryError: if it names none that is there.
     """
-    tracker, folder = saved / TRACKER, step_named(saved)
+    tracker = saved / TRACKER
     text = tracker.read_text(errors="replace").strip()
-    if text == "release" and (saved / text / ".metadata").is_file():
-        return saved / text
+    folder = saved / text if text == "release" else step_named(saved)
     if folder is not None and (folder / ".metadata").is_file():
         return folder
     if folder is not None and folder.is_dir():
@@ -369,10 +364,13 @@ def _tensor(name: str, state: dict[str, Any], places: dict[tuple[str, Any], Plac
     dtype = state["properties"].state[0].path[1]
     if dtype not in DTYPES:
         raise CherryError(f"{name} has the type {dtype}, which is not supported")
+    shape = _size(state["size"]) or ()
+    if any(len(found or ()) != len(shape) for chunk in chunks for found in chunk):
+        raise CherryError(f"{name} has chunks of another number of dimensions")
     return Tensor(
         name,
         dtype,
-        _size(state["size"]) or (),
+        shape,
         tuple(Chunk(at or (), size or (), places[name, at]) for at, size in chunks),
     )
 
@@ -396,4 +394,7 @@ def _unstacked(tensor: Tensor) -> list[Tensor]:
 
 def _size(found: Any) -> tuple[int, ...] | None:
     """A torch.Size."""
-    return None if found is None else tuple(found.args[0]) if found.args else ()
+    size = None if found is None else tuple(found.args[0]) if found.args else ()
+    if any(type(number) is not int or number < 0 for number in size or ()):
+        raise ValueError(f"{size} is no size")
+    return size
