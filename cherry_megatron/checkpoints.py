@@ -1,24 +1,21 @@
-"""What a run loads and what it saves: where it starts, whether that fits, and the record of what it writes."""
+"""What a run loads: where it starts, and whether that fits."""
 
-import hashlib
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from cherry_megatron.config import Config, Data
-from cherry_megatron.data.paths import data_prefixes
 from cherry_megatron.data.tokenizer import fingerprint
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.options import MultiToken, Recurrence
 from cherry_megatron.model.pattern import parse
 from cherry_megatron.runs import checkpoint_to_load, own_checkpoints
-from cherry_megatron.storage.ancestry import parents_of, record_saved
-from cherry_megatron.storage.checkpoint import OPTIMIZER, Checkpoint, newest, open_checkpoint, way_back
+from cherry_megatron.storage.checkpoint import OPTIMIZER, Checkpoint, newest, way_back
+from cherry_megatron.storage.fallback import whole
 from cherry_megatron.storage.fits import check_model
-from cherry_megatron.storage.integrity import INTEGRITY, check_description
+from cherry_megatron.storage.integrity import INTEGRITY
 from cherry_megatron.storage.layers import LOOP_A
-from cherry_megatron.storage.lineage import read_lineage
+from cherry_megatron.storage.lineage import LINEAGE, read_lineage
 from cherry_megatron.storage.trained import (
     FUNCTION,
     TOKENIZER,
@@ -43,6 +40,8 @@ _OBJECTIVE = {
     "data": ("shuffle",), "mtp": ("weight",), "sgt": ("marks", "top_loss", "alpha", "alpha_start", "alpha_steps"),
     "moee": ("top_k", "prefix"),
 }  # fmt: skip
+# What the record of every training has of its recurrence.
+_RECORDED = {"pattern", "order", "injection", "loop_scales"}
 # The same of experts inside layers.
 _ROUTED = ("moe-router-topk", "moe-router-pre-softmax")
 # What decides which text is held out.
@@ -56,17 +55,24 @@ _EVALUATED = (
 )  # fmt: skip
 
 
-def unloadable(config: Config) -> list[str]:
+def unloadable(config: Config, training: bool = True) -> list[str]:
     """Why the checkpoint to start from cannot be loaded, one sentence each.
+
+    Args:
+        config: of the run.
+        training: see `checkpoint_to_load`.
 
     Raises:
         CherryError: if there should be a checkpoint and is none, or it is not one of this model.
     """
-    folder = checkpoint_to_load(config)
+    folder = checkpoint_to_load(config, training)
     if folder is None:
         return []
     own = own_checkpoints(config) is not None
-    checkpoint = _whole(folder, own)
+    try:
+        checkpoint = whole(folder, own)
+    except CherryError as error:
+        raise CherryError(f"{error}{way_back(folder)}") from None
     if own:
         return _changes(config, checkpoint)
     if other := _other_kind(config, checkpoint):
@@ -85,18 +91,6 @@ def unloadable(config: Config) -> list[str]:
     return [
         f"megatron.load {folder} holds no optimizer state; set megatron.finetune: true to start from its weights"
     ]
-
-
-def _whole(folder: Path, own: bool) -> Checkpoint:
-    """A checkpoint whose files are there and long enough; Megatron compares their hashes when it loads them."""
-    try:
-        check_description(folder, required=own)
-        checkpoint = Checkpoint(folder)
-        checkpoint.check(list(checkpoint.tensors))
-        checkpoint.arguments()
-    except CherryError as error:
-        raise CherryError(f"{error}{way_back(folder)}") from None
-    return checkpoint
 
 
 def _foreign(checkpoint: Checkpoint) -> str | None:
@@ -128,7 +122,7 @@ def _walk(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def _other_tokenizer(config: Config, checkpoint: Checkpoint) -> Differences:
-    ours, theirs = _tokenizer(config).get("tokenizer"), tokenizer_of(checkpoint)
+    ours, theirs = tokenizer_of_run(config).get("tokenizer"), tokenizer_of(checkpoint)
     if None in (ours, theirs) or ours == theirs:
         return {}
     return {TOKENIZER: (f"{config.value('tokenizer-model')} ({ours})", told_tokenizer(checkpoint))}
@@ -240,7 +234,15 @@ def _meaning(recurrence: dict[str, Any], key: str) -> Any:
 def _record(folder: Path) -> dict[str, Any] | None:
     """The configuration that a checkpoint was trained with, if its record has it."""
     found = (read_lineage(folder) or {}).get("config")
-    return found if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        return None
+    kinds = {"recurrence": dict, "megatron": dict, "flags": list}
+    whole = all(isinstance(found.get(name), kind) for name, kind in kinds.items())
+    whole = whole and all(isinstance(found.get(name, {}), dict) for name in ("data", "evaluation", *_OBJECTIVE))
+    whole = whole and all(isinstance(flag, str) for flag in found["flags"])
+    if not whole or not {*found["recurrence"]} >= _RECORDED or not isinstance(found["recurrence"]["pattern"], str):
+        raise CherryError(f"{folder / LINEAGE}: its `config` is not that of a training; restore the checkpoint")
+    return found
 
 
 def _flags_of(config: Config, before: dict[str, Any]) -> Config:
@@ -280,7 +282,7 @@ def _masked_prefix(before: dict[str, Any]) -> int:
 
 def start_from(config: Config) -> dict[str, Any]:
     """Megatron's flags for where to start: the run's own checkpoint with all its state, or `megatron.load`."""
-    checkpoint = checkpoint_to_load(config)
+    checkpoint = checkpoint_to_load(config, training=True)
     if checkpoint is None:
         return {"load": None}
     own = {"finetune": False, "no-load-optim": False, "no-load-rng": False} if own_checkpoints(config) else {}
@@ -291,7 +293,8 @@ def where_from(config: Config, args: Any) -> str:
     """The first line of a training: what it starts from."""
     further = f"; {config.recurrence.further_loops}" if config.recurrence.further_loops else ""
     if args.load is None:
-        return f"starts from new weights{further}"
+        lost = (config.run / "steps.jsonl").exists()
+        return f"starts from new weights{'; the steps before left no checkpoint' if lost else ''}{further}"
     checkpoint = Checkpoint(newest(Path(args.load)))
     if own_checkpoints(config) is None:
         found = _differences(config, checkpoint) if config.changed else {}
@@ -312,7 +315,7 @@ def unchanged_start(config: Config, args: Any) -> None:
         CherryError: if another training has saved a checkpoint there meanwhile, or the run was trained for
             something else.
     """
-    now = checkpoint_to_load(config)
+    now = checkpoint_to_load(config, training=True)
     if (None if now is None else str(now.parent)) != args.load:
         raise CherryError(f"the run {config.run} got a checkpoint while this training started; start it again")
     before = _record(now) if now is not None and own_checkpoints(config) else None
@@ -343,40 +346,9 @@ def _same_objective(config: Config, before: dict[str, Any]) -> None:
         )
 
 
-def recorder(config: Config, args: Any, say: Callable[[str], None]) -> Callable[[Path], None]:
-    """What is done with each checkpoint of a training as it is written: say so, record where it comes from.
-
-    Args:
-        config: of the run.
-        args: Megatron's arguments.
-        say: prints a line.
-    """
-    loaded = newest(Path(args.load)) if args.load and args.rank == 0 else None
-    own = own_checkpoints(config) is not None
-    parents = parents_of(loaded, own)
-    if config.distillation is not None and args.rank == 0 and not own:
-        teacher = open_checkpoint(Path(config.distillation.load)).folder
-        parents += [{**found, "role": "teacher"} for found in parents_of(teacher, False)]
-    tokenizer = _tokenizer(config)
-    data = [{"path": prefix, "report": _hash(Path(f"{prefix}.json"))} for _, prefix in data_prefixes(config)]
-
-    def record(folder: Path) -> None:
-        iteration = int(folder.name.removeprefix("iter_"))
-        details = {"config": config.as_dict(), "config_hash": config.hash(), "data": data, **tokenizer}
-        record_saved(folder, "pretrain", parents, iteration=iteration, **details)
-        say(f"step {iteration:>7}  checkpoint written to {folder}")
-
-    return record
-
-
-def _tokenizer(config: Config) -> dict[str, str]:
+def tokenizer_of_run(config: Config) -> dict[str, str]:
     """For the record: its fingerprint, because its folder may hold another one later."""
     folder = config.value("tokenizer-model")
     if config.value("tokenizer-type") != "HuggingFaceTokenizer" or folder is None:
         return {}
     return {"tokenizer": fingerprint(Path(folder))}
-
-
-def _hash(path: Path) -> str | None:
-    """SHA-256 of the report of `cherry data`, which names text and tokenizer; None if it is gone."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None

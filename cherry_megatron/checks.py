@@ -16,14 +16,23 @@ from cherry_megatron.data.prepare import token_type
 from cherry_megatron.errors import CherryError
 from cherry_megatron.files import why_not_writable
 from cherry_megatron.inference.prompts import configured_prompts
+from cherry_megatron.keeping import why_no_room
 from cherry_megatron.platform.machine import Machine
 
 
-def obstacles(machine: Machine, config: Config) -> list[str]:
-    """Why a configuration cannot run on this machine, one sentence each; empty if it can."""
+def obstacles(machine: Machine, config: Config, training: bool = True) -> list[str]:
+    """Why a configuration cannot run on this machine, one sentence each; empty if it can.
+
+    Args:
+        machine: from `inspect_machine`.
+        config: it.
+        training: whether it is to be trained, and not only read.
+    """
     found = _machine(machine, config) + _writable(config.run)
     try:
-        found += unloadable(config) + _tokenizer(config) + _data(config)
+        if training and (why := why_no_room(config)):
+            found.append(why)
+        found += unloadable(config, training) + _tokenizer(config) + _data(config)
         _check_teacher(config)
         if config.generation is not None:
             configured_prompts(config)
@@ -32,9 +41,9 @@ def obstacles(machine: Machine, config: Config) -> list[str]:
     return found
 
 
-def require(machine: Machine, config: Config) -> None:
-    """Raise the first obstacle as a CherryError."""
-    for problem in obstacles(machine, config):
+def require(machine: Machine, config: Config, training: bool = True) -> None:
+    """Raise the first obstacle as a CherryError, see `obstacles`."""
+    for problem in obstacles(machine, config, training):
         raise CherryError(f"{config.source}: {problem}")
 
 
@@ -111,6 +120,8 @@ def _data_set(config: Config, flag: str, prefix: str) -> list[str]:
     try:
         report = json.loads(made.read_text(encoding="utf-8"))
         known, documents = report["tokenizer"], report["documents"]
+        if not all(type(report[name]) is int for name in ("documents", "tokens", "vocabulary")):
+            raise TypeError
         # The index: a header, the length and place of each document, and the borders between them.
         sizes = {
             ".bin": report["tokens"] * token_type(report["vocabulary"]).itemsize,

@@ -35,6 +35,7 @@ from cherry_megatron.model.shape import Shape, heads_of
 from cherry_megatron.monitor.options import Guards
 from cherry_megatron.sections import plain, section_of
 from cherry_megatron.sgt.options import Selective
+from cherry_megatron.storage.options import Checkpoints
 from cherry_megatron.yaml_files import read_file, set_value
 
 
@@ -85,10 +86,7 @@ class Generation:
         if self.tokens < 1:
             raise CherryError(f"generation.tokens {self.tokens} must be at least 1")
         if not 0 <= self.temperature < float("inf"):
-            raise CherryError(
-                f"generation.temperature {self.temperature} must be a finite number that is not negative; 0 takes "
-                "the likeliest token"
-            )
+            raise CherryError(f"generation.temperature {self.temperature} must be a finite number of 0 or more")
         if self.top_k < 0:
             raise CherryError(f"generation.top_k {self.top_k} must not be negative; 0 draws from all tokens")
         if not 0 < self.top_p <= 1:
@@ -147,7 +145,7 @@ class Config:
     Attributes:
         source: the file it came from.
         run: the run's folder.
-        recurrence, mtp, evaluation, generation, distillation, data, guards, sgt, moee: sections of the file.
+        recurrence, mtp, evaluation, generation, distillation, data, checkpoints, guards, sgt, moee: sections of it.
         megatron: flag name without dashes in front -> value, defaults of this project filled in.
         flags: Megatron flags of the file's `flags`, then those given after `--`; they come last and win.
         changed: keys that are meant to differ from what the checkpoint of `megatron.load` was trained with.
@@ -161,6 +159,7 @@ class Config:
     generation: Generation | None = None
     distillation: Distillation | None = None
     data: Data = field(default_factory=Data)
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
     guards: Guards = field(default_factory=Guards)
     sgt: Selective | None = None
     moee: Mixture | None = None
@@ -170,6 +169,7 @@ class Config:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, in the order of the YAML format."""
+        kept = {"checkpoints": dataclasses.asdict(self.checkpoints)} if self.checkpoints != Checkpoints() else {}
         return {
             "run": str(self.run),
             "recurrence": plain(dataclasses.asdict(self.recurrence)),
@@ -178,6 +178,7 @@ class Config:
             **({"distillation": dataclasses.asdict(self.distillation)} if self.distillation else {}),
             **({"mtp": dataclasses.asdict(self.mtp)} if self.mtp != MultiToken() else {}),
             **({"data": dataclasses.asdict(self.data)} if self.data != Data() else {}),
+            **kept,
             **({"guards": plain(dataclasses.asdict(self.guards))} if self.guards != Guards() else {}),
             **({"sgt": dataclasses.asdict(self.sgt)} if self.sgt else {}),
             **({"moee": dataclasses.asdict(self.moee)} if self.moee else {}),
@@ -294,7 +295,8 @@ class Config:
 
 _SECTIONS = {
     "recurrence": Recurrence, "mtp": MultiToken, "evaluation": Evaluation, "generation": Generation,
-    "distillation": Distillation, "data": Data, "guards": Guards, "sgt": Selective, "moee": Mixture,
+    "distillation": Distillation, "data": Data, "checkpoints": Checkpoints, "guards": Guards, "sgt": Selective,
+    "moee": Mixture,
 }  # fmt: skip
 _OPTIONAL = ("generation", "distillation", "sgt", "moee")
 _TOP_KEYS = ("extends", "run", *_SECTIONS, "megatron", "flags", "changed")

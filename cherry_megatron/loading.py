@@ -1,43 +1,98 @@
-"""A damaged checkpoint in one sentence: which file, and the way out."""
+"""The checkpoint that a run loads is what was saved: damage in one sentence, and the way out or the fall-back."""
 
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 from zipfile import BadZipFile
 
+import torch
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint import CheckpointException
 
+from cherry_megatron.config import Config
 from cherry_megatron.errors import CherryError
+from cherry_megatron.platform.loading import before_each_load
+from cherry_megatron.runs import own_checkpoints
 from cherry_megatron.storage.checkpoint import newest, way_back
+from cherry_megatron.storage.fallback import candidates, go_back, step_of
+from cherry_megatron.storage.integrity import damage, saved_files
 
 
 class Loading:
-    """Turns what is raised for a damaged checkpoint, while Megatron loads one, into one sentence."""
+    """Has every file of a checkpoint verified before Megatron reads it, and turns what it raises into one sentence.
+
+    Args:
+        config: of the run.
+        args: Megatron's arguments.
+        say: prints a line.
+    """
 
     # torch's derives from BaseException.
     _RAISED = (CheckpointingException, CheckpointException, OSError, EOFError, BadZipFile, UnpicklingError)
 
-    def __init__(self, args: Any) -> None:
-        self._load: str | None = args.load
+    def __init__(self, config: Config, args: Any, say: Callable[[str], None]) -> None:
+        self._load: Path | None = args.load and Path(args.load)
+        own = not args.skip_train and own_checkpoints(config) is not None
+        self._falls_back, self._say = own and config.checkpoints.fall_back, say
 
     def done(self) -> None:
         """The checkpoint has been loaded, or there was none."""
         self._load = None
 
-    def __enter__(self) -> None: ...
+    def __enter__(self) -> None:
+        before_each_load(self._verify)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if self._load is None or not isinstance(error, self._RAISED):
             return
         traceback.print_exception(error, file=sys.stdout)  # into the log
-        folder = newest(Path(self._load))
+        folder = newest(self._load)
         says = _first_sentence(error, folder)
         raise CherryError(
             f"cannot load {folder}: {says}; if it is damaged, restore it{way_back(folder)}"
         ) from error
+
+    def _verify(self) -> None:
+        """See, on all ranks, that the newest checkpoint is what was saved, or go back to one that is.
+
+        Raises:
+            CherryError: if it is not, and the run does not fall back or has no older one that is.
+        """
+        if self._load is None:
+            return
+        damaged: list[tuple[Path, str]] = []
+        for folder in candidates(self._load) if self._falls_back else [newest(self._load)]:
+            why = _damage_by_ranks(folder)
+            if why is None:
+                break
+            damaged.append((folder, why))
+        else:
+            folder, why = damaged[0]
+            rest = "; no older checkpoint of the run is whole" if self._falls_back else ""
+            raise CherryError(f"{why}; restore the checkpoint{rest or way_back(folder)}")
+        if damaged and torch.distributed.get_rank() == 0:
+            go_back([old for old, _ in damaged], folder)
+            for old, why in damaged:
+                self._say(
+                    f"WARNING: {old.name} is damaged ({why}) and put aside; the run falls back to step "
+                    f"{step_of(folder)}"
+                )
+        torch.distributed.barrier()
+
+
+def _damage_by_ranks(folder: Path) -> str | None:
+    """`damage`, with the files shared out over the ranks, the same answer on all."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    try:
+        found = damage(folder, sorted(saved_files(folder))[rank::world])
+    except CherryError as error:
+        found = str(error)
+    answers: list[str | None] = [None] * world
+    torch.distributed.all_gather_object(answers, found)
+    return next((answer for answer in answers if answer is not None), None)
 
 
 def _first_sentence(error: BaseException, folder: Path) -> str:

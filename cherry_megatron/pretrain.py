@@ -18,7 +18,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 
 from cherry_megatron.around_step import AroundStep
-from cherry_megatron.checkpoints import recorder, start_from, unchanged_start, where_from
+from cherry_megatron.checkpoints import start_from, unchanged_start, where_from
 from cherry_megatron.checks import require
 from cherry_megatron.config import Config
 from cherry_megatron.data.batches import build_datasets, build_held_out
@@ -26,6 +26,7 @@ from cherry_megatron.distillation import Teacher
 from cherry_megatron.errors import CherryError
 from cherry_megatron.files import cannot_write
 from cherry_megatron.flags import megatron_arguments
+from cherry_megatron.keeping import Keeping
 from cherry_megatron.loading import Loading
 from cherry_megatron.model.build import build_mixture, build_model, prepare_config
 from cherry_megatron.monitor.accounting import training_flops
@@ -33,9 +34,10 @@ from cherry_megatron.monitor.console import Console
 from cherry_megatron.monitor.evaluation import LoopEvaluation
 from cherry_megatron.monitor.progress import Progress
 from cherry_megatron.objective import Objective
+from cherry_megatron.platform.joining import joining
 from cherry_megatron.platform.leaving import end_on_user_signal
 from cherry_megatron.platform.machine import Machine
-from cherry_megatron.platform.saving import before_checkpoint_counts, save_in_this_process
+from cherry_megatron.platform.saving import around_each_save
 from cherry_megatron.platform.steps import around_each_step
 from cherry_megatron.runs import make_run_folder, only_training, record_start
 from cherry_megatron.sgt.loss import Supervision
@@ -61,7 +63,7 @@ def pretrain(
     Returns:
         What `evaluation` made.
     """
-    require(machine, config)
+    require(machine, config, training=not (extra or {}).get("skip-train"))
     end_on_user_signal()
     terminal = sys.stdout
     with Console() as console:
@@ -87,7 +89,7 @@ def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Call
     progress = Progress(config.run, args, flops, terminal)
     objective = Objective()
     evaluation = make_evaluation(config, progress, objective.run_micro_batch)
-    loading = Loading(args)
+    loading = Loading(config, args, progress.say)
 
     def datasets(samples: tuple[int, int, int]) -> tuple[Any, Any, Any]:
         loading.done()
@@ -113,14 +115,14 @@ def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Call
         if not args.skip_train:
             stack.enter_context(only_training(config, args.rank))
             unchanged_start(config, args)
-            before_checkpoint_counts(recorder(config, args, progress.say))
-            if not args.async_save:
-                save_in_this_process()
+            keeping = stack.enter_context(Keeping(config, args, progress.say))
+            around_each_save(keeping.saves)
             around = AroundStep(config, objective, progress, evaluation, args.rank)
             stack.callback(around.close)
             around_each_step(around)
         stack.enter_context(progress)
         stack.enter_context(loading)
+        stack.enter_context(joining(config.source))
         megatron_pretrain(
             pretrain_cfg_container_from_args(args),
             datasets,
@@ -181,6 +183,7 @@ def initialize(config: Config, machine: Machine, extra: dict[str, Any]) -> Any:
         # Megatron makes the expert-parallel groups; of experts it knows those inside layers, and of hybrid models
         # those that are one.
         args.num_experts = args.moe_ffn_hidden_size = args.hybrid_layer_pattern = None
+    args.async_save = bool(config.value("async-save"))  # which Megatron drops without a worker process
     return args
 
 

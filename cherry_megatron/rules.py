@@ -64,9 +64,18 @@ _UNSUPPORTED = {
     "optimizer-cuda-graph": "the guards decide on each update, which a graph replays",
     "mock-data": "training reads the files of `cherry data` alone",
     "per-split-data-args-path": "what it names is not looked at before a run; use train-data-path and its kin",
+    "use-persistent-ckpt-worker": "async-save alone writes beside the training, in a thread of each rank",
+    "async-strategy": "async-save writes in a thread of each rank",
+    "save-retain-interval": "which checkpoints stay is set by checkpoints.keep and keep_every",
+    "non-persistent-save-interval": "there is one kind of checkpoint, saved at each save-interval",
+    "pretrained-checkpoint": "what a run starts from is set by load, with finetune",
+    "ckpt-step": "it would undo every resume; to go back, write the step into latest_checkpointed_iteration.txt",
     "yaml-cfg": "a configuration is a YAML file of this project's own form",
 }
-_UNSUPPORTED_DEFAULTS = {"rotary-percent": 1.0}  # of the others Megatron's default is None or False
+_UNSUPPORTED_DEFAULTS = {
+    "rotary-percent": 1.0,
+    "async-strategy": "nvrx",
+}  # of the others Megatron's default is None or False
 _POSITIVE = (
     "tensor-model-parallel-size", "pipeline-model-parallel-size", "micro-batch-size", "max-position-embeddings",
     "log-interval", "eval-interval", "eval-iters", "save-interval",

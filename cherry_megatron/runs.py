@@ -31,7 +31,8 @@ import yaml
 from cherry_megatron.config import Config
 from cherry_megatron.errors import CherryError
 from cherry_megatron.files import lock_or_refuse, read_last_lines, read_lines, write_atomically
-from cherry_megatron.storage.checkpoint import newest, saved_folder, whole, why_none
+from cherry_megatron.storage.checkpoint import ended, newest, saved_folder, why_none
+from cherry_megatron.storage.fallback import newest_whole
 from cherry_megatron.versions import git_state, installed_versions
 
 
@@ -42,21 +43,27 @@ def own_checkpoints(config: Config) -> Path | None:
         CherryError: if it holds some that do not count.
     """
     folder = config.run.absolute() / "checkpoints"
-    if (saved := saved_folder(folder)) is None and whole(folder):
+    if (saved := saved_folder(folder)) is None and ended(folder):
         raise CherryError(f"{why_none(folder)}, or choose another run")
     return saved
 
 
-def checkpoint_to_load(config: Config) -> Path | None:
+def checkpoint_to_load(config: Config, training: bool = False) -> Path | None:
     """The checkpoint to start from: the run's own newest if it has one, else that of `megatron.load`.
+
+    Args:
+        config: of the run.
+        training: take the newest of the run's own that is whole, if it falls back.
 
     Raises:
         CherryError: if there should be one and is not.
     """
     saved, named = own_checkpoints(config), config.megatron.get("load")
-    if saved is None and named is None:
+    if saved is not None:
+        return newest_whole(saved) if training and config.checkpoints.fall_back else newest(saved)
+    if named is None:
         return None
-    saved = saved or saved_folder(Path(str(named)).absolute())
+    saved = saved_folder(Path(str(named)).absolute())
     if saved is None:
         raise CherryError(f"megatron.load: {why_none(Path(str(named)))}")
     return newest(saved)

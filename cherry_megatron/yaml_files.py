@@ -43,7 +43,8 @@ def read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""
-        raise CherryError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
+        says = str(getattr(error, "problem", error)).partition("\n")[0]
+        raise CherryError(f"{path}{line}: not valid YAML ({says})") from None
     if not isinstance(data, dict):
         raise CherryError(f"{path}: expected keys and values, found {type(data).__name__}")
     parent = data.pop("extends", None)

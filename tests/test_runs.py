@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cherry_megatron.runs import read_steps
 from cherry_megatron.storage.ancestry import describe
+from cherry_megatron.storage.fallback import newest_whole
+from cherry_megatron.storage.integrity import damage
 from tests.conftest import run_ranks
 from tests.test_bad_input import verb
 
@@ -30,8 +33,6 @@ def trained(tmp_path_factory, write_config, train) -> Path:
 @pytest.fixture
 def copy(trained: Path, tmp_path: Path) -> Path:
     """The same run in a folder of its own."""
-    import shutil
-
     shutil.copytree(trained.parent / "run", tmp_path / "run")
     content = yaml.safe_load(trained.read_text())
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**content, "run": str(tmp_path / "run")}))
@@ -59,7 +60,7 @@ def contents(run: Path) -> dict[str, int]:
     return {str(file): file.stat().st_mtime_ns for file in files if file.name != "lock"}
 
 
-@pytest.mark.parametrize("content", ["foo", "", "9", "\x00\xff"])
+@pytest.mark.parametrize("content", ["foo", "", "9" * 5000, "\x00\xff"])
 def test_a_tracker_that_names_no_checkpoint_is_refused(copy, content):
     (copy.parent / "run/checkpoints" / TRACKER).write_text(content)
     assert "there are iter_0000002, iter_0000004" in refused(copy)
@@ -113,11 +114,108 @@ def test_a_damaged_checkpoint_is_one_sentence_that_names_the_file_and_the_older_
     later = copy.parent / "run/checkpoints/iter_0000006"  # its save was killed
     later.mkdir()
     shutil.copy(copy.parent / "run/checkpoints/iter_0000002/.metadata", later)
-    sentence = refused(copy, "--", "--train-iters", "6")
+    sentence = refused(copy, "--set", "checkpoints.fall_back=false", "--", "--train-iters", "6")
     assert "iter_0000004" in sentence and file in sentence
     tracker = copy.parent / "run/checkpoints" / TRACKER
     assert "restore " in sentence
     assert f", or go back to iter_0000002: write its number into {tracker}" in sentence
+
+
+def _shorten(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+FILES = (
+    ".metadata", "__0_0.distcp", "integrity.json", "lineage.json", "manifest.json", "metadata.json",
+)  # fmt: skip
+WAYS = {"flip": _flip, "shorten": _shorten, "remove": Path.unlink}
+SAMPLE = [("__0_0.distcp", "flip"), (".metadata", "remove")]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("file", FILES)
+def test_every_damage_is_detected(file, way, copy):
+    """The sum of what is looked at before ranks have found each other, and of what is when they have."""
+    saved = copy.parent / "run/checkpoints"
+    assert {path.name for path in (saved / "iter_0000004").iterdir()} == {*FILES}
+    assert newest_whole(saved).name == "iter_0000004" and damage(saved / "iter_0000004") is None
+    WAYS[way](saved / "iter_0000004" / file)
+    assert file in str(damage(saved / "iter_0000004")) or "integrity.json is damaged" in str(
+        damage(saved / "iter_0000004")
+    )
+    assert file == "__0_0.distcp" or newest_whole(saved).name == "iter_0000002"
+
+
+def test_no_byte_of_the_list_of_hashes_can_change_unseen(copy):
+    """Not even one that leaves it a list of other files."""
+    path = copy.parent / "run/checkpoints/iter_0000004/integrity.json"
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert damage(path.parent) is not None, place
+
+
+def falls_back(copy: Path, file: str, way: str, train) -> None:
+    saved = copy.parent / "run/checkpoints"
+    WAYS[way](saved / "iter_0000004" / file)
+    damaged = {path.name: path.read_bytes() for path in (saved / "iter_0000004").iterdir()}
+    before = [step["loss"] for step in read_steps(copy.parent / "run")]
+    steps = train(copy, flags="--train-iters 6")
+    assert [step["iteration"] for step in steps] == [1, 2, 3, 4, 5, 6]
+    assert [step["loss"] for step in steps[:4]] == before  # steps 3 and 4 were trained anew
+    said = (copy.parent / "output/rank0.out").read_text()
+    (warning,) = [line for line in said.splitlines() if line.startswith("WARNING")]
+    assert "iter_0000004 is damaged" in warning and "the run falls back to step 2" in warning
+    assert file in warning or "integrity.json is damaged" in warning
+    assert f"goes on from step 2, {saved}/iter_0000002" in said
+    aside = {path.name: path.read_bytes() for path in (saved / "broken-iter_0000004").iterdir()}
+    assert aside == damaged and damage(saved / "iter_0000004") is None
+    assert (saved / TRACKER).read_text() == "6"
+
+
+@pytest.mark.parametrize(("file", "way"), SAMPLE)
+def test_a_run_falls_back_to_the_newest_checkpoint_that_is_whole(file, way, copy, train):
+    falls_back(copy, file, way, train)
+
+
+REST = [(file, way) for file in FILES for way in WAYS if (file, way) not in SAMPLE]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("file", "way"), REST)
+def test_a_run_falls_back_matrix(file, way, copy, train):
+    falls_back(copy, file, way, train)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("file", FILES)
+def test_a_run_stops_matrix(file, way, copy):
+    WAYS[way](copy.parent / "run/checkpoints/iter_0000004" / file)
+    sentence = refused(copy, "--set", "checkpoints.fall_back=false", "--", "--train-iters", "6")
+    assert file in sentence or "integrity.json is damaged" in sentence
+    assert "go back to iter_0000002" in sentence
+
+
+def test_a_checkpoint_that_is_gone_is_fallen_back_from_and_a_run_without_one_stops(copy, train):
+    saved = copy.parent / "run/checkpoints"
+    shutil.rmtree(saved / "iter_0000004")
+    assert [step["iteration"] for step in train(copy, flags="--train-iters 3")] == [1, 2, 3, 4]
+    for name in ("iter_0000002", "iter_0000003"):
+        _flip(saved / name / "__0_0.distcp")
+    sentence = refused(copy, "--", "--train-iters", "6")
+    assert "iter_0000003/__0_0.distcp is not what was saved" in sentence
+    assert "no older checkpoint of the run is whole" in sentence
+    for name in ("iter_0000002", "iter_0000003"):
+        (saved / name / ".metadata").unlink()
+    assert "no older checkpoint of the run is whole" in refused(copy, "--", "--train-iters", "6")
+
+
+def test_a_verb_that_reads_does_not_choose_another_checkpoint(copy):
+    _flip(copy.parent / "run/checkpoints/iter_0000004/__0_0.distcp")
+    command = ["evaluate", "--config", str(copy), "--", "--train-iters", "4"]
+    ((status, errors),) = run_ranks(copy.parent / "output", 1, verb, copy.parent, command)
+    assert status == 2 and "go back to iter_0000002" in errors and "Traceback" not in errors
 
 
 def test_going_back_to_an_older_checkpoint_is_possible(copy, train):

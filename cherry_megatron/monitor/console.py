@@ -39,7 +39,8 @@ class Console(io.TextIOBase):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         logging.basicConfig(force=True)
-        self._open.close()
+        with contextlib.suppress(OSError):
+            self._open.close()
 
     def write_to(self, log: Path, also: TextIO | None = None) -> None:
         """Append to a file from here on, and to a second stream if there is one."""
@@ -51,10 +52,16 @@ class Console(io.TextIOBase):
         self.write(held.getvalue())
 
     def write(self, text: str) -> int:
-        for target in self._targets:
+        log, *also = self._targets
+        with contextlib.suppress(OSError):  # a full disk is told by what is lost there
+            log.write(text)
+        for target in also:
             target.write(text)
         return len(text)
 
     def flush(self) -> None:
-        for target in self._targets:
+        log, *also = self._targets
+        with contextlib.suppress(OSError):
+            log.flush()
+        for target in also:
             target.flush()

@@ -11,7 +11,7 @@ from functools import cache
 
 import torch
 
-from cherry_megatron.platform import cpu, learning_rates, optimizer_state, wheel
+from cherry_megatron.platform import cpu, learning_rates, optimizer_state, unpickling, wheel
 from cherry_megatron.versions import installed_version
 
 
@@ -116,6 +116,7 @@ def prepare() -> Machine:
     wheel.use_shipped_helpers()
     optimizer_state.save_by_padded_offsets()
     learning_rates.resume_with_own_rates()
+    unpickling.refuse_foreign_pickles()
     return machine
 
 

@@ -44,19 +44,18 @@ def parents_of(loaded: Path | None, own: bool) -> list[dict[str, Any]]:
     return [parent(loaded, source.manifest, {} if source.manifest else hash_all(source, source.model))]
 
 
-def record_saved(folder: Path, operation: str, parents: list[dict[str, Any]], **details: Any) -> None:
-    """Write manifest and lineage into a checkpoint folder that training has just saved.
+def record_saved(
+    folder: Path, operation: str, manifest: Manifest, parents: list[dict[str, Any]], **details: Any
+) -> None:
+    """Write manifest and lineage into a checkpoint folder that training is about to publish.
 
     Args:
         folder: it.
         operation: e.g. pretrain.
+        manifest: hashes of its tensors.
         parents: from `parents_of`, when the training started: later they may be gone.
         details: what else to record.
     """
-    for name in (MANIFEST, LINEAGE):  # of an older checkpoint that this one was written over
-        (folder / name).unlink(missing_ok=True)
-    checkpoint = Checkpoint(folder)
-    manifest = hash_all(checkpoint, checkpoint.tensors)
     write_atomically(folder / MANIFEST, manifest_text(manifest))
     content = record(operation, manifest, parents, **details)
     write_atomically(folder / LINEAGE, json.dumps(content, indent=1, ensure_ascii=False))

@@ -287,16 +287,12 @@ def together(parts: Mapping[str, Checkpoint]) -> Checkpoint:
 
 def saved_folder(path: Path) -> Path | None:
     """The folder that Megatron saved checkpoints to: this one, or a run's checkpoints/ in it."""
-    return next((folder for folder in _saved_to(path) if (folder / TRACKER).is_file()), None)
-
-
-def _saved_to(path: Path) -> tuple[Path, Path]:
-    return path, path / "checkpoints"
+    return next((folder for folder in (path, path / "checkpoints") if (folder / TRACKER).is_file()), None)
 
 
 def why_none(path: Path) -> str:
     """Why there is no checkpoint in a folder that is not one that Megatron saved to, and what to do."""
-    left = [found for folder in _saved_to(path) for found in whole(folder)]
+    left = [found for folder in (path, path / "checkpoints") for found in ended(folder)]
     if left:
         return (
             f"{path} holds {left[-1].name}, but {TRACKER} is missing; write the number of the checkpoint to "
@@ -315,14 +311,20 @@ def newest(saved: Path) -> Path:
     """
     tracker = saved / TRACKER
     text = tracker.read_text(errors="replace").strip()
-    folder = saved / (f"iter_{int(text):07d}" if text.isdecimal() else text)
-    if (text == "release" or text.isdecimal()) and (folder / ".metadata").is_file():
+    folder = saved / text if text == "release" else step_named(saved)
+    if folder is not None and (folder / ".metadata").is_file():
         return folder
-    if text.isdecimal() and folder.is_dir():
+    if folder is not None and folder.is_dir():
         raise CherryError(f"{folder}/.metadata is missing; restore the checkpoint{way_back(folder)}")
     complete = sorted(found.parent.name for found in saved.glob("*/.metadata"))
     others = f"there are {', '.join(complete)}: write the number of one into it" if complete else "there is none"
     raise CherryError(f"{tracker} says {text[:20]!r}, which is no checkpoint beside it; {others}")
+
+
+def step_named(saved: Path) -> Path | None:
+    """Where the checkpoint lies whose step the tracker file of a folder has; None if it has none."""
+    text = (saved / TRACKER).read_text(errors="replace").strip()
+    return saved / f"iter_{int(text):07d}" if text.isdecimal() and len(text) < 16 else None
 
 
 def way_back(folder: Path) -> str:
@@ -331,11 +333,11 @@ def way_back(folder: Path) -> str:
     Args:
         folder: the checkpoint, in a folder that a training saved to.
     """
-    before = [found.name for found in whole(folder.parent) if found.name < folder.name]
+    before = [found.name for found in ended(folder.parent) if found.name < folder.name]
     return f", or go back to {before[-1]}: write its number into {folder.parent / TRACKER}" if before else ""
 
 
-def whole(saved: Path) -> list[Path]:
+def ended(saved: Path) -> list[Path]:
     """The checkpoints of a folder that were saved to their end, in order: hashes of their files come last."""
     return sorted(found.parent for found in saved.glob(f"iter_*/{INTEGRITY}"))
 
@@ -367,10 +369,13 @@ def _tensor(name: str, state: dict[str, Any], places: dict[tuple[str, Any], Plac
     dtype = state["properties"].state[0].path[1]
     if dtype not in DTYPES:
         raise CherryError(f"{name} has the type {dtype}, which is not supported")
+    shape = _size(state["size"]) or ()
+    if any(len(found or ()) != len(shape) for chunk in chunks for found in chunk):
+        raise CherryError(f"{name} has chunks of another number of dimensions")
     return Tensor(
         name,
         dtype,
-        _size(state["size"]) or (),
+        shape,
         tuple(Chunk(at or (), size or (), places[name, at]) for at, size in chunks),
     )
 
@@ -394,4 +399,7 @@ def _unstacked(tensor: Tensor) -> list[Tensor]:
 
 def _size(found: Any) -> tuple[int, ...] | None:
     """A torch.Size."""
-    return None if found is None else tuple(found.args[0]) if found.args else ()
+    size = None if found is None else tuple(found.args[0]) if found.args else ()
+    if any(type(number) is not int or number < 0 for number in size or ()):
+        raise ValueError(f"{size} is no size")
+    return size

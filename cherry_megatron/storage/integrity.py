@@ -18,6 +18,26 @@ DESCRIPTION = (".metadata", "metadata.json")
 THREADS = 8  # reading and hashing both let other threads go on
 
 
+def saved_files(folder: Path) -> dict[str, str]:
+    """The names of a checkpoint's files as they were saved, and the SHA-256 of each.
+
+    Raises:
+        CherryError: if that is not known, or there are further ones that Megatron would read.
+    """
+    path = folder / INTEGRITY
+    if not path.is_file():
+        raise CherryError(f"{path} is missing")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        files: dict[str, str] = {**content["files"]} if content["algorithm"] == "sha256" else {}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        files = {}
+    data = {found.name for found in folder.glob("*.distcp")}
+    if not {*DESCRIPTION, *data} <= {*files} or any(Path(name).name != name for name in files):
+        raise CherryError(f"{path} is damaged")
+    return files
+
+
 def damage(folder: Path, names: Collection[str] | None = None) -> str | None:
     """The first file of a checkpoint that is not what was saved, and how it is seen; None if all are.
 
@@ -25,16 +45,10 @@ def damage(folder: Path, names: Collection[str] | None = None) -> str | None:
         folder: the checkpoint.
         names: look at these files alone.
     """
-    path = folder / INTEGRITY
-    if not path.is_file():
-        return f"{path} is missing"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        files: dict[str, str] = {**content["files"]} if content["algorithm"] == "sha256" else {}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        files = {}
-    if not {*DESCRIPTION} <= {*files} or any(Path(name).name != name for name in files):
-        return f"{path} is damaged"
+        files = saved_files(folder)
+    except CherryError as error:
+        return str(error)
     looked_at = [name for name in files if names is None or name in names]
     with ThreadPoolExecutor(THREADS) as threads:
         found = threads.map(lambda name: _damage(folder / name, files[name]), looked_at)
@@ -62,6 +76,20 @@ def check_description(folder: Path, required: bool = False) -> None:
         CherryError: naming the file that is damaged.
     """
     if (required or (folder / INTEGRITY).is_file()) and (why := damage(folder, DESCRIPTION)):
+        raise CherryError(f"{why}; restore the checkpoint")
+
+
+def check_small_files(folder: Path) -> None:
+    """Everything of a checkpoint but its tensors is what was saved.
+
+    Raises:
+        CherryError: naming the file that is damaged.
+    """
+    try:
+        small = [name for name in saved_files(folder) if not name.endswith(".distcp")]
+    except CherryError as error:
+        raise CherryError(f"{error}; restore the checkpoint") from None
+    if why := damage(folder, small):
         raise CherryError(f"{why}; restore the checkpoint")
 
 
