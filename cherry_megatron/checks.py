@@ -10,6 +10,7 @@ from pathlib import Path
 from cherry_megatron.checkpoints import unloadable
 from cherry_megatron.config import Config
 from cherry_megatron.data import tokenizer as tokenizers
+from cherry_megatron.data.index import is_index
 from cherry_megatron.data.marks import read_marks
 from cherry_megatron.data.paths import DATA_FLAGS, data_prefixes
 from cherry_megatron.data.prepare import token_type
@@ -120,7 +121,9 @@ def _data_set(config: Config, flag: str, prefix: str) -> list[str]:
     try:
         report = json.loads(made.read_text(encoding="utf-8"))
         known, documents = report["tokenizer"], report["documents"]
-        if not all(type(report[name]) is int for name in ("documents", "tokens", "vocabulary")):
+        if not all(
+            type(report[name]) is int and report[name] > 0 for name in ("documents", "tokens", "vocabulary")
+        ):
             raise TypeError
         # The index: a header, the length and place of each document, and the borders between them.
         sizes = {
@@ -134,6 +137,9 @@ def _data_set(config: Config, flag: str, prefix: str) -> list[str]:
         size = Path(f"{prefix}{suffix}").stat().st_size
         if size != wanted:
             found.append(f"{prefix}{suffix} has {size} bytes, not {wanted}: copy it again or make the data again")
+    dtype = token_type(report["vocabulary"])
+    if not found and not is_index(Path(f"{prefix}.idx"), documents, report["tokens"], dtype):
+        found.append(f"{prefix}.idx is not what was written: copy it again or make the data again")
     named = config.value("tokenizer-model") if config.value("tokenizer-type") == "HuggingFaceTokenizer" else None
     if named is not None and known != tokenizers.fingerprint(Path(named)):
         found.append(f"{prefix} was made with another tokenizer than {named}; name the one it was made with")
