@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import time
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -12,25 +13,30 @@ import yaml
 
 from cherry_megatron.keeping import _stays
 from cherry_megatron.storage.ancestry import describe
+from cherry_megatron.storage.checkpoint import TRACKER
 from cherry_megatron.storage.integrity import damage
-from tests.conftest import run_ranks
+from tests.conftest import _train, run_ranks
 from tests.test_bad_input import verb
 
-TRACKER = "latest_checkpointed_iteration.txt"
 SCHEDULE = {"megatron": {"train-iters": 6, "save-interval": 1, "hidden-dropout": 0.1, "lr-warmup-iters": 0}}
+
+
+def _train_while_the_clock_jumps(path: Path, overrides: list[str]) -> None:
+    """Again and again three years ahead, and as many back."""
+    now, calls = time.time, count()
+    time.time = lambda: now() + (0, 1e8, -1e8)[next(calls) // 10 % 3]
+    _train(path, overrides, [])
+    assert next(calls) > 60
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, write_config, train) -> dict[str, Path]:
-    """The same training with saves that it waits for, and with saves beside it, of which few stay."""
-    folders = {}
-    for name, overrides in {
-        "waits": ("megatron.save-interval=2",),
-        "beside": ("megatron.async-save=true", "checkpoints.keep=2", "checkpoints.keep_every=3"),
-    }.items():
-        folders[name] = tmp_path_factory.mktemp(name)
-        path = write_config(folders[name], **SCHEDULE)
-        train(path, 2, overrides=overrides)
+    """A training that waits for saves; the same with saves beside it, few of which stay, and a clock that jumps."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("waits", "beside")}
+    waits, beside = (write_config(folder, **SCHEDULE) for folder in folders.values())
+    train(waits, 2, overrides=("megatron.save-interval=2",))
+    few = ["megatron.async-save=true", "checkpoints.keep=2", "checkpoints.keep_every=3"]
+    run_ranks(folders["beside"] / "output", 2, _train_while_the_clock_jumps, beside, few)
     return folders
 
 
@@ -38,7 +44,7 @@ def checkpoints(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "run/checkpoints").iterdir())
 
 
-def test_a_save_beside_the_training_changes_nothing(runs):
+def test_neither_saves_beside_the_training_nor_the_clock_change_anything(runs):
     lines = [
         [json.loads(line) for line in (runs[name] / "run/steps.jsonl").read_text().splitlines()] for name in runs
     ]
@@ -80,20 +86,15 @@ def test_multiples_stay():
     assert not _stays(Path("iter_0000003"), 0)
 
 
-def _fails_while(path: Path, damage_first: str, arguments: list[str]) -> tuple[int, str]:
+def _fails_while(path: Path, what: str, arguments: list[str]) -> tuple[int, str]:
     """A training that something befalls; the status and what it printed."""
     from cherry_megatron import keeping
-    from cherry_megatron.storage import checkpoint
 
-    if damage_first == "surplus":
+    if what == "surplus":
         keeping.damage = lambda folder: f"{folder}/__0_0.distcp is not what was saved"
-    if damage_first == "room":
+    if what == "room":
         usage = shutil.disk_usage(path.parent)
         keeping.shutil.disk_usage = lambda _: usage._replace(free=1000)
-    if damage_first == "clock":
-        now, jumps = time.time, iter([0] * 200 + [10**8] * 200 + [-(10**8)] * 10**6)
-        time.time = lambda: now() + next(jumps)
-    assert checkpoint.TRACKER == TRACKER
     return verb(path.parent, ["pretrain", "--config", str(path), *arguments])
 
 
@@ -124,15 +125,6 @@ def test_no_room_is_seen_before_anything_is_trained(copy):
     status, errors = befallen(copy, "room", "--train-iters", "7")
     assert status == 2 and "no space left for a checkpoint" in errors and "1,000 are free; make room" in errors
     assert checkpoints(copy.parent) == before
-
-
-def test_a_jump_of_the_clock_changes_nothing(copy, runs, train):
-    befallen(copy, "clock", "--train-iters", "8")
-    ours = (copy.parent / "run/checkpoints/iter_0000008/manifest.json").read_text()
-    shutil.copytree(runs["waits"] / "run", copy.parent / "calm/run")
-    (copy.parent / "calm/config.yaml").write_text(copy.read_text().replace("/run", "/calm/run"))
-    train(copy.parent / "calm/config.yaml", flags="--train-iters 8")
-    assert (copy.parent / "calm/run/checkpoints/iter_0000008/manifest.json").read_text() == ours
 
 
 @pytest.fixture
@@ -197,6 +189,7 @@ def _goes_read_only(path: Path, folder: Path) -> tuple[int, str]:
     return verb(path.parent, ["pretrain", "--config", str(path)])
 
 
+@pytest.mark.full
 def test_a_folder_that_goes_read_only_ends_the_training(small_disk, tmp_path, runs, train):
     run, path = tmp_path / "run", tmp_path / "config.yaml"
     small_disk(run / "checkpoints", "size=64m")

@@ -52,14 +52,14 @@ def plant(folder: Path, where: str, trace: Path) -> None:
     (folder / "integrity.json").write_text(json.dumps({"algorithm": "sha256", "files": files}))
 
 
-PLACES = (".metadata", ".metadata, dotted", "common.pt", "common_state", "rng_state")
+PLACES = (".metadata", "common_state", ".metadata, dotted", "common.pt", "rng_state")
 
 
 def _tries(path: Path, arguments: list[str]) -> tuple[int, str]:
     return verb(path.parent, arguments)
 
 
-@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("where", [*PLACES[:2], *(pytest.param(p, marks=pytest.mark.full) for p in PLACES[2:])])
 def test_nothing_planted_runs(where, trained, tmp_path):
     shutil.copytree(trained.parent / "run", tmp_path / "run")
     trace, path = tmp_path / "trace", tmp_path / "config.yaml"
