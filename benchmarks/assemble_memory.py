@@ -15,8 +15,8 @@ from pathlib import Path
 
 from compress_speed import make_source, timed
 
-from cherry_megatron.storage.checkpoint import newest
 from cherry_megatron.storage.lineage import LINEAGE
+from cherry_megatron.storage.tracker import newest
 
 CONFIG = Path(__file__).parent.parent / "configs/cherry_1p8b.yaml"
 RECORD = {"operation": "random", "identity": "random", "parents": []}  # experts inside layers need an ancestor

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from cherry_megatron.config import Generation, load
+from cherry_megatron.config import load
+from cherry_megatron.inference.options import Generation
 from cherry_megatron.inference.prompts import Prompts, encode_prompts, read_prompts
 from cherry_megatron.platform.machine import prepare
 

@@ -10,12 +10,13 @@ from cherry_megatron.errors import CherryError
 from cherry_megatron.model.options import MultiToken, Recurrence
 from cherry_megatron.model.pattern import parse
 from cherry_megatron.runs import checkpoint_to_load, own_checkpoints
-from cherry_megatron.storage.checkpoint import OPTIMIZER, Checkpoint, newest, way_back
+from cherry_megatron.storage.checkpoint import OPTIMIZER, Checkpoint
 from cherry_megatron.storage.fallback import whole
 from cherry_megatron.storage.fits import check_model
 from cherry_megatron.storage.integrity import INTEGRITY
 from cherry_megatron.storage.layers import LOOP_A
 from cherry_megatron.storage.lineage import LINEAGE, read_lineage
+from cherry_megatron.storage.tracker import newest, way_back
 from cherry_megatron.storage.trained import (
     FUNCTION,
     TOKENIZER,

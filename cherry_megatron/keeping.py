@@ -22,10 +22,11 @@ from cherry_megatron.monitor.accounting import account, together
 from cherry_megatron.platform.saving import Saves, named
 from cherry_megatron.runs import checkpoint_to_load, own_checkpoints
 from cherry_megatron.storage.ancestry import parents_of, record_saved
-from cherry_megatron.storage.checkpoint import open_checkpoint, saved_folder, step_named
+from cherry_megatron.storage.checkpoint import open_checkpoint
 from cherry_megatron.storage.fallback import older, step_of
 from cherry_megatron.storage.integrity import damage
 from cherry_megatron.storage.lineage import Manifest
+from cherry_megatron.storage.tracker import saved_folder, step_named
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 

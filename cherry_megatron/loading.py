@@ -16,9 +16,9 @@ from cherry_megatron.config import Config
 from cherry_megatron.errors import CherryError
 from cherry_megatron.platform.loading import before_each_load
 from cherry_megatron.runs import own_checkpoints
-from cherry_megatron.storage.checkpoint import newest, way_back
 from cherry_megatron.storage.fallback import candidates, go_back, step_of
 from cherry_megatron.storage.integrity import damage, saved_files
+from cherry_megatron.storage.tracker import newest, way_back
 
 
 class Loading:

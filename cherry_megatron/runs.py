@@ -31,8 +31,8 @@ import yaml
 from cherry_megatron.config import Config
 from cherry_megatron.errors import CherryError
 from cherry_megatron.files import lock_or_refuse, read_last_lines, read_lines, write_atomically
-from cherry_megatron.storage.checkpoint import ended, newest, saved_folder, why_none
 from cherry_megatron.storage.fallback import newest_whole
+from cherry_megatron.storage.tracker import newest, saved_folder, why_none
 from cherry_megatron.versions import git_state, installed_versions
 
 
@@ -43,7 +43,7 @@ def own_checkpoints(config: Config) -> Path | None:
         CherryError: if it holds some that do not count.
     """
     folder = config.run.absolute() / "checkpoints"
-    if (saved := saved_folder(folder)) is None and ended(folder):
+    if (saved := saved_folder(folder)) is None and any(folder.glob("iter_*")):
         raise CherryError(f"{why_none(folder)}, or choose another run")
     return saved
 

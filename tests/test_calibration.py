@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from cherry_megatron.cli import main
-from cherry_megatron.storage.checkpoint import newest
 from cherry_megatron.storage.lineage import read_lineage
+from cherry_megatron.storage.tracker import newest
 from cherry_megatron.surgery.activations import open_calibration
 from tests.conftest import run_ranks
 from tests.surgery.conftest import read

@@ -13,8 +13,8 @@ import yaml
 
 from cherry_megatron.keeping import _stays
 from cherry_megatron.storage.ancestry import describe
-from cherry_megatron.storage.checkpoint import TRACKER
 from cherry_megatron.storage.integrity import damage
+from cherry_megatron.storage.tracker import TRACKER
 from tests.conftest import _train, run_ranks
 from tests.test_bad_input import verb
 

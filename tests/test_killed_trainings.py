@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 from cherry_megatron.runs import read_steps
-from cherry_megatron.storage.checkpoint import TRACKER, Checkpoint
+from cherry_megatron.storage.checkpoint import Checkpoint
 from cherry_megatron.storage.integrity import damage
 from cherry_megatron.storage.records import dump_pickle
+from cherry_megatron.storage.tracker import TRACKER
 from tests.killing import SIGNALS, WHO, train_and_stop
 
 SCHEDULE = {

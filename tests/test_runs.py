@@ -71,6 +71,9 @@ def test_checkpoints_without_a_tracker_are_not_written_over(copy):
     sentence = refused(copy)
     assert f"checkpoints holds iter_0000004, but {TRACKER} is missing; write the number" in sentence
     assert f"{copy.parent}/run/checkpoints/{TRACKER}, or choose another run" in sentence
+    for whole in (copy.parent / "run/checkpoints").glob("iter_*/integrity.json"):
+        whole.unlink()
+    assert "holds iter_0000004 without integrity.json" in refused(copy)
 
 
 @pytest.mark.parametrize(

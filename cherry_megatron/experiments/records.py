@@ -11,8 +11,8 @@ from cherry_megatron.files import write_atomically
 from cherry_megatron.monitor.accounting import account, together
 from cherry_megatron.runs import own_checkpoints, read_evaluations, read_probes, read_rho, read_steps
 from cherry_megatron.sgt.pairs import base_hash
-from cherry_megatron.storage.checkpoint import newest, saved_folder
 from cherry_megatron.storage.lineage import read_lineage
+from cherry_megatron.storage.tracker import newest, saved_folder
 
 RECORDS = "records.jsonl"
 _ALWAYS = ("stage", "seed", "verb", "finished", "definition", "device", "seconds")

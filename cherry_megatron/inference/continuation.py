@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from cherry_megatron.config import Config, Generation
+from cherry_megatron.config import Config
 from cherry_megatron.errors import CherryError
 from cherry_megatron.evaluate import with_loops
 from cherry_megatron.inference.draft import Drafting
 from cherry_megatron.inference.generate import Generated, generate
+from cherry_megatron.inference.options import Generation
 from cherry_megatron.inference.printing import Printer
 from cherry_megatron.inference.prompts import Prompts, encode_prompts
 from cherry_megatron.inference.rows import Row

@@ -13,9 +13,9 @@ import torch
 from megatron.core import mpu
 from megatron.training import get_args
 
-from cherry_megatron.config import Generation
 from cherry_megatron.inference.draft import Depths, Drafter, Drafting, FewerLoops, NoDrafts
 from cherry_megatron.inference.mixture import readers
+from cherry_megatron.inference.options import Generation
 from cherry_megatron.inference.prompts import check_fit
 from cherry_megatron.inference.reader import Reads
 from cherry_megatron.inference.rows import Chooser, Row

@@ -6,7 +6,7 @@ import torch
 from megatron.core import mpu
 from torch import Tensor
 
-from cherry_megatron.config import Generation
+from cherry_megatron.inference.options import Generation
 from cherry_megatron.inference.sampling import pick, shares_of
 from cherry_megatron.model.seeding import seed_of
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cherry_megatron.config import Generation
+from cherry_megatron.inference.options import Generation
 
 
 def shares_of(logits: Tensor, options: Generation) -> Tensor:

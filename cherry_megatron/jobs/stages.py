@@ -17,7 +17,7 @@ from cherry_megatron.errors import CherryError
 from cherry_megatron.flags import outline_values
 from cherry_megatron.jobs.attempts import evaluated
 from cherry_megatron.model.pattern import MOE
-from cherry_megatron.storage.checkpoint import newest, saved_folder
+from cherry_megatron.storage.tracker import newest, saved_folder
 
 ASSEMBLED = "assembled"
 BRANCH = "CHERRY_BRANCH"  # the variable by which one configuration stands for several runs

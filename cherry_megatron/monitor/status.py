@@ -13,8 +13,9 @@ from cherry_megatron.jobs.attempts import ATTEMPTS
 from cherry_megatron.monitor.alarms import ALARMS, read_alarms
 from cherry_megatron.runs import read_evaluations, recent_steps
 from cherry_megatron.storage.ancestry import describe
-from cherry_megatron.storage.checkpoint import newest, open_checkpoint, saved_folder
+from cherry_megatron.storage.checkpoint import open_checkpoint
 from cherry_megatron.storage.lineage import read_lineage
+from cherry_megatron.storage.tracker import newest, saved_folder
 
 _STEPS = 50  # the last ones, of which speed and loss are told
 _SHOWN = 5  # alarms and restarts

@@ -36,9 +36,9 @@ from megatron.training.async_utils import maybe_finalize_async_save
 from torch.distributed.checkpoint.storage import WriteResult
 
 from cherry_megatron.files import cannot_write, hidden_folder, sync_folder, write_atomically
-from cherry_megatron.storage.checkpoint import TRACKER
 from cherry_megatron.storage.integrity import INTEGRITY, hash_file
 from cherry_megatron.storage.lineage import Manifest
+from cherry_megatron.storage.tracker import TRACKER
 
 _save_checkpoint, _name_of = training.save_checkpoint, checkpointing.get_checkpoint_name
 _write_file, _write_metadata = FileSystemWriterAsync.write_preloaded_data, FileSystemWriterAsync.finish

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from cherry_megatron.errors import CherryError
-from cherry_megatron.storage.integrity import INTEGRITY, check_description
+from cherry_megatron.storage.integrity import check_description
 from cherry_megatron.storage.lineage import Manifest, read_manifest
 from cherry_megatron.storage.records import DTYPES, Array, load_pickle, read_object, read_tensor
+from cherry_megatron.storage.tracker import newest, saved_folder, why_none
 
-TRACKER = "latest_checkpointed_iteration.txt"
 READ_AHEAD = 128 << 10  # Linux heeds no more of a request than its own window
 OPTIMIZER = "optimizer."  # what begins so is the optimizer's
 _CHAINED = re.compile(r"chained_\d+\.optimizer\.")  # of one of several
@@ -283,63 +283,6 @@ def together(parts: Mapping[str, Checkpoint]) -> Checkpoint:
         else:
             found.manifest |= {start + name: hashes for name, hashes in part.manifest.items()}
     return found
-
-
-def saved_folder(path: Path) -> Path | None:
-    """The folder that Megatron saved checkpoints to: this one, or a run's checkpoints/ in it."""
-    return next((folder for folder in (path, path / "checkpoints") if (folder / TRACKER).is_file()), None)
-
-
-def why_none(path: Path) -> str:
-    """Why there is no checkpoint in a folder that is not one that Megatron saved to, and what to do."""
-    left = [found for folder in (path, path / "checkpoints") for found in ended(folder)]
-    if left:
-        return (
-            f"{path} holds {left[-1].name}, but {TRACKER} is missing; write the number of the checkpoint to "
-            f"take into {left[-1].parent / TRACKER}"
-        )
-    if (path / "metadata.json").is_file():
-        return f"{path}/.metadata is missing; restore the checkpoint"
-    return f"{path}: no checkpoint there ({TRACKER} is missing); name the folder that holds it"
-
-
-def newest(saved: Path) -> Path:
-    """The checkpoint that the tracker file of a folder names.
-
-    Raises:
-        CherryError: if it names none that is there.
-    """
-    tracker = saved / TRACKER
-    text = tracker.read_text(errors="replace").strip()
-    folder = saved / text if text == "release" else step_named(saved)
-    if folder is not None and (folder / ".metadata").is_file():
-        return folder
-    if folder is not None and folder.is_dir():
-        raise CherryError(f"{folder}/.metadata is missing; restore the checkpoint{way_back(folder)}")
-    complete = sorted(found.parent.name for found in saved.glob("*/.metadata"))
-    others = f"there are {', '.join(complete)}: write the number of one into it" if complete else "there is none"
-    raise CherryError(f"{tracker} says {text[:20]!r}, which is no checkpoint beside it; {others}")
-
-
-def step_named(saved: Path) -> Path | None:
-    """Where the checkpoint lies whose step the tracker file of a folder has; None if it has none."""
-    text = (saved / TRACKER).read_text(errors="replace").strip()
-    return saved / f"iter_{int(text):07d}" if text.isdecimal() and len(text) < 16 else None
-
-
-def way_back(folder: Path) -> str:
-    """What to do about a damaged checkpoint besides restoring it, as the end of a sentence.
-
-    Args:
-        folder: the checkpoint, in a folder that a training saved to.
-    """
-    before = [found.name for found in ended(folder.parent) if found.name < folder.name]
-    return f", or go back to {before[-1]}: write its number into {folder.parent / TRACKER}" if before else ""
-
-
-def ended(saved: Path) -> list[Path]:
-    """The checkpoints of a folder that were saved to their end, in order: hashes of their files come last."""
-    return sorted(found.parent for found in saved.glob(f"iter_*/{INTEGRITY}"))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

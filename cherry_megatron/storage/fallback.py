@@ -4,8 +4,9 @@ from pathlib import Path
 
 from cherry_megatron.errors import CherryError
 from cherry_megatron.files import sync_folder, write_atomically
-from cherry_megatron.storage.checkpoint import TRACKER, Checkpoint, newest, step_named
+from cherry_megatron.storage.checkpoint import Checkpoint
 from cherry_megatron.storage.integrity import INTEGRITY, check_small_files
+from cherry_megatron.storage.tracker import TRACKER, newest, step_named
 
 BROKEN = "broken-"  # in front of the name of a checkpoint that was put aside
 

@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from cherry_megatron.files import cannot_write, sync_folder
 from cherry_megatron.storage import records
-from cherry_megatron.storage.checkpoint import TRACKER, Checkpoint, hash_values
+from cherry_megatron.storage.checkpoint import Checkpoint, hash_values
 from cherry_megatron.storage.integrity import INTEGRITY, hash_file
 from cherry_megatron.storage.lineage import LINEAGE, MANIFEST, Manifest, manifest_text
 from cherry_megatron.storage.records import DTYPES, Array, stand_in
+from cherry_megatron.storage.tracker import TRACKER
 from cherry_megatron.workers import worker_processes
 
 CHECKPOINT = "iter_0000000"

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -19,33 +18,14 @@ from cherry_megatron.data.parts import Parts, Position
 from cherry_megatron.errors import CherryError
 from tests.conftest import run_ranks
 from tests.data.conftest import contents, run, small_parts, threads
-
-
-def _die_at(step: int) -> None:
-    """Kill this process before its step-th change to files: opening to write, renaming, removing, syncing."""
-    steps = count(1)
-
-    def watch(event: str, arguments: tuple) -> None:
-        writing = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        changing = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.fsync")
-        if (writing or changing) and next(steps) == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    fsync = os.fsync
-
-    def audited_fsync(file: int) -> None:
-        sys.audit("os.fsync", file)
-        fsync(file)
-
-    os.fsync = audited_fsync
-    sys.addaudithook(watch)
+from tests.killing import Trigger
 
 
 def _killed(step: int, folder: Path, output: Path, **arguments: Any) -> bool:
     """A run that dies at a step; False if it had none so late."""
     child = os.fork()
     if not child:
-        _die_at(step)
+        Trigger("SIGKILL", step, "one", list).at_files()
         run(folder, output, **arguments)
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL

@@ -39,8 +39,8 @@ def with_model(path: Path, flags: str, called, *arguments):
 
 def continued(model, prompts, temperature=TEMPERATURE, loops=3, end=-1, drafting=None, heard=None, **options):
     """What `generate` gives."""
-    from cherry_megatron.config import Generation
     from cherry_megatron.inference.generate import generate
+    from cherry_megatron.inference.options import Generation
 
     chosen = Generation("the test", **{"tokens": TOKENS, "temperature": temperature, **options})
     return generate(model, prompts, chosen, loops, SEED, end, drafting, heard)

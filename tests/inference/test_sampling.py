@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from cherry_megatron.config import Generation
+from cherry_megatron.inference.options import Generation
 from cherry_megatron.inference.sampling import drawable, shares_of
 from cherry_megatron.inference.sampling import pick as pick_of
 

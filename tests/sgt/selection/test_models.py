@@ -14,7 +14,7 @@ from cherry_megatron.sgt.selection.models import ModelScores, Source
 from cherry_megatron.sgt.selection.scratch import Scratch
 from cherry_megatron.sgt.selection.select import select
 from cherry_megatron.sgt.selection.selectors import mixed
-from cherry_megatron.storage.checkpoint import newest
+from cherry_megatron.storage.tracker import newest
 from tests.conftest import run_ranks
 from tests.model import reference
 from tests.sgt.selection.conftest import at_once, read_marks
