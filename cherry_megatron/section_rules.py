@@ -47,7 +47,6 @@ def _check_ahead(config: "Config") -> None:
     stages = config.value("pipeline-model-parallel-size")
     refused = {
         "sgt.skip_head": (config.sgt and config.sgt.skip_head, "every depth needs the outputs of all tokens"),
-        "megatron.cuda-graph-impl": (config.value("cuda-graph-impl") != "none", "it has not been tried in a graph"),
         "megatron.untie-embeddings-and-output-weights false": (
             config.shape.tied and stages > 1,
             f"of {stages} pipeline stages Megatron's last holds one matrix too many, and cannot save it",
@@ -160,8 +159,8 @@ def _check_mixture(config: "Config") -> None:
         "sgt.skip_head": (config.sgt and config.sgt.skip_head, "the mixture needs every expert's loss"),
         "sgt.probe_interval": (config.sgt and config.sgt.probe_interval, "gradients lie on different ranks"),
         "megatron.cuda-graph-impl": (
-            config.value("cuda-graph-impl") != "none",
-            "the number of sequences of an expert varies",
+            mixture.routes and config.value("cuda-graph-impl") != "none",
+            f"the number of sequences of an expert varies with moee.top_k {mixture.top_k}",
         ),
         "megatron.num-distributed-optimizer-instances": (
             config.value("num-distributed-optimizer-instances") > 1,

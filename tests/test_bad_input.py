@@ -216,11 +216,6 @@ CONFIGS = {
         [],
         "sgt.skip_head does not go with mtp.depths 1",
     ),
-    "mtp-in-a-graph": (
-        {"mtp": {"depths": 1}, "megatron": {"cuda-graph-impl": "full_iteration"}},
-        [],
-        "cuda-graph-impl does not go with mtp.depths 1",
-    ),
     "mtp-with-tied-matrices-over-stages": (
         {
             "mtp": {"depths": 1},

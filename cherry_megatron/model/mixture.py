@@ -77,12 +77,13 @@ class Seen:
         chosen, wanted = self.chosen.float(), self.wanted.float()
         gates, shares = self.log_gates.exp(), (self.log_gates - self.losses).softmax(-1)
         met = mask * chosen.unsqueeze(1)  # [b, s, experts]
-        rows, choices = wanted.new_tensor(len(wanted)), wanted.sum()
+        # Filled on the device: a CUDA graph takes no copy from the host.
+        rows, choices = wanted.new_full((), len(wanted)), wanted.sum()
         found = {
             "gate-entropy": (-(gates * self.log_gates.masked_fill(gates == 0, 0.0) * mask).sum(), tokens),
             "displaced": (((1 - chosen) * wanted).sum(), choices),
             "unplaced": (choices - chosen.sum(), choices),
-            "bytes-per-token": (mask.new_tensor(self.sent), mask.new_tensor(mask.numel())),
+            "bytes-per-token": (mask.new_full((), self.sent), mask.new_full((), mask.numel())),
         }
         of_experts = {
             "load": (chosen.sum(0), rows),

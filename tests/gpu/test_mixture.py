@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import HAS_GPU
+from tests.gpu.test_selective import GRAPH, worst
 from tests.moee.conftest import write_mixture  # noqa: F401
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs an NVIDIA GPU")]
@@ -61,3 +62,23 @@ def test_mixture_that_routes(kind, tmp_path: Path, write_mixture, train):  # noq
         for name, flags in (("float32", ""), ("low", KINDS[kind]))
     }
     assert found["low"] == pytest.approx(found["float32"], rel=1e-2)
+
+
+@pytest.mark.parametrize("depths", [0, 1], ids=["next-token", "ahead"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_graph_is_the_steps_without(kind, depths, tmp_path: Path, write_mixture, train):  # noqa: F811
+    """Losses, gradient norms and what is reported of the experts, over twelve steps, nine of them replayed."""
+    sections = {"mtp": {"depths": depths}, "megatron": {**SHAPE, "train-iters": 12}}
+    eager, graph = (
+        train(write_mixture(tmp_path / name, sections, experts=2), flags=f"{KINDS[kind]} {flags}")
+        for name, flags in (("eager", ""), ("graph", GRAPH))
+    )
+    found = {key: worst(graph, eager, key) for key in ("loss", "grad_norm")}
+    for key in eager[0]["moee"]:
+        theirs = [step["moee"][key] for step in eager]
+        ours = [step["moee"][key] for step in graph]
+        found[key] = max(abs(a - b) / max(abs(b), 1e-3) for a, b in zip(ours, theirs, strict=True))
+    print(f"{kind}, {depths} depths: graph against eager {found}")
+    assert found.pop("grad_norm") <= 1e-2
+    assert all(difference <= 2e-3 for difference in found.values())
+    assert len({step["loss"] for step in graph}) == len(graph)  # a replay of the same batch would repeat itself

@@ -43,6 +43,14 @@ CONFIGS = {
         [],
         "megatron.deterministic-mode does not go with moee.experts",
     ),
+    "graph-of-a-mixture-that-routes": (
+        {
+            "moee": {"experts": 3, "top_k": 2, "prefix": 8},
+            "megatron": {"cuda-graph-impl": "full_iteration", "attention-backend": "unfused"},
+        },
+        [],
+        "the number of sequences of an expert varies with moee.top_k 2",
+    ),
     "delayed-scales-of-a-mixture": (
         {"moee": {"experts": 2, "prefix": 8}, "megatron": {"fp8-format": "hybrid", "bf16": True}},
         [],
