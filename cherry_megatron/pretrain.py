@@ -91,7 +91,7 @@ def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Call
     objective = Objective()
     evaluation = make_evaluation(config, progress, objective.run_micro_batch)
     loading = Loading(config, args, progress.say)
-    read_by(_loader(config))
+    read_by(loader_of(config))
 
     def datasets(samples: tuple[int, int, int]) -> tuple[Any, Any, Any]:
         loading.done()
@@ -136,7 +136,7 @@ def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Call
     return evaluation
 
 
-def _loader(config: Config) -> Callable[..., Any] | None:
+def loader_of(config: Config) -> Callable[..., Any] | None:
     """What reads by torch's DataLoader or in its place, see platform/reading.py."""
     if config.data.loader == "torch":
         return None

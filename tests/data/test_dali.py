@@ -6,14 +6,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cherry_megatron.data.marks import ANSWERS
 from cherry_megatron.versions import installed_version
-from tests.conftest import run_ranks
+from tests.conftest import _train, run_ranks
 from tests.data.test_dataset import Text, build, texts
+from tests.sgt.conftest import mark
 from tests.test_bad_input import verb
 
 pytestmark = pytest.mark.skipif(installed_version("nvidia-dali-cuda130") is None, reason="DALI is not installed")
@@ -141,8 +143,8 @@ def test_same_batches_of_a_blend(tmp_path):
 
 EVALUATED = {"loops": [1, 3], "batches": 2, "at_start": True}
 SCHEDULE = {"train-iters": 8, "save-interval": 4, "eval-interval": 4, "eval-iters": 2}
-# name: (sections, ranks and flags of each start)
-TRAININGS: dict[str, tuple[dict[str, Any], list[tuple[int, str]]]] = {
+# name: (sections, ranks and flags of each start, which ranks of the last one read)
+TRAININGS: dict[str, tuple[dict[str, Any], list[tuple[int, str]], list[bool]]] = {
     "online-left-out-resumed": (
         {
             "sgt": {"top_loss": 0.3, "alpha": 0.7, "probe_interval": 4},
@@ -150,42 +152,77 @@ TRAININGS: dict[str, tuple[dict[str, Any], list[tuple[int, str]]]] = {
             "guards": {"leave_out": [3, 6]},
         },
         [(1, "--exit-interval 4"), (2, "--micro-batch-size 1 --eval-micro-batch-size 4")],
+        [True, True],
     ),
-    "tp2-pp2": (
-        {"data": {"shuffle": "words"}, "megatron": {"dataloader-type": "cyclic"}},
+    "answers-marks-tp2-pp2": (
+        {
+            "sgt": {"marks": "picked", "alpha": 0.7},
+            "data": {"shuffle": "words"},
+            "megatron": {"dataloader-type": "cyclic"},
+        },
         [(4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2")],
+        [True, False, True, False],
+    ),
+    "mixture": (
+        {"recurrence": {"pattern": "*-[*-]x3*-"}, "moee": {"experts": 3, "top_k": 1, "prefix": 8}},
+        [(2, "")],
+        [True, True],
     ),
 }
+BY_DEFAULT = ("online-left-out-resumed", "answers-marks-tp2-pp2")
 
 
-def recorded(run: Path) -> list[dict[str, Any]]:
-    """What a run has measured, without times."""
+def _mark(prefix: Path) -> None:
+    for name, share in (("picked", 0.15), (ANSWERS, 0.6)):
+        draw = np.random.default_rng(len(name))
+        mark(prefix, name, lambda documents, _, draw=draw, share=share: draw.random(len(documents)) < share)
+
+
+@pytest.fixture(scope="module")
+def answered(data: Path, tmp_path_factory) -> Path:
+    """The path prefix of tokens of which some are answers, and some are picked."""
+    folder = tmp_path_factory.mktemp("answered")
+    for suffix in (".bin", ".idx", ".json"):
+        (folder / f"text{suffix}").symlink_to(data / f"text{suffix}")
+    run_ranks(folder / "logs", 1, _mark, folder / "text")
+    return folder / "text"
+
+
+def _train_counting(path: Path, flags: list[str]) -> int:
+    """How many tensors DALI gave this rank."""
+    from cherry_megatron.data import dali
+
+    given, take = [], dali.to_torch_tensor
+    dali.to_torch_tensor = lambda *args, **kwargs: given.append(None) or take(*args, **kwargs)
+    _train(path, [], flags)
+    return len(given)
+
+
+def measured(run: Path) -> list[dict[str, Any]]:
+    """All that a run has recorded, without times."""
     lines = [*(run / "steps.jsonl").open(), *(run / "evaluations.jsonl").open()]
-    clocks = ("seconds", "ranks")
-    return [{k: v for k, v in json.loads(line).items() if k not in clocks} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "ranks")} for line in lines]
 
 
-def check_trainings(name: str, tmp_path: Path, write_config: Any, train: Any, sections: dict[str, Any]) -> None:
-    _, starts = TRAININGS[name]
-    megatron = {**SCHEDULE, **sections.get("megatron", {})}
-    found, said = {}, {}
+@pytest.mark.parametrize(
+    "name", [name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.full) for name in TRAININGS]
+)
+def test_same_training(name, tmp_path: Path, answered: Path, write_config):
+    sections, starts, reads = TRAININGS[name]
+    found, said, given = {}, {}, {}
     for loader in ("torch", "dali"):
-        folder = tmp_path / loader
-        asked = {**sections, "megatron": megatron, "data": {**sections.get("data", {}), "loader": loader}}
-        path = write_config(folder, evaluation=EVALUATED, **asked)
+        asked = {**sections, "data": {**sections.get("data", {}), "loader": loader}}
+        asked["megatron"] = {**SCHEDULE, "data-path": [str(answered)], **sections.get("megatron", {})}
+        path = write_config(tmp_path / loader, evaluation=EVALUATED, **asked)
         for ranks, flags in starts:
-            train(path, ranks, flags)
-        found[loader] = recorded(folder / "run")
-        output = (folder / "output" / f"rank{ranks - 1}.out").read_text()
+            given[loader] = run_ranks(path.parent / "output", ranks, _train_counting, path, flags.split())
+        found[loader] = measured(path.parent / "run")
+        output = (path.parent / "output" / f"rank{ranks - 1}.out").read_text()
         said[loader] = [line for line in output.splitlines() if "held-out loss" in line]
+    assert [line["iteration"] for line in found["dali"] if "loss" in line] == list(range(1, 9))
     assert found["dali"] == found["torch"]
     assert said["dali"] == said["torch"] and said["dali"]
-    assert [line["iteration"] for line in found["dali"] if "loss" in line] == list(range(1, 9))
-
-
-@pytest.mark.parametrize("name", TRAININGS)
-def test_same_training(name, tmp_path: Path, write_config, train):
-    check_trainings(name, tmp_path, write_config, train, TRAININGS[name][0])
+    assert [bool(count) for count in given["dali"]] == reads and not any(given["torch"])
 
 
 # Bad input
