@@ -20,7 +20,7 @@ from tests.test_bad_input import verb
 
 pytestmark = pytest.mark.skipif(installed_version("nvidia-dali-cuda130") is None, reason="DALI is not installed")
 
-some = settings(max_examples=40, database=None, suppress_health_check=list(HealthCheck), deadline=None)
+some = settings(max_examples=25, database=None, suppress_health_check=list(HealthCheck), deadline=None)
 splits = st.tuples(st.integers(1, 3), st.integers(1, 3))  # micro-batch size, data-parallel ranks
 
 
