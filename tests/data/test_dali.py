@@ -68,15 +68,16 @@ def _same_batches() -> None:
     from cherry_megatron.data.dataset import MarkedDataset
 
     @some
-    @given(texts, st.integers(1, 9), splits, st.integers(0, 20), st.integers(0, 4), *[st.booleans()] * 4)
-    def check(described, sequence, split, consumed, context, picked, answers, mask_ends, shuffle):
+    @given(texts, st.integers(1, 9), splits, st.integers(0, 12), st.integers(0, 4), *[st.booleans()] * 5)
+    def check(described, sequence, split, consumed, context, picked, answers, mask_ends, shuffle, whole):
         with tempfile.TemporaryDirectory() as scratch:
             names = ("picked",) * picked + (ANSWERS,) * answers
             text = Text(Path(scratch) / "text", *described, names)
             dataset = build(
-                MarkedDataset, text.prefix, sequence, None, "valid", selection="picked" if picked else None,
-                shuffle="tokens" if shuffle else "none", eod_mask_loss=mask_ends, context=context,
-                drop_last_partial_validation_sequence=False, create_attention_mask=False,
+                MarkedDataset, text.prefix, sequence, None if whole else 40, "valid",
+                selection="picked" if picked else None, shuffle="tokens" if shuffle else "none",
+                eod_mask_loss=mask_ends, context=context, drop_last_partial_validation_sequence=False,
+                create_attention_mask=False,
             )  # fmt: skip
             check_equal(dataset, split, min(consumed, len(dataset) - 1))
 
