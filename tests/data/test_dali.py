@@ -144,6 +144,11 @@ def test_same_batches_of_a_blend(tmp_path):
 
 EVALUATED = {"loops": [1, 3], "batches": 2, "at_start": True}
 SCHEDULE = {"train-iters": 8, "save-interval": 4, "eval-interval": 4, "eval-iters": 2}
+ANSWERS_AND_MARKS = {
+    "sgt": {"marks": "picked", "alpha": 0.7},
+    "data": {"shuffle": "words"},
+    "megatron": {"dataloader-type": "cyclic"},
+}
 # name: (sections, ranks and flags of each start, which ranks of the last one read)
 TRAININGS: dict[str, tuple[dict[str, Any], list[tuple[int, str]], list[bool]]] = {
     "online-left-out-resumed": (
@@ -155,12 +160,9 @@ TRAININGS: dict[str, tuple[dict[str, Any], list[tuple[int, str]], list[bool]]] =
         [(1, "--exit-interval 4"), (2, "--micro-batch-size 1 --eval-micro-batch-size 4")],
         [True, True],
     ),
+    "answers-marks-pp2": (ANSWERS_AND_MARKS, [(2, "--pipeline-model-parallel-size 2")], [True, True]),
     "answers-marks-tp2-pp2": (
-        {
-            "sgt": {"marks": "picked", "alpha": 0.7},
-            "data": {"shuffle": "words"},
-            "megatron": {"dataloader-type": "cyclic"},
-        },
+        ANSWERS_AND_MARKS,
         [(4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2")],
         [True, False, True, False],
     ),
@@ -170,7 +172,7 @@ TRAININGS: dict[str, tuple[dict[str, Any], list[tuple[int, str]], list[bool]]] =
         [True, True],
     ),
 }
-BY_DEFAULT = ("online-left-out-resumed", "answers-marks-tp2-pp2")
+BY_DEFAULT = ("online-left-out-resumed", "answers-marks-pp2")
 
 
 def _mark(prefix: Path) -> None:
