@@ -60,7 +60,9 @@ def _machine(machine: Machine, config: Config) -> list[str]:
     if config.value("fp16") and not machine.devices:
         found.append("megatron.fp16 needs a GPU; use bf16 or neither")
     if config.data.loader == "dali" and not dali().usable:
-        found.append(f"data.loader dali: DALI {dali().note}; install nvidia-dali-cuda130, or set it to torch")
+        found.append(
+            f"data.loader dali: DALI is not usable here, {dali().note}; install cherry-megatron[dali], or use torch"
+        )
     return found
 
 

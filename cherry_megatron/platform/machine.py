@@ -98,7 +98,7 @@ def dali() -> Library:
         library = importlib.import_module("nvidia.dali")
     except Exception as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name in ("nvidia", "nvidia.dali")
-        why = "is not installed" if missing else f"does not import: {_first_line(error)}"
+        why = "not installed (optional)" if missing else f"does not import: {_first_line(error)}"
         return Library("nvidia-dali", None, False, why)
     device = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else None
     try:

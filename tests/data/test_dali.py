@@ -240,5 +240,7 @@ def test_without_dali_it_is_one_sentence(tmp_path: Path, write_config):
     path = write_config(tmp_path, data={"loader": "dali"})
     ((status, line),) = run_ranks(tmp_path / "out", 1, _without_dali, path)
     assert status == 2
-    assert "data.loader dali: DALI is not installed; install nvidia-dali-cuda130, or set it to torch" in line
+    assert (
+        "data.loader dali: DALI is not usable here, not installed (optional); install cherry-megatron[dali]" in line
+    )
     assert not (tmp_path / "run").exists()
