@@ -34,8 +34,9 @@ class DaliLoader:
     def __init__(self, loader: torch.utils.data.DataLoader[Any]) -> None:
         self._dataset: Any = loader.dataset
         self._sampler: Any = loader.batch_sampler
-        parts = self._dataset.datasets if isinstance(self._dataset, BlendedDataset) else [self._dataset]
-        self._first: MarkedDataset = parts[0]  # all of a blend have one configuration and one tokenizer
+        blended = isinstance(self._dataset, BlendedDataset)
+        parts: list[MarkedDataset] = self._dataset.datasets if blended else [self._dataset]
+        self._first = parts[0]  # all of a blend have one configuration and one tokenizer
         self._marks = sorted({name for part in parts for name in part.marks})
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
