@@ -27,13 +27,12 @@ class DaliLoader:
     """Reads what a DataLoader would, without its processes.
 
     Args:
-        loader: as Megatron builds it for a MarkedDataset or a blend of them; its order of samples is used, and it
-            is never iterated itself.
+        loader: DataLoader as Megatron builds it, of a MarkedDataset or a blend of them; its order of samples is
+            used, and it is never iterated itself.
     """
 
-    def __init__(self, loader: torch.utils.data.DataLoader[Any]) -> None:
-        self._dataset: Any = loader.dataset
-        self._sampler: Any = loader.batch_sampler
+    def __init__(self, loader: Any) -> None:
+        self._dataset, self._sampler = loader.dataset, loader.batch_sampler
         blended = isinstance(self._dataset, BlendedDataset)
         parts: list[MarkedDataset] = self._dataset.datasets if blended else [self._dataset]
         self._first = parts[0]  # all of a blend have one configuration and one tokenizer
