@@ -74,7 +74,7 @@ def _same_batches() -> None:
             names = ("picked",) * picked + (ANSWERS,) * answers
             text = Text(Path(scratch) / "text", *described, names)
             dataset = build(
-                MarkedDataset, text.prefix, sequence, None if whole else 40, "valid",
+                MarkedDataset, text.prefix, sequence, None if whole else 20, "valid",
                 selection="picked" if picked else None, shuffle="tokens" if shuffle else "none",
                 eod_mask_loss=mask_ends, context=context, drop_last_partial_validation_sequence=False,
                 create_attention_mask=False,
