@@ -18,7 +18,7 @@ from cherry_megatron.errors import CherryError
 from cherry_megatron.files import why_not_writable
 from cherry_megatron.inference.prompts import configured_prompts
 from cherry_megatron.keeping import why_no_room
-from cherry_megatron.platform.machine import Machine
+from cherry_megatron.platform.machine import Machine, dali
 
 
 def obstacles(machine: Machine, config: Config, training: bool = True) -> list[str]:
@@ -59,6 +59,10 @@ def _machine(machine: Machine, config: Config) -> list[str]:
         found.append("megatron.cuda-graph-impl needs a GPU; take it out")
     if config.value("fp16") and not machine.devices:
         found.append("megatron.fp16 needs a GPU; use bf16 or neither")
+    if config.data.loader == "dali" and not dali().usable:
+        found.append(
+            f"data.loader dali: DALI is not usable here, {dali().note}; install cherry-megatron[dali], or use torch"
+        )
     return found
 
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -38,6 +38,8 @@ from cherry_megatron.sections import plain, section_of
 from cherry_megatron.sgt.options import Selective
 from cherry_megatron.storage.options import Checkpoints
 from cherry_megatron.yaml_files import read_file, set_value
+
+Loader = Literal["torch", "dali"]
 
 
 @dataclass(frozen=True)
@@ -96,16 +98,20 @@ class Data:
         shuffle: a control: `tokens` or `words` of every document in a random order, the same at every reading.
         prefix: targets among the first so many tokens of a sequence carry no loss, as where experts are chosen by
             them: for a model that is compared with such a mixture.
+        loader: `torch` or `dali`, which read the same.
     """
 
     shuffle: Shuffle = "none"
     prefix: int = 0
+    loader: Loader = "torch"
 
     def __post_init__(self) -> None:
         if self.shuffle not in (choices := get_args(Shuffle)):
             raise CherryError(f"data.shuffle {self.shuffle!r} is not one of {', '.join(choices)}")
         if self.prefix < 0:
             raise CherryError(f"data.prefix {self.prefix} is negative; 0 is none")
+        if self.loader not in (choices := get_args(Loader)):
+            raise CherryError(f"data.loader {self.loader!r} is not one of {', '.join(choices)}")
 
 
 @dataclass(frozen=True)

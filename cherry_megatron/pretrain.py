@@ -37,6 +37,7 @@ from cherry_megatron.objective import Objective
 from cherry_megatron.platform.joining import joining
 from cherry_megatron.platform.leaving import end_on_user_signal
 from cherry_megatron.platform.machine import Machine
+from cherry_megatron.platform.reading import read_by
 from cherry_megatron.platform.saving import around_each_save
 from cherry_megatron.platform.steps import around_each_step
 from cherry_megatron.runs import make_run_folder, only_training, record_start
@@ -90,6 +91,7 @@ def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Call
     objective = Objective()
     evaluation = make_evaluation(config, progress, objective.run_micro_batch)
     loading = Loading(config, args, progress.say)
+    read_by(loader_of(config))
 
     def datasets(samples: tuple[int, int, int]) -> tuple[Any, Any, Any]:
         loading.done()
@@ -132,6 +134,15 @@ def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Call
             non_loss_data_func=evaluation,
         )
     return evaluation
+
+
+def loader_of(config: Config) -> Callable[..., Any] | None:
+    """What reads by torch's DataLoader or in its place, see platform/reading.py."""
+    if config.data.loader == "torch":
+        return None
+    from cherry_megatron.data.dali import DaliLoader  # imports DALI
+
+    return DaliLoader
 
 
 def initialize(config: Config, machine: Machine, extra: dict[str, Any]) -> Any:

@@ -28,6 +28,7 @@ def check_sections(config: "Config") -> None:
         CherryError: the first of it.
     """
     _check_ahead(config)
+    _check_data(config)
     check_layer_experts(config)
     _check_graph(config)
     _check_selective(config)
@@ -55,6 +56,14 @@ def _check_ahead(config: "Config") -> None:
     for key, (given, why) in refused.items():
         if given:
             raise CherryError(f"{key} does not go with mtp.depths {depths}: {why}")
+
+
+def _check_data(config: "Config") -> None:
+    if config.value("dataloader-type") == "external":
+        raise CherryError(
+            "megatron.dataloader-type external: no loader is brought from outside; take it out, and choose by "
+            "data.loader"
+        )
 
 
 def _check_graph(config: "Config") -> None:

@@ -59,6 +59,8 @@ CONFIGS = {
         [],
         "would use the last loop's vectors, corrections and routers",
     ),
+    "loader": ({"data": {"loader": "daly"}}, [], "data.loader 'daly' is not one of torch, dali"),
+    "external-loader": ({"megatron": {"dataloader-type": "external"}}, [], "choose by data.loader"),
     "negative-rank": ({"recurrence": {"loop_rank": -1}}, [], "recurrence.loop_rank is -1"),
     "nothing-selects": (
         {"sgt": {"alpha": 0.5}},

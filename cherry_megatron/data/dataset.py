@@ -5,7 +5,7 @@ number, read from them instead, holds the mark of every token of the sample.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -95,6 +95,30 @@ class MarkedDataset(GPTDataset):
         if self.config.selection is not None:
             sample["selected"] = self._marks_of_targets(self.config.selection, idx)
         return sample
+
+    @property
+    def marks(self) -> list[str]:
+        """The names of the marks that are read."""
+        return list(self._marks)
+
+    def stored(self, idx: int, marks: Sequence[str]) -> list[np.ndarray[Any, Any]]:
+        """A sample as it is stored, for those who make masks of it themselves.
+
+        Args:
+            idx: of the sample.
+            marks: names of some; answers that are not there are everywhere, as what has none is learned from whole.
+
+        Returns:
+            Its tokens [s + 1], and the marks of each of these names.
+        """
+        tokens, _, _ = self._query_document_sample_shuffle_indices(idx)
+        found = [
+            self._marks[name]._query_document_sample_shuffle_indices(idx)[0]
+            if name in self._marks
+            else np.ones_like(tokens)
+            for name in marks
+        ]
+        return [tokens, *found]
 
     def _marks_of_targets(self, name: str, idx: int | None) -> torch.Tensor:
         marks, _, _ = self._marks[name]._query_document_sample_shuffle_indices(idx or 0)

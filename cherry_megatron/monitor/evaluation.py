@@ -8,7 +8,7 @@ from megatron.core import mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import get_args
-from megatron.training.datasets.data_samplers import build_pretraining_data_loader
+from megatron.training.datasets import data_samplers
 
 from cherry_megatron.config import Config
 from cherry_megatron.inference.generate import generate
@@ -174,7 +174,7 @@ def mean_losses(
         it knows them, and what a mixture or multi-token prediction adds; nothing before the last pipeline stage.
     """
     args = get_args()
-    loader = build_pretraining_data_loader(dataset, 0)
+    loader = data_samplers.build_pretraining_data_loader(dataset, 0)
     each = args.eval_global_batch_size // (args.eval_micro_batch_size * args.data_parallel_size)
     reports = get_forward_backward_func()(
         forward_step_func=run_micro_batch,

@@ -7,7 +7,7 @@ import platform
 import torch
 
 from cherry_megatron.config import Config
-from cherry_megatron.platform.machine import Machine
+from cherry_megatron.platform.machine import Library, Machine, dali
 from cherry_megatron.versions import installed_version
 
 _PACKAGES = ("cherry-megatron", "torch", "megatron-core", "transformers", "tokenizers", "tensorboard")
@@ -21,12 +21,24 @@ def report(machine: Machine) -> None:
     print(f"{'CUDA':<22}{torch.version.cuda or 'none'}")
     print(f"{'devices':<22}{', '.join(machine.devices) or 'CPU (gloo, the CPU platform)'}")
     for library in machine.libraries:
-        state = "used" if library.usable else "not used"
-        details = ", ".join(part for part in (library.version, library.note) if part)
-        print(f"{library.name:<22}{state}{f': {details}' if details else ''}")
+        _print_library(library, "used" if library.usable else "not used")
+    _print_library(dali(), "used where data.loader is dali" if dali().usable else "not usable")
     print("Megatron flags that follow from this machine:")
     for flag, value in machine.flags.items():
         print(f"  --{flag}" + ("" if value is True else f" {value}"))
+
+
+def _print_library(library: Library, state: str) -> None:
+    details = ", ".join(part for part in (library.version, library.note) if part)
+    print(f"{library.name:<22}{state}{f': {details}' if details else ''}")
+
+
+def reads_by(config: Config) -> str:
+    """What reads the batches of a configuration that can run here."""
+    if config.data.loader == "dali":
+        return f"batches are read by DALI {dali().version}"
+    unused = ", which data.loader dali would change" if dali().usable else ""
+    return f"batches are read by torch's DataLoader{unused}"
 
 
 def how_to_start(config: Config) -> list[str]:

@@ -31,7 +31,7 @@ class Machine:
 
     Attributes:
         devices: names of the GPUs, or empty.
-        libraries: Transformer Engine, apex, DALI.
+        libraries: Transformer Engine, apex; of DALI see `dali`.
         flags: Megatron flags that this machine needs; a configuration may override them.
     """
 
@@ -48,7 +48,7 @@ def inspect_machine() -> Machine:
     """Look at this machine. Does not change anything."""
     has_gpu = torch.cuda.is_available()
     devices = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) if has_gpu else ()
-    libraries = (_transformer_engine(has_gpu), _apex(has_gpu), _dali())
+    libraries = (_transformer_engine(has_gpu), _apex(has_gpu))
     usable = {library.name for library in libraries if library.usable}
     flags: dict[str, object] = {
         "transformer-impl": "transformer_engine" if "transformer-engine" in usable else "local"
@@ -91,14 +91,25 @@ def _apex(has_gpu: bool) -> Library:
     return Library("apex", version, has_gpu, "" if has_gpu else "needs a GPU")
 
 
-def _dali() -> Library:
+@cache
+def dali() -> Library:
+    """DALI, after a try on this rank's GPU or the CPU. Only who asks pays for its import, half a second."""
     try:
-        dali = importlib.import_module("nvidia.dali")
+        library = importlib.import_module("nvidia.dali")
     except Exception as error:
-        missing = isinstance(error, ModuleNotFoundError)
+        missing = isinstance(error, ModuleNotFoundError) and error.name in ("nvidia", "nvidia.dali")
         why = "not installed (optional)" if missing else f"does not import: {_first_line(error)}"
         return Library("nvidia-dali", None, False, why)
-    return Library("nvidia-dali", dali.__version__, True)
+    device = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else None
+    try:
+        pipeline = library.Pipeline(batch_size=1, num_threads=1, device_id=device)
+        with pipeline:
+            one = library.fn.constant(idata=1)
+            pipeline.set_outputs(one if device is None else one.gpu())
+        pipeline.run()
+    except Exception as error:
+        return Library("nvidia-dali", library.__version__, False, f"does not run: {_first_line(error)}")
+    return Library("nvidia-dali", library.__version__, True)
 
 
 def _first_line(error: Exception) -> str:

@@ -12,10 +12,11 @@ import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cherry_megatron.config import Data
 from cherry_megatron.errors import CherryError
 from cherry_megatron.runs import read_evaluations, read_probes, read_rho
 from cherry_megatron.yaml_files import read_file
@@ -185,6 +186,9 @@ def read_run(folder: Path) -> Run:
 
 def _read(folder: Path) -> Run:
     config = read_file(folder / "config.yaml")
+    reading = {**asdict(Data()), **config.get("data", {})}
+    del reading["loader"]  # which changes no number
+    config = {**config, "data": reading}
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     known.add_argument("--seed", type=int, default=config["megatron"].get("seed", _DEFAULT_SEED))
     for flag, switch in _LAYOUT.items():
@@ -192,12 +196,12 @@ def _read(folder: Path) -> Run:
     given, flags = known.parse_known_args(config["flags"])
     settings = {**_by_key(config), "megatron.seed": given.seed, "flags": flags}
     settings = {key: value for key, value in settings.items() if key.removeprefix("megatron.") not in _LAYOUT}
-    sgt, shuffle = config.get("sgt"), config.get("data", {}).get("shuffle")
+    sgt, shuffle = config.get("sgt"), reading["shuffle"]
     selection = "full" if sgt is None else sgt["marks"] or f"top loss online, {sgt['top_loss']:g}"
     row = {key: value for key, value in settings.items() if key not in _OF_A_SEED}
     return Run(
         name=str(folder),
-        label=f"{selection}, {shuffle} shuffled" if shuffle not in (None, "none") else selection,
+        label=f"{selection}, {shuffle} shuffled" if shuffle != "none" else selection,
         row=json.dumps([sgt, row], sort_keys=True),
         seed=given.seed,
         settings=settings,

@@ -17,7 +17,7 @@ def add_doctor(verbs: argparse._SubParsersAction) -> None:
         from cherry_megatron.checks import obstacles
 
         problems = obstacles(found, config)
-        for line in problems or ["can run here", *doctor.how_to_start(config)]:
+        for line in problems or ["can run here", doctor.reads_by(config), *doctor.how_to_start(config)]:
             print(f"{config.source}: {line}")
         return 1 if problems else 0
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cherry_megatron.versions import installed_version
 from tests.conftest import HAS_GPU, run_ranks
 
 
@@ -32,6 +33,40 @@ def test_doctor_on_a_cpu(tmp_path: Path, write_config):
         "can run here",
     ):
         assert line in text
+
+
+@pytest.mark.skipif(installed_version("nvidia-dali-cuda130") is None, reason="DALI is not installed")
+@pytest.mark.parametrize(
+    ("loader", "says"),
+    [
+        ("dali", "batches are read by DALI 2"),
+        ("torch", "by torch's DataLoader, which data.loader dali would change"),
+    ],
+)
+def test_doctor_says_what_reads(loader, says, tmp_path: Path, write_config):
+    path = write_config(tmp_path, data={"loader": loader})
+    ((status, text),) = run_ranks(tmp_path, 1, doctor, ["--config", str(path)])
+    assert status == 0
+    assert "nvidia-dali           used where data.loader is dali: 2." in text
+    assert says in text
+
+
+def doctor_of_a_broken_dali():
+    import nvidia.dali
+
+    def fail(*_args, **_kwargs):
+        raise RuntimeError("no driver\nand more")
+
+    nvidia.dali.Pipeline.run = fail
+    return doctor([])
+
+
+@pytest.mark.skipif(installed_version("nvidia-dali-cuda130") is None, reason="DALI is not installed")
+def test_a_dali_that_does_not_run_is_not_usable(tmp_path: Path):
+    ((status, text),) = run_ranks(tmp_path, 1, doctor_of_a_broken_dali)
+    assert status == 0
+    (line,) = [line for line in text.splitlines() if line.startswith("nvidia-dali")]
+    assert line.split(maxsplit=1)[1].startswith("not usable: 2.") and line.endswith("does not run: no driver")
 
 
 @pytest.mark.skipif(HAS_GPU, reason="describes a machine without GPU")

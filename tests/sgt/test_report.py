@@ -182,6 +182,14 @@ def test_shuffled_text_pairs_with_shuffled_text(runs, tmp_path):
         report([runs[0], made[1]])
 
 
+def test_runs_pair_whatever_loader_they_read_by(runs, tmp_path):
+    by_dali = make_run(tmp_path / "by-dali", 1, {0: 8.0, 40: 7.0}, {"alpha": 1.0}, 0.125)
+    config = yaml.safe_load((by_dali / "config.yaml").read_text())
+    config["data"] = {"shuffle": "none", "prefix": 0, "loader": "dali"}
+    (by_dali / "config.yaml").write_text(yaml.safe_dump(config))
+    assert f"{by_dali} with {runs[0]}" in report([runs[0], by_dali])
+
+
 def test_a_run_that_never_gains_recovers_nothing(runs, tmp_path):
     worse = make_run(tmp_path / "worse", 1, {0: 8.0, 20: 9.0, 40: float("nan")}, {"alpha": 1.0}, 0.5)
     row = cells(report([runs[0], worse]), "semantic")[0]
