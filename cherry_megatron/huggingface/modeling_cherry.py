@@ -8,6 +8,7 @@ Shapes: b texts, s tokens, h hidden, v vocabulary, d channels of a head.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +23,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 CACHE = "cache" if any(f.name == "cache" for f in dataclasses.fields(CausalLMOutputWithPast)) else "past_key_values"
 
 
+def kept(cache: Cache | None) -> dict[str, Any]:
+    """A cache among the outputs, by its name there."""
+    return {CACHE: cache}
+
+
 def gelu(x: Tensor) -> Tensor:
     return F.gelu(x)
 
@@ -30,7 +36,7 @@ def squared_relu(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-ACTIVATIONS = {"silu": F.silu, "gelu": gelu, "relu2": squared_relu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": gelu, "relu2": squared_relu}
 
 
 class CherryConfig(PretrainedConfig):
@@ -82,7 +88,8 @@ class CherryConfig(PretrainedConfig):
             setattr(self, key, list(value) if isinstance(value, tuple) else value)
         # As many as generation keeps keys and values of.
         kwargs["num_hidden_layers"] = sum("*" in self.layers[layer] for layer, _ in self.walk(self.loops))
-        super().__init__(tie_word_embeddings=self.tie_word_embeddings, **kwargs)
+        kwargs["tie_word_embeddings"] = self.tie_word_embeddings  # the default differs between releases
+        super().__init__(**kwargs)
 
     @property
     def layers(self) -> list[str]:
@@ -280,11 +287,12 @@ class Depth(nn.Module):
 
 
 class CherryPreTrainedModel(PreTrainedModel):
+    config: CherryConfig
     config_class = CherryConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ("CherryLayer",)
+    _no_split_modules = ["CherryLayer"]  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -336,7 +344,7 @@ class CherryModel(CherryPreTrainedModel):
         _make_room(cache, sum("*" in self.config.layers[layer] for layer, _ in walk))
         past = 0 if cache is None else cache.get_seq_length()
         positions = positions_of(x, attention_mask, past) if position_ids is None else position_ids
-        context = {
+        context: dict[str, Any] = {
             "angles": angles_of(positions, self.config, x.dtype),
             "mask": mask_of(x, attention_mask, past),
             "cache": cache,
@@ -353,7 +361,7 @@ class CherryModel(CherryPreTrainedModel):
             states.append(x)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(x), hidden_states=tuple(states) if wanted else None, **{CACHE: cache}
+            last_hidden_state=self.norm(x), hidden_states=tuple(states) if wanted else None, **kept(cache)
         )
 
 
@@ -414,13 +422,13 @@ class CherryForCausalLM(CherryPreTrainedModel, GenerationMixin):
             input_ids, attention_mask, position_ids, inputs_embeds, use_cache, loops, output_hidden_states,
             cache, past_key_values,
         )  # fmt: skip
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(found.last_hidden_state[:, kept])
+        asked = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(found.last_hidden_state[:, asked])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=found.hidden_states, **{CACHE: getattr(found, CACHE)}
+            loss=loss, logits=logits, hidden_states=found.hidden_states, **kept(getattr(found, CACHE))
         )
 
     def predict_ahead(self, input_ids: Tensor, loops: int | None = None) -> list[Tensor]:

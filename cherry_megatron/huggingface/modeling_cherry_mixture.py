@@ -15,7 +15,7 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .modeling_cherry import CACHE, CherryConfig, CherryForCausalLM, CherryPreTrainedModel, positions_of
+from .modeling_cherry import CherryConfig, CherryForCausalLM, CherryPreTrainedModel, kept, positions_of
 
 
 class CherryMixtureConfig(CherryConfig):
@@ -71,13 +71,13 @@ class MixtureCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0 if self.tokens is None else self.tokens.shape[1]
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Beams are of one prompt, so they change places with others that the same models read."""
         assert self.tokens is not None and self.chosen is not None
         for cache, reads in zip(self.experts, self.chosen.unbind(1), strict=True):
             place = reads.cumsum(0) - 1
             if bool(reads.any()):
-                cache.reorder_cache(place[beam_idx[reads]])
+                cache.reorder_cache(place[beam_idx[reads]])  # type: ignore[arg-type]
         self.tokens, self.chosen = self.tokens[beam_idx], self.chosen[beam_idx]
 
     def crop(self, *_: Any, **__: Any) -> None:
@@ -85,6 +85,7 @@ class MixtureCache(Cache):
 
 
 class CherryMixtureForCausalLM(CherryPreTrainedModel, GenerationMixin):
+    config: CherryMixtureConfig
     config_class = CherryMixtureConfig
 
     def __init__(self, config: CherryMixtureConfig) -> None:
@@ -117,15 +118,17 @@ class CherryMixtureForCausalLM(CherryPreTrainedModel, GenerationMixin):
         """
         use_cache = self.config.use_cache if use_cache is None else use_cache
         learns = self.training and torch.is_grad_enabled()
-        kept = self._cache_of(past_key_values if cache is None else cache) if use_cache and not learns else None
-        past = kept.tokens if kept is not None and kept.tokens is not None else input_ids[:, :0]
+        memory = self._cache_of(past_key_values if cache is None else cache) if use_cache and not learns else None
+        past = memory.tokens if memory is not None and memory.tokens is not None else input_ids[:, :0]
         tokens, new = torch.cat((past, input_ids), 1), input_ids.shape[1]
         there = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         gates = self.router(tokens, there)
         in_prefix = there & (there.cumsum(1) <= self.config.mixture_prefix)
-        chosen = kept.chosen if kept is not None and kept.chosen is not None else self._choose(gates, in_prefix)
-        if kept is not None:
-            kept.tokens, kept.chosen = tokens, chosen
+        chosen = (
+            memory.chosen if memory is not None and memory.chosen is not None else self._choose(gates, in_prefix)
+        )
+        if memory is not None:
+            memory.tokens, memory.chosen = tokens, chosen
         positions = positions_of(tokens[:, -new:], there, past.shape[1]) if position_ids is None else position_ids
         log_gates = gates.masked_fill(~chosen.unsqueeze(1), float("-inf")).log_softmax(-1)[:, -new:]
         asked = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -138,8 +141,8 @@ class CherryMixtureForCausalLM(CherryPreTrainedModel, GenerationMixin):
                 continue
             logits = expert(
                 input_ids[rows], None if attention_mask is None else attention_mask[rows], positions[rows],
-                use_cache=kept is not None, logits_to_keep=logits_to_keep, loops=loops,
-                cache=None if kept is None else kept.experts[number],
+                use_cache=memory is not None, logits_to_keep=logits_to_keep, loops=loops,
+                cache=None if memory is None else memory.experts[number],
             ).logits  # fmt: skip
             likely = logits.float().log_softmax(-1) + log_gates[rows, :, number, None]
             found = found.index_copy(0, rows, torch.logaddexp(found[rows], likely))
@@ -147,7 +150,7 @@ class CherryMixtureForCausalLM(CherryPreTrainedModel, GenerationMixin):
         if labels is not None:
             labels = labels.masked_fill(in_prefix[:, -new:], -100)
             loss = self.loss_function(logits=found, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=found, **{CACHE: kept})
+        return CausalLMOutputWithPast(loss=loss, logits=found, **kept(memory))
 
     def _cache_of(self, cache: Cache | None) -> MixtureCache:
         """The given cache, or a new one in place of the empty one that `generate` makes for single models."""
@@ -170,8 +173,8 @@ class CherryMixtureForCausalLM(CherryPreTrainedModel, GenerationMixin):
         gates = self.router(input_ids, there)
         chosen = self._choose(gates, there & (there.cumsum(1) <= self.config.mixture_prefix))
         log_gates = gates.masked_fill(~chosen.unsqueeze(1), float("-inf")).log_softmax(-1)
-        found = []
-        for of_depth in zip(*(expert.predict_ahead(input_ids, loops) for expert in self.experts), strict=True):
+        found, experts = [], list[Any](self.experts)
+        for of_depth in zip(*(expert.predict_ahead(input_ids, loops) for expert in experts), strict=True):
             likely = [logits.float().log_softmax(-1) for logits in of_depth]
             shares = log_gates[:, : likely[0].shape[1]].unsqueeze(-2).unbind(-1)  # [b, s - n, 1] of each model
             found.append(torch.stack([p + g for p, g in zip(likely, shares, strict=True)]).logsumexp(0))

@@ -290,9 +290,8 @@ def _cherry(keys: _Keys, mixture: bool) -> Form:
         "expert_ffn": keys.size("moe_intermediate_size", 0, 0),
     }  # fmt: skip
     with naming(keys.path):
-        pattern = Pattern(
-            *(tuple(keys.get(part, list)) for part in ("prelude", "core", "coda")), keys.size("stored_loops")
-        )
+        prelude, core, coda = (tuple(keys.get(part, list)) for part in ("prelude", "core", "coda"))
+        pattern = Pattern(prelude, core, coda, keys.size("stored_loops"))
         recurrence = Recurrence(
             written(pattern), loops=keys.size("loops"), order=keys.get("order", str),
             injection=keys.get("injection", str), loop_scales=keys.get("loop_scales", bool),

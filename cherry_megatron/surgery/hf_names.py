@@ -114,7 +114,7 @@ def rows(form: "Form") -> list[Row]:
     if form.moee is None:
         return list(_model(form, "", ""))
     found = [row for e in range(form.moee.experts) for row in _model(form, expert_prefix(e), expert_prefix(e))]
-    shapes = {name: shape for name, (shape, _) in form.moee.router(form.shape.vocabulary).items()}
+    shapes: dict[str, Size] = {name: shape for name, (shape, _) in form.moee.router(form.shape.vocabulary).items()}
     shapes["centre"] = (form.moee.experts,)
     names = [f"router.{name}" for name in MIXTURE_ROUTER]
     return found + [Row(n, shapes[n[7:]], (n,), Whole(), "router") for n in names]

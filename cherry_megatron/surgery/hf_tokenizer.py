@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from cherry_megatron.data.tokenizer import fingerprint
 from cherry_megatron.errors import CherryError
 
 VOCABULARY, SETTINGS = "tokenizer.json", "tokenizer_config.json"
@@ -19,6 +18,8 @@ def tokenizer_files(folder: Path) -> tuple[dict[str, bytes], str]:
     Raises:
         CherryError: if it cannot be read.
     """
+    from cherry_megatron.data.tokenizer import fingerprint  # a library that surgery mostly does without
+
     known = fingerprint(folder)
     try:
         files = {name: (folder / name).read_bytes() for name in NAMES if (folder / name).is_file()}
