@@ -106,24 +106,26 @@ def _check(source: Weights, form: Form, found: Sequence[Row]) -> str:
         for row in found
         for name, shape in zip(row.theirs, row.cut.shapes(row.shape), strict=True)
     }  # fmt: skip
-    for name in wanted:
+    dtype, first = None, ""
+    for name, shape in wanted.items():
         if name not in source.tensors:
             raise CherryError(f"{source.folder}: the tensor {name} is missing; restore it, or correct {CONFIG}")
-    first = source.tensors[next(iter(wanted))]
-    for name, tensor in source.tensors.items():
-        if name not in wanted:
-            _check_further(source, form, name)
-        elif tensor.shape != wanted[name]:
+        tensor = source.tensors[name]
+        dtype, first = dtype or tensor.dtype, first or name
+        if tensor.shape != shape:
             raise CherryError(
-                f"{source.folder}: the tensor {name} is {list(tensor.shape)}, by {CONFIG} {list(wanted[name])}"
+                f"{source.folder}: the tensor {name} is {list(tensor.shape)}, by {CONFIG} {list(shape)}"
             )
-        elif tensor.dtype != first.dtype:
+        if tensor.dtype != dtype:
             raise CherryError(
-                f"{source.folder}: the tensor {name} is {tensor.dtype}, but {first.name} {first.dtype}; save the "
-                "model in one type"
+                f"{source.folder}: the tensor {name} is {tensor.dtype}, but {first} {dtype}; save the model in one "
+                "type"
             )
+    assert dtype is not None
+    for name in sorted(source.tensors.keys() - wanted.keys()):
+        _check_further(source, form, name)
     source.check([*wanted])
-    return first.dtype
+    return dtype
 
 
 def _check_further(source: Weights, form: Form, name: str) -> None:

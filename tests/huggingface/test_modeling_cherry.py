@@ -120,7 +120,7 @@ def test_a_mixture_says_what_ours_does(mixture):
 
 @torch.no_grad()
 def test_texts_of_a_mixture_do_not_depend_on_the_others(mixture):
-    """Greedy and beams: each text alone and padded says what it says in a batch; experts stay those of the prompt."""
+    """Greedy and beams: each alone and padded says what it says in a batch; experts stay those of the prompt."""
     _, target, expected = mixture
     model, tokens = loaded(target), torch.tensor(expected["tokens"])[:, :7]
     asked = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
