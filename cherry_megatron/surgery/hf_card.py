@@ -1,12 +1,11 @@
 """The model card: what a model is, where it comes from, what was measured of it, and how it is loaded."""
 
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 from cherry_megatron.runs import read_evaluations
-from cherry_megatron.storage.ancestry import describe
 from cherry_megatron.storage.checkpoint import Checkpoint
-from cherry_megatron.storage.lineage import read_lineage
+from cherry_megatron.storage.lineage import chain, read_lineage
 from cherry_megatron.surgery.hf_form import Form
 
 _LOAD = """```python
@@ -116,18 +115,16 @@ def _evaluation(source: Checkpoint) -> tuple[int, dict[str, float]] | None:
 
 
 def _lineage(source: Checkpoint) -> list[str]:
-    if read_lineage(source.folder) is None or source.manifest is None:
+    """The operations that led to it, without the places on the machine where they did."""
+    record = read_lineage(source.folder)
+    if record is None:
         return ["The checkpoint had no record of what it was made from."]
-    lines = [_without_path(line) for line in describe(source.folder, verify=False)]
-    return [
-        "Newest first, each by its identity; `lineage.json` has the whole.",
-        "",
-        "```",
-        *lines,
-        "```",
-    ]
+    lines = [f"{'  ' * depth}{_told(entry)}" for depth, entry in chain(record)]
+    return ["Newest first, each by its identity; `lineage.json` has the whole.", "", "```", *lines, "```"]
 
 
-def _without_path(line: str) -> str:
-    """Where things lay on the machine that made them is nobody's business."""
-    return "  ".join(part for part in line.split("  ") if not Path(part.strip()).is_absolute()).rstrip()
+def _told(entry: dict[str, Any]) -> str:
+    made = f"{entry.get('role', '')} {entry['operation']}".lstrip()
+    step = f" step {entry['iteration']}" if "iteration" in entry else ""
+    commit = str(entry.get("git", {}).get("commit", "unknown"))[:10]
+    return f"{entry['identity'][:12]}  {made}{step}  {entry.get('time', 'at an unknown time')}  code {commit}"

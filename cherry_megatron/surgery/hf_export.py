@@ -5,6 +5,7 @@ folder beside the target and appears at once.
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -138,7 +139,7 @@ def plan_export(
         **{name: (Path(huggingface.__file__).parent / name).read_bytes() for name in CODE[form.kind]},
         **tokenizer,
     }
-    files["README.md"] = card(name, form, dtype, sum(_size(row) for row in found), source).encode()
+    files["README.md"] = card(name, form, dtype, sum(math.prod(row.shape) for row in found), source).encode()
     details = {
         **configuration(config, wanted), "form": form.kind, **({"tokenizer": fingerprint} if fingerprint else {}),
     }  # fmt: skip
@@ -198,13 +199,6 @@ def _step(source: Checkpoint, row: Row, stored: str) -> Step:
     dtype = source.tensors[stored].dtype
     specs = (Spec(n, dtype, s) for n, s in zip(row.theirs, row.cut.shapes(row.shape), strict=True))
     return Step((stored,), tuple(specs), row.cut)
-
-
-def _size(row: Row) -> int:
-    size = 1
-    for number in row.shape:
-        size *= number
-    return size
 
 
 def _tokenizer(source: Checkpoint, config: Path, wanted: Outline) -> tuple[dict[str, bytes], str]:

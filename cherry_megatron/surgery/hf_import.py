@@ -154,11 +154,14 @@ def _check_configuration(there: Weights, form: Form, config: Path, wanted: Outli
         raise CherryError(f"{config}: mtp.depths is {wanted.depths}, but {there.folder} has {depths}; set it so")
     one = there.under(expert_prefix(0)) if experts else there
     check_model(one, wanted.recurrence, config, wanted.megatron, (*WALK, "loops"))
-    for key in ("order", "injection", "loops") if form.kind != "llama" else ():
-        if getattr(wanted.recurrence, key) != getattr(form.recurrence, key):
+    keys = ("loops",) if form.kind == "llama" else ("loops", "order", "injection")
+    held = [("recurrence", key, wanted.recurrence, form.recurrence) for key in keys]
+    held += [("moee", key, wanted.moee, form.moee) for key in ("prefix", "router_hidden") if experts]
+    for section, key, theirs, own in held:
+        if getattr(theirs, key) != getattr(own, key):
             raise CherryError(
-                f"{config}: recurrence.{key} is {getattr(wanted.recurrence, key)}, but {there.folder} has "
-                f"{getattr(form.recurrence, key)}; set it so"
+                f"{config}: {section}.{key} is {getattr(theirs, key)}, but {there.folder} has "
+                f"{getattr(own, key)}; set it so"
             )
 
 

@@ -62,7 +62,13 @@ def test_logits_are_ours(name, made):
         assert (model(tokens, **more).logits - wanted).abs().max() <= TOLERANCE
         assert (in_pieces(model, tokens, (5, 1, 7, 3), **more) - wanted).abs().max() <= TOLERANCE
         text = model.generate(
-            tokens[:, :6], max_new_tokens=LENGTH - 6, do_sample=False, pad_token_id=0, eos_token_id=None, **more
+            tokens[:, :6],
+            attention_mask=torch.ones(2, 6),
+            max_new_tokens=LENGTH - 6,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=None,
+            **more,
         )
         assert text.tolist() == expected["texts"][loops].tolist()
     for logits, wanted in zip(
@@ -88,6 +94,22 @@ def test_what_comes_back_is_what_went_out(name, made, capsys):
     # The configuration that is written is of the same model.
     again = export(folder / name, folder / name / "back0" / "config.yaml", load="back0")
     assert (again / "config.json").read_text() == (target / "config.json").read_text()
+
+
+@pytest.mark.parametrize("name", ["dense-tied", "all", "experts"])
+def test_what_transformers_saves_comes_in(name, made, tmp_path):
+    """As after a training there."""
+    folder, _ = made
+    model = loaded(export(folder / name, write_config(folder / name, CASES[name])))
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    model.save_pretrained(tmp_path / "tuned")
+    assert main(["convert-hf", "--load", str(tmp_path / "tuned"), "--save", str(tmp_path / "ours")]) == 0
+    before, after = open_checkpoint(folder / name / "run"), open_checkpoint(tmp_path / "ours")
+    assert before.model.keys() == after.tensors.keys()
+    for tensor in before.model:
+        factor = 2 if tensor == "decoder.final_norm.weight" else 1
+        assert (factor * before.read(tensor) == after.read(tensor)).all(), tensor
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3])
@@ -124,14 +146,15 @@ def test_texts_of_a_mixture_do_not_depend_on_the_others(mixture):
     _, target, expected = mixture
     model, tokens = loaded(target), torch.tensor(expected["tokens"])[:, :7]
     asked = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    for beams in (1, 3):
-        together = model.generate(tokens, num_beams=beams, **asked)
-        alone = [model.generate(row[None], num_beams=beams, **asked)[0].tolist() for row in tokens]
-        assert together.tolist() == alone
     mask = torch.ones(6, 10, dtype=torch.long)
     mask[:, :3] = 0
+    for beams in (3, 1):
+        together = model.generate(tokens, attention_mask=mask[:, 3:], num_beams=beams, **asked)
+        rows = [{"inputs": row[None], "attention_mask": mask[:1, 3:], "num_beams": beams} for row in tokens]
+        alone = [model.generate(**row, **asked)[0].tolist() for row in rows]
+        assert together.tolist() == alone
     padded = model.generate(torch.cat((tokens[:, :3] * 0, tokens), 1), attention_mask=mask, **asked)
-    assert padded[:, 3:].tolist() == model.generate(tokens, **asked).tolist()
+    assert padded[:, 3:].tolist() == together.tolist()
 
 
 def test_a_mixture_comes_back(mixture):

@@ -18,6 +18,7 @@ KINDS = {
         "megatron": {"num-experts": 4, "moe-router-topk": 2},
     },
     "mixture": {"recurrence": {"injection": "add"}},
+    "two-ranks": {"recurrence": {"loop_scales": True, "loop_rank": 2}},
 }  # fmt: skip
 
 
@@ -33,7 +34,10 @@ def trained(request, write_config, write_mixture, train, tmp_path_factory):  # n
         path = write_mixture(folder, sections, top_k=1)
     else:
         path = write_config(folder, **sections)
-    train(path)
+    if request.param == "two-ranks":
+        train(path, 2, "--tensor-model-parallel-size 2 --sequence-parallel")
+    else:
+        train(path)
     return request.param, path
 
 

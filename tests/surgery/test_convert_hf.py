@@ -254,6 +254,7 @@ HELD = {
     "depths": ("mtp.depths=1", "mtp.depths is 1, but"),
     "vocabulary": ("megatron.padded-vocab-size=500", "megatron.padded-vocab-size is 500, but"),
     "mixture": ("moee.experts=2", "moee.experts is 2, but"),
+    "loops": ("recurrence.pattern=*-[(*-)x4]x3*-", "recurrence.loops is 3, but"),
 }  # fmt: skip
 
 
