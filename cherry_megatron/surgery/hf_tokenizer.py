@@ -7,7 +7,7 @@ from pathlib import Path
 from cherry_megatron.errors import CherryError
 
 VOCABULARY, SETTINGS = "tokenizer.json", "tokenizer_config.json"
-NAMES = (VOCABULARY, SETTINGS, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+NAMES = (VOCABULARY, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 # The name that release 4 of transformers, and what is built on it, knows too.
 _CLASS = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 
@@ -18,31 +18,34 @@ def tokenizer_files(folder: Path) -> tuple[dict[str, bytes], str]:
     Raises:
         CherryError: if it cannot be read.
     """
-    from cherry_megatron.data.tokenizer import fingerprint  # a library that surgery mostly does without
+    # A library that surgery mostly does without.
+    from cherry_megatron.data.tokenizer import fingerprint, read_settings
 
     known = fingerprint(folder)
+    settings = read_settings(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+    if (found := settings.get("tokenizer_class")) in _CLASS:
+        settings["tokenizer_class"] = _CLASS[found]
     try:
         files = {name: (folder / name).read_bytes() for name in NAMES if (folder / name).is_file()}
-        settings = json.loads(files.get(SETTINGS, b"{}"))
-        settings["tokenizer_class"] = _CLASS.get(found := settings.get("tokenizer_class"), found)
-        files[SETTINGS] = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
     except OSError as error:
-        raise CherryError(f"cannot read the tokenizer {folder}: {error.strerror} ({error.filename})") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CherryError(f"{folder / SETTINGS} is damaged ({error}); restore it") from None
-    return files, known
+        raise CherryError(f"cannot read {error.filename}: {error.strerror}") from None
+    return files | {SETTINGS: (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()}, known
 
 
 def special_tokens(files: Mapping[str, bytes]) -> dict[str, int | None]:
-    """The ids of the tokens that begin and end a text and that fill up, as far as a tokenizer has them."""
+    """The ids of the tokens that begin and end a text and that fill up, as far as a tokenizer has them.
+
+    Raises:
+        CherryError: if its vocabulary is damaged.
+    """
     if VOCABULARY not in files:
         return {}
-    whole = json.loads(files[VOCABULARY])
-    numbers = {token["content"]: token["id"] for token in whole.get("added_tokens", [])}
+    from cherry_megatron.data.tokenizer import special_token
+
+    try:
+        added = json.loads(files[VOCABULARY]).get("added_tokens", [])
+        numbers = {token["content"]: token["id"] for token in added}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CherryError(f"the tokenizer's {VOCABULARY} is damaged ({error}); restore it") from None
     settings = json.loads(files[SETTINGS])
-    found: dict[str, int | None] = {}
-    for kind in ("bos", "eos", "pad"):
-        token = settings.get(f"{kind}_token")
-        content = token.get("content") if isinstance(token, dict) else token
-        found[kind] = numbers.get(content)
-    return found
+    return {kind: numbers.get(special_token(settings, kind)) for kind in ("bos", "eos", "pad")}

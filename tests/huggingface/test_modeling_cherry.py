@@ -13,6 +13,8 @@ from tests.conftest import run_ranks
 from tests.huggingface.models import CASES, LENGTH, make, make_mixture, mixture_config, write_config
 
 TOLERANCE = 1e-5
+SAMPLE = ("dense", "all", "experts")
+EVERY = [name if name in SAMPLE else pytest.param(name, marks=pytest.mark.full) for name in CASES]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,7 @@ def test_logits_are_ours(name, made):
         assert (logits - torch.tensor(wanted)).abs().max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", EVERY)
 def test_what_comes_back_is_what_went_out(name, made, capsys):
     folder, _ = made
     config = write_config(folder / name, CASES[name])
@@ -96,7 +98,7 @@ def test_what_comes_back_is_what_went_out(name, made, capsys):
     assert (again / "config.json").read_text() == (target / "config.json").read_text()
 
 
-@pytest.mark.parametrize("name", ["dense-tied", "all", "experts"])
+@pytest.mark.parametrize("name", ["dense-tied", "all"])
 def test_what_transformers_saves_comes_in(name, made, tmp_path):
     """As after a training there."""
     folder, _ = made
@@ -112,7 +114,7 @@ def test_what_transformers_saves_comes_in(name, made, tmp_path):
         assert (factor * before.read(tensor) == after.read(tensor)).all(), tensor
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3])
+@pytest.fixture(scope="module", params=[2, *(pytest.param(top, marks=pytest.mark.full) for top in (1, 3))])
 def mixture(request, tmp_path_factory) -> tuple[Path, Any, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("mixture")
     (found,) = run_ranks(folder / "out", 1, make_mixture, folder, request.param, 1)
@@ -167,7 +169,7 @@ def test_a_mixture_comes_back(mixture):
             assert before.read(tensor).tobytes() == after.read(tensor).tobytes(), tensor
 
 
-@pytest.mark.parametrize("name", ["all", "experts", "sequence"])
+@pytest.mark.parametrize("name", SAMPLE[1:])
 def test_recomputed_gradients_are_the_gradients(name, made):
     folder, found = made
     model = loaded(export(folder / name, write_config(folder / name, CASES[name]))).train()
