@@ -77,16 +77,12 @@ def _sizes(form: Form, dtype: str, parameters: int) -> Iterator[str]:
 
 
 def _loading(name: str, form: Form) -> str:
-    looped = form.recurrence.parsed.loops > 1
+    loops = form.recurrence.loops
     trust = "" if form.kind == "llama" else ", trust_remote_code=True"
-    text = _LOAD.format(name=name, trust=trust, loops=f", loops={form.recurrence.loops}" if looped else "")
-    further = form.recurrence.parsed.loops
-    return text + (
-        f"\n\n`loops` may be any number from 1; it was trained with up to {further}, and the default is "
-        f"{form.recurrence.loops}."
-        if looped
-        else ""
-    )
+    text = _LOAD.format(name=name, trust=trust, loops=f", loops={loops}" if loops > 1 else "")
+    if loops == 1:
+        return text
+    return f"{text}\n\n`loops` may be any number from 1; the default is {loops}, with which it was made."
 
 
 def _measured(source: Checkpoint) -> list[str]:

@@ -113,8 +113,14 @@ def form_of(config: Path, wanted: Outline, source: Checkpoint, layers: Source) -
         epsilon=float(megatron.get("norm-epsilon") or 1e-5),
         activation="silu" if shape.gated else "relu2" if megatron.get("squared-relu") else "gelu",
         depths=wanted.depths, moee=wanted.moee, pre_softmax=bool(megatron.get("moe-router-pre-softmax")),
-        router_dtype=_ROUTER_TYPES[megatron.get("moe-router-dtype")],
+        router_dtype=_router_type(config, megatron.get("moe-router-dtype")),
     )  # fmt: skip
+
+
+def _router_type(config: Path, value: Any) -> str | None:
+    if value not in _ROUTER_TYPES:
+        raise CherryError(f"{config}: megatron.moe-router-dtype is {value}; it is fp32, fp64 or null")
+    return _ROUTER_TYPES[value]
 
 
 def _whole(config: Path, megatron: Mapping[str, Any], flag: str, default: int | None = None) -> int:

@@ -155,7 +155,9 @@ def _check_configuration(there: Weights, form: Form, config: Path, wanted: Outli
     one = there.under(expert_prefix(0)) if experts else there
     check_model(one, wanted.recurrence, config, wanted.megatron, (*WALK, "loops"))
     keys = ("loops",) if form.kind == "llama" else ("loops", "order", "injection")
-    held = [("recurrence", key, wanted.recurrence, form.recurrence) for key in keys]
+    held: list[tuple[str, str, Any, Any]] = [
+        ("recurrence", key, wanted.recurrence, form.recurrence) for key in keys
+    ]
     held += [("moee", key, wanted.moee, form.moee) for key in ("prefix", "router_hidden") if experts]
     for section, key, theirs, own in held:
         if getattr(theirs, key) != getattr(own, key):
