@@ -79,6 +79,16 @@ def test_logits_are_ours(name, made):
         assert (logits - torch.tensor(wanted)).abs().max() <= TOLERANCE
 
 
+@torch.no_grad()
+def test_without_what_is_predicted_ahead_a_dense_model_is_a_llama(made, capsys):
+    folder, found = made
+    name = "dense-ahead"
+    target = export(folder / name, write_config(folder / name, CASES[name]), "--set", "mtp.depths=0")
+    assert "form        LlamaForCausalLM" in capsys.readouterr().out
+    wanted = torch.tensor(found[name]["logits"][1])
+    assert (loaded(target)(torch.tensor(found[name]["tokens"])).logits - wanted).abs().max() <= TOLERANCE
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_what_comes_back_is_what_went_out(name, made, capsys):
     folder, _ = made
