@@ -15,12 +15,13 @@ import yaml
 from cherry_megatron.cli import main
 from cherry_megatron.data import tokenizer as tokenizers
 from cherry_megatron.storage.integrity import damage, saved_files
+from cherry_megatron.storage.weights import Weights
 from tests.conftest import korean_text
 from tests.killing import SIGNALS, WHO, run_and_stop
 from tests.surgery.conftest import FFN, GROUPS, HEADS, HIDDEN, VOCABULARY, model_tensors, save
 
 NEVER = 10**9
-VERBS = ("data", "select", "compress-depth", "assemble-moee")
+VERBS = ("data", "select", "compress-depth", "assemble-moee", "convert-hf")
 SAMPLE = [("compress-depth", "SIGKILL", "one", 0), ("assemble-moee", "SIGTERM", "all", 0)]
 REST = [trial for trial in product(VERBS, SIGNALS, WHO, (0, 1)) if trial not in SAMPLE]
 
@@ -40,6 +41,8 @@ def sources(tmp_path_factory) -> Path:
     (folder / "compress-depth.yaml").write_text(yaml.safe_dump(small))
     whole = {**small, "recurrence": {"pattern": "*-[(*-)x6]x2*-"}, "moee": {"experts": 2, "router_hidden": 6}}
     (folder / "assemble-moee.yaml").write_text(yaml.safe_dump(whole))
+    dense = {**small, "recurrence": {"pattern": "(*-)x8"}, "megatron": {**megatron, "seq-length": 64}}
+    (folder / "convert-hf.yaml").write_text(yaml.safe_dump(dense))
     return folder
 
 
@@ -59,8 +62,18 @@ def command(verb: str, sources: Path, folder: Path) -> list[str]:
         return ["data", "--input", str(sources / "text.jsonl"), *tokens]
     if verb == "select":
         return ["select", "--data", str(folder / "tokens"), "--selector", "random"]
-    loads = [str(sources / "run0")] if verb == "compress-depth" else [str(sources / "run0"), str(sources / "run1")]
-    return [verb, "--load", *loads, "--save", str(folder / "made"), "--config", str(sources / f"{verb}.yaml")]
+    loads = [str(sources / "run0"), *([str(sources / "run1")] if verb == "assemble-moee" else [])]
+    more = ["--no-tokenizer", "--shard-size", "2e-5"] if verb == "convert-hf" else []
+    return [
+        verb,
+        "--load",
+        *loads,
+        "--save",
+        str(folder / "made"),
+        "--config",
+        str(sources / f"{verb}.yaml"),
+        *more,
+    ]
 
 
 def artefacts(verb: str, folder: Path) -> dict[str, object]:
@@ -70,9 +83,13 @@ def artefacts(verb: str, folder: Path) -> dict[str, object]:
         if not (folder / f"{start}.idx").exists():
             return {}
         return {f"{start}.{end}": (folder / f"{start}.{end}").read_bytes() for end in ("idx", "bin")}
-    made = folder / "made/iter_0000000"
-    if not (folder / "made").exists():
+    made = folder / "made"
+    if not made.exists():
         return {}
+    if verb == "convert-hf":
+        Weights(made).check(list(Weights(made).tensors))
+        return {"names": {path.name for path in made.iterdir()}, "values": (made / "manifest.json").read_text()}
+    made = made / "iter_0000000"
     assert damage(made) is None
     # Archives and records have the time in them.
     return {"names": {*saved_files(made)}, "values": (made / "manifest.json").read_text()}

@@ -3,6 +3,7 @@ transformers and Megatron's HuggingFaceTokenizer open."""
 
 import hashlib
 import itertools
+import json
 import os
 import shutil
 from array import array
@@ -23,6 +24,7 @@ from cherry_megatron.errors import CherryError
 
 END_OF_DOCUMENT = "<|endoftext|>"
 PADDING = "<|padding|>"
+SETTINGS = "tokenizer_config.json"
 SMALLEST = 256 + 2  # every byte, and the two special tokens
 OPEN_FILES = 64
 NAMED_LINES = 100  # malformed lines that are named one by one
@@ -189,17 +191,42 @@ def load(folder: Path) -> Tokenizer:
 
 
 def end_of_document(tokenizer: Tokenizer, folder: Path) -> int:
-    """The id that ends every document.
+    """The id that ends every document: of our own token, or of what a tokenizer from elsewhere ends texts with.
 
     Raises:
         CherryError: if the tokenizer has none.
     """
     found: int | None = tokenizer.token_to_id(END_OF_DOCUMENT)
+    if found is None and (folder / SETTINGS).is_file():
+        found = tokenizer.token_to_id(special_token(read_settings(folder / SETTINGS), "eos") or END_OF_DOCUMENT)
     if found is None:
         raise CherryError(
-            f"the tokenizer {folder} has no {END_OF_DOCUMENT} token; make one with `cherry tokenizer`"
+            f"the tokenizer {folder} has no {END_OF_DOCUMENT} token, and its {SETTINGS} names no eos_token; make "
+            "one with `cherry tokenizer`"
         )
     return found
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The content of a tokenizer_config.json.
+
+    Raises:
+        CherryError: if it cannot be read.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no keys and values")
+    except (OSError, ValueError, RecursionError) as error:
+        raise CherryError(f"{path} is damaged ({error}); restore it") from None
+    return found
+
+
+def special_token(settings: dict[str, Any], kind: str) -> str | None:
+    """A special token by its kind (bos, eos, pad), as a tokenizer_config.json names it; None if it does not."""
+    token = settings.get(f"{kind}_token")
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
 
 
 def size(tokenizer: Tokenizer) -> int:

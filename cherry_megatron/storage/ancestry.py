@@ -21,8 +21,10 @@ from cherry_megatron.storage.lineage import (
     manifest_text,
     parent,
     read_lineage,
+    read_manifest,
     record,
 )
+from cherry_megatron.storage.weights import Weights, is_weights
 
 
 def parents_of(loaded: Path | None, own: bool) -> list[dict[str, Any]]:
@@ -79,14 +81,14 @@ def describe(path: Path, verify: bool) -> list[str]:
     """The chain of a checkpoint's ancestors, a line each, newest first.
 
     Args:
-        path: see `open_checkpoint`.
+        path: see `open_checkpoint`; or weights in the form of Hugging Face.
         verify: read every tensor and every file of it, and compare; of an ancestor that is still there its manifest
             is compared.
 
     Raises:
         CherryError: if the checkpoint or an ancestor is not what its record says.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = Weights(path) if is_weights(path) else open_checkpoint(path)
     lineage = read_lineage(checkpoint.folder)
     if lineage is None:
         raise CherryError(f"{checkpoint.folder} has no {LINEAGE}; only what this project saved has one")
@@ -138,17 +140,18 @@ def _verify(checkpoint: Checkpoint) -> None:
         )
     checkpoint.check(list(checkpoint.tensors))
     hash_all(checkpoint, tqdm(checkpoint.tensors, unit="tensor", desc="verify", disable=None))
-    if why := damage(checkpoint.folder):  # of all files, what is no tensor in them too
+    # Of all files, what is no tensor in them too. Weights lie among files that people change, such as the card.
+    if not isinstance(checkpoint, Weights) and (why := damage(checkpoint.folder)):
         raise CherryError(f"{why}; restore the checkpoint")
 
 
 def _ancestor(folder: Path, entry: dict[str, Any]) -> str:
     """Whether an ancestor is still where it was, and still the same."""
-    if not (folder / ".metadata").is_file():
+    if not (folder / ".metadata").is_file() and not is_weights(folder):
         return "no longer there"
     if entry.get("partial"):
         return "had no manifest: identity of what was read of it"
-    manifest = Checkpoint(folder).manifest
+    manifest = read_manifest(folder)
     if manifest is None or identity(manifest) != entry["identity"]:
         raise CherryError(
             f"{folder} is no longer the checkpoint {entry['identity'][:12]} that this one was made from"

@@ -10,10 +10,11 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -126,10 +127,11 @@ class Checkpoint:
 
     def under(self, start: str) -> "Checkpoint":
         """The tensors whose names begin so, by the rest of their names, with the same objects."""
-        found = Checkpoint.__new__(Checkpoint)
-        found.folder, found.objects, found.read_hashes = self.folder, self.objects, {}
+        found = copy(self)
+        for known in ("model", "experts"):  # of all tensors
+            found.__dict__.pop(known, None)
         found.tensors = {n.removeprefix(start): t for n, t in self.tensors.items() if n.startswith(start)}
-        found.manifest = None
+        found.manifest, found.read_hashes = None, {}
         return found
 
     def check(self, names: list[str]) -> None:
@@ -190,7 +192,7 @@ class Checkpoint:
         path = self.folder / chunk.place.file
         try:
             with path.open("rb", buffering=0) as file:
-                dtype, values = read_tensor(file, chunk.place.offset, chunk.place.length)
+                dtype, values = self._stored(file, tensor, chunk)
             if values.shape == (1, *chunk.sizes):  # a layer of a stack
                 values = values[0]
             if dtype != tensor.dtype or values.shape != chunk.sizes:
@@ -206,6 +208,10 @@ class Checkpoint:
                 f"{path}: the tensor {tensor.name} is not what was saved (SHA-256); restore the checkpoint"
             )
         return values
+
+    def _stored(self, file: BinaryIO, tensor: Tensor, chunk: Chunk) -> tuple[str, Array]:
+        """What lies at a chunk's place: torch's name of its type, and the values."""
+        return read_tensor(file, chunk.place.offset, chunk.place.length)
 
     def arguments(self) -> dict[str, Any]:
         """Megatron's arguments of the training that saved it, by name.

@@ -200,7 +200,7 @@ def _read_tensor(file: BinaryIO, offset: int, length: int) -> tuple[str, Array]:
     file.seek(offset + info.header_offset + 26)
     lengths = np.frombuffer(file.read(4), np.uint16)
     file.seek(offset + info.header_offset + 30 + int(lengths.sum()))
-    if info.file_size != values.nbytes or not _fill(file, memoryview(values.view(np.uint8))):
+    if info.file_size != values.nbytes or not fill(file, memoryview(values.view(np.uint8))):
         raise CherryError("the file is too short")
     if stride != tuple(np.cumprod((1, *shape[:0:-1]))[::-1]) and values.size > 1:
         strides = tuple(step * values.itemsize for step in stride)
@@ -208,7 +208,7 @@ def _read_tensor(file: BinaryIO, offset: int, length: int) -> tuple[str, Array]:
     return name, values[start : start + int(np.prod(shape))].reshape(shape)
 
 
-def _fill(file: BinaryIO, buffer: memoryview) -> bool:
+def fill(file: BinaryIO, buffer: memoryview) -> bool:
     """Read until a buffer is full; False if the file ends before. The system gives 2 GiB at once at most."""
     while buffer.nbytes:
         count: int = file.readinto(buffer)  # type: ignore[attr-defined]

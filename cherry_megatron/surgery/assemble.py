@@ -65,7 +65,8 @@ def plan_assembly(loads: Sequence[Path], config: Path, overrides: Sequence[str],
         "optimizer   its state is dropped; training starts it anew",
     ]
     details = {**configuration(config, wanted), "moee": asdict(mixture), "seed": seed}
-    return Surgery(parts, jobs, _objects(first, recurrence, list(parts), depths), "assemble-moee", details, lines)
+    made = mixture_objects(first, recurrence, list(parts), depths)
+    return Surgery(parts, jobs, made, "assemble-moee", details, lines)
 
 
 def plan_extraction(load: Path, config: Path, overrides: Sequence[str], number: int) -> Surgery:
@@ -163,7 +164,9 @@ def _router(mixture: Mixture, source: Checkpoint, embedding: str, seed: int) -> 
     ]
 
 
-def _objects(source: Checkpoint, recurrence: Recurrence, starts: list[str], depths: int) -> dict[str, Any]:
+def mixture_objects(
+    source: Checkpoint, recurrence: Recurrence, starts: Sequence[str], depths: int
+) -> dict[str, Any]:
     """What a mixture's checkpoint holds besides tensors: one common state, and what each expert has."""
     one: dict[str, Any] = objects(source, recurrence.parsed, False, depths)
     common = {name: value for name, value in one.items() if name.startswith("common_state")}

@@ -2,8 +2,8 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from cherry_megatron.surgery.depths import new_depths
 from cherry_megatron.surgery.grouping import METHODS, Method, Mix, make_groups, mix
 from cherry_megatron.surgery.jobs import Drawn
 from cherry_megatron.surgery.search import Found
-from cherry_megatron.surgery.writing import CHECKPOINT, Job, publish, run_jobs
+from cherry_megatron.surgery.writing import CHECKPOINT, Job, publish, run_jobs, write_flushed
 
 SPARE = 1 << 20  # for what is no tensor
 # Megatron's defaults.
@@ -91,6 +91,7 @@ class Surgery:
         operation: for the lineage.
         details: likewise.
         lines: what `--dry-run` prints.
+        beside: files to be written beside the checkpoint, by name.
     """
 
     parts: dict[str, Checkpoint]
@@ -99,6 +100,7 @@ class Surgery:
     operation: str
     details: dict[str, Any]
     lines: list[str]
+    beside: Mapping[str, bytes] = field(default_factory=dict)
 
     @cached_property
     def source(self) -> Checkpoint:
@@ -114,6 +116,8 @@ class Surgery:
         count = workers or len(os.sched_getaffinity(0))
         with new_folder(save, written_bytes(self.jobs) + SPARE) as partial:
             (partial / CHECKPOINT).mkdir()
+            for name, content in self.beside.items():
+                write_flushed(partial / name, content)
             reports = run_jobs(self.source, partial / CHECKPOINT, self.jobs, count)
             read = {name: chunks for report in reports for name, chunks in report.read.items()}
 

@@ -27,7 +27,7 @@ from cherry_megatron.surgery.activations import file_name
 from cherry_megatron.surgery.align import Alignment
 from cherry_megatron.surgery.corrections import Correct, factors
 from cherry_megatron.surgery.grouping import Mix
-from cherry_megatron.surgery.jobs import Constant, Copy, Merge, Stack, Unroll
+from cherry_megatron.surgery.jobs import Constant, Copy, Merge, Recut, Stack, Unroll
 from cherry_megatron.surgery.writing import Job, Spec
 
 MOMENTS = "optimizer.state."
@@ -250,6 +250,8 @@ def peak_bytes(jobs: Sequence[Job], workers: int) -> int:
         itemsize = max(np.dtype(DTYPES[spec.dtype][1]).itemsize for spec in job.writes)
         if isinstance(job, Copy | Stack):
             return int(largest) * itemsize
+        if isinstance(job, Recut):
+            return 2 * max(sum(spec.nbytes for spec in step.writes) for step in job.steps)  # what is read too
         if isinstance(job, Correct):
             # In doubles: what is missing, the original, the square and its vectors.
             inner = max(job.merge.writes, key=lambda spec: spec.nbytes)

@@ -10,6 +10,7 @@ from cherry_megatron.storage.layers import LINEARS, LOOP_A, LOOP_B, LOOP_SCALES,
 from cherry_megatron.storage.numbers import Mean, from_double, to_float
 from cherry_megatron.storage.records import DTYPES, Array
 from cherry_megatron.surgery.align import Alignment, Order, align
+from cherry_megatron.surgery.cuts import Cut
 from cherry_megatron.surgery.writing import Spec
 
 
@@ -247,3 +248,47 @@ class Unroll:
         hidden = self.writes[0].shape[0]
         vectors = to_float(source.tensors[self.names[role]].dtype, source.read(self.names[role]))
         return vectors.reshape(-1, hidden)[self.loop].astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one tensor of ours has to do with those of another naming.
+
+    Attributes:
+        reads: one tensor to be cut, or the parts of one to be joined.
+        writes: the reverse.
+        cut: how.
+    """
+
+    reads: tuple[str, ...]
+    writes: tuple[Spec, ...]
+    cut: Cut
+
+
+@dataclass(frozen=True)
+class Recut:
+    """Tensors taken over as they are, cut or joined.
+
+    Attributes:
+        steps: one a tensor of ours.
+        joins: whether parts are read and ours written, or the reverse.
+    """
+
+    steps: tuple[Step, ...]
+    joins: bool
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return tuple(name for step in self.steps for name in step.reads)
+
+    @property
+    def writes(self) -> tuple[Spec, ...]:
+        return tuple(spec for step in self.steps for spec in step.writes)
+
+    def make(self, source: Checkpoint) -> Iterator[Array]:
+        for step in self.steps:
+            values = [source.read(name) for name in step.reads]
+            if self.joins:
+                yield step.cut.join(values, step.writes[0].shape)
+            else:
+                yield from step.cut.split(values[0])

@@ -91,11 +91,25 @@ def carry_out(checkpoint: Checkpoint, folder: Path) -> Callable[[int, Job], Repo
     return do
 
 
-def run_jobs(source: Checkpoint, folder: Path, jobs: Sequence[Job], workers: int) -> list[Report]:
+def run_jobs(
+    source: Checkpoint,
+    folder: Path,
+    jobs: Sequence[Job],
+    workers: int,
+    work: Callable[..., Callable[[int, Job], Report]] = carry_out,
+    *further: Any,
+) -> list[Report]:
     """Do all jobs, the largest first, and flush their files; one bar for the bytes read and written.
 
     While the workers compute, this process has the system read the next jobs' tensors and write the last ones'
     files: the disk is never idle.
+
+    Args:
+        source: what they read.
+        folder: where they write.
+        jobs: in the order of the reports.
+        workers: processes.
+        work: what each of them does, from the source, the folder and what is `further` given.
     """
     sizes = [
         sum(source.tensors[name].nbytes for name in job.reads) + sum(spec.nbytes for spec in job.writes)
@@ -106,7 +120,7 @@ def run_jobs(source: Checkpoint, folder: Path, jobs: Sequence[Job], workers: int
     with (
         tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="surgery", disable=None) as bar,
         ThreadPoolExecutor(workers) as flushing,
-        worker_processes(min(workers, len(jobs)), carry_out, source, folder) as submit,
+        worker_processes(min(workers, len(jobs)), work, source, folder, *further) as submit,
     ):
         numbers = {submit(number, jobs[number]): number for number in order}
         for number in islice(ahead, AHEAD * workers):
@@ -151,7 +165,7 @@ def publish(
         The checkpoint's folder.
     """
     folder = partial / CHECKPOINT
-    manifest = {spec.name: {_origin(spec): digest} for report in reports for spec, _, _, digest in report.tensors}
+    manifest = manifest_of(reports)
     places: dict[str, tuple[str, int, int]] = {}
     with (folder / "__objects.distcp").open("w+b", buffering=0) as file:
         for name, value in objects.items():
@@ -165,21 +179,28 @@ def publish(
         LINEAGE: json.dumps(lineage(manifest), indent=1, ensure_ascii=False).encode(),
     }
     for name, content in files.items():
-        _write(folder / name, content)
+        write_flushed(folder / name, content)
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     hashes |= {report.file: report.sha256 for report in reports}
     hashes["__objects.distcp"] = hash_file(folder / "__objects.distcp")
     # What Megatron's --verify-integrity reads.
-    _write(folder / INTEGRITY, json.dumps({"algorithm": "sha256", "files": hashes}, indent=1).encode())
+    write_flushed(folder / INTEGRITY, json.dumps({"algorithm": "sha256", "files": hashes}, indent=1).encode())
     sync_folder(folder)
-    _write(partial / TRACKER, b"0")
+    write_flushed(partial / TRACKER, b"0")
     sync_folder(partial)
     partial.rename(save)
     sync_folder(save.parent)
     return save / CHECKPOINT
 
 
-def _write(path: Path, content: bytes) -> None:
+def manifest_of(reports: Iterable[Report]) -> Manifest:
+    """The hashes of what was written."""
+    return {spec.name: {_origin(spec): digest} for report in reports for spec, _, _, digest in report.tensors}
+
+
+def write_flushed(path: Path, content: bytes) -> None:
+    """Write a file of a folder that will be renamed."""
+    path.parent.mkdir(exist_ok=True)
     with path.open("wb") as file:
         file.write(content)
         os.fsync(file.fileno())

@@ -34,7 +34,7 @@ def add_compress_depth(verbs: argparse._SubParsersAction) -> None:
         from cherry_megatron.surgery import compress
 
         found = None
-        _check_common(arguments.workers, arguments.save, [arguments.load])
+        check_common(arguments.workers, arguments.save, [arguments.load])
         if arguments.expand:
             _refuse_beside_expand(arguments)
         if arguments.plan is None and arguments.budget is not None:
@@ -55,12 +55,12 @@ def add_compress_depth(verbs: argparse._SubParsersAction) -> None:
                 seed=arguments.seed or 0,
             )  # fmt: skip
             surgery = compress.plan_compression(arguments.load, arguments.config, arguments.set, options, found)
-        _carry_out(surgery, arguments)
+        carry_out(surgery, arguments)
 
     parser = add_verb(verbs, "compress-depth", "average the layers of a checkpoint into few, without a GPU", run)
     parser.add_argument("--load", type=Path, required=True, help="a run's folder, or one of checkpoints")
     parser.add_argument(
-        "--save", type=_new_folder, required=True, help="folder to write, of the form that training loads"
+        "--save", type=new_folder_name, required=True, help="folder to write, of the form that training loads"
     )
     parser.add_argument("--groups", help="adjacent (default), slots, or e.g. 0-7,8-36/4,...")
     parser.add_argument("--plan", choices=("search",), help="search: find the groups with the lowest loss on text")
@@ -87,7 +87,7 @@ def add_assemble_moee(verbs: argparse._SubParsersAction) -> None:
         from cherry_megatron.surgery import assemble, assemble_layers
 
         seed = arguments.seed or 0
-        _check_common(arguments.workers, arguments.save, arguments.load)
+        check_common(arguments.workers, arguments.save, arguments.load)
         if seed < 0:
             raise CherryError(f"--seed {seed} is negative; use 0 or more")
         inside = MOE in outline(arguments.config, arguments.set).recurrence.parsed.symbols
@@ -105,14 +105,14 @@ def add_assemble_moee(verbs: argparse._SubParsersAction) -> None:
             surgery = assemble.plan_extraction(
                 arguments.load[0], arguments.config, arguments.set, arguments.extract
             )
-        _carry_out(surgery, arguments)
+        carry_out(surgery, arguments)
 
     parser = add_verb(verbs, "assemble-moee", "models become the experts of one, without a GPU", run)
     parser.add_argument(
         "--load", type=Path, nargs="+", required=True, help="runs' folders, or of checkpoints: the experts in order"
     )
     parser.add_argument(
-        "--save", type=_new_folder, required=True, help="folder to write, of the form that training loads"
+        "--save", type=new_folder_name, required=True, help="folder to write, of the form that training loads"
     )
     parser.add_argument("--seed", type=int, help="of the router's first weights (default 0)")
     parser.add_argument("--extract", type=int, metavar="E", help="the reverse: write expert E as a single model")
@@ -121,8 +121,8 @@ def add_assemble_moee(verbs: argparse._SubParsersAction) -> None:
     add_config(parser, flags=False)
 
 
-def _check_common(workers: int, save: Path, loads: list[Path]) -> None:
-    """What compress-depth and assemble-moee refuse before they look at a checkpoint, `--dry-run` or not."""
+def check_common(workers: int, save: Path, loads: list[Path]) -> None:
+    """What verbs of surgery refuse before they look at a checkpoint, `--dry-run` or not."""
     from cherry_megatron.files import why_not_writable
 
     if workers < 0:
@@ -135,7 +135,7 @@ def _check_common(workers: int, save: Path, loads: list[Path]) -> None:
         raise CherryError(f"cannot write --save {save}: {why}; choose another place")
 
 
-def _carry_out(surgery: "Surgery", arguments: argparse.Namespace) -> None:
+def carry_out(surgery: "Surgery", arguments: argparse.Namespace) -> None:
     """Print the plan; write the checkpoint, or with `--dry-run` say whether there is something in its place."""
     from cherry_megatron.files import refuse_taken
     from cherry_megatron.surgery.compress import summary
@@ -192,7 +192,7 @@ def _search(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     return find_groups(arguments.load, config, machine, budget, arguments.seed or 0)
 
 
-def _new_folder(text: str) -> Path:
+def new_folder_name(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("it is empty; name the folder to write")
     return Path(text)

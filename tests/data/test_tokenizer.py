@@ -162,3 +162,18 @@ def test_a_folder_that_is_no_tokenizer_is_named(tmp_path):
 def test_a_tokenizer_without_an_end_of_document_is_refused(tmp_path):
     with pytest.raises(CherryError, match=r"has no <\|endoftext\|> token"):
         tokenizers.end_of_document(Tokenizer(models.BPE()), tmp_path)
+
+
+@pytest.mark.parametrize("token", ["</s>", {"content": "</s>", "lstrip": False}])
+def test_a_tokenizer_from_elsewhere_ends_documents_with_its_own_token(token, tmp_path):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({"eos_token": token}))
+    assert tokenizers.end_of_document(tokenizer, tmp_path) == 1
+    path.write_text(json.dumps({"eos_token": "<|none|>"}))
+    with pytest.raises(CherryError, match=r"its tokenizer_config.json names no eos_token"):
+        tokenizers.end_of_document(tokenizer, tmp_path)
+    path.write_text("[")
+    with pytest.raises(CherryError, match=r"tokenizer_config.json is damaged"):
+        tokenizers.end_of_document(tokenizer, tmp_path)

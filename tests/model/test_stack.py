@@ -10,7 +10,9 @@ from tests.conftest import run_ranks
 TOLERANCE = 1e-6
 
 
-def build(recurrence, recompute=False, implementation="local", groups=2, seed=3, depths=0, further=None):
+def build(
+    recurrence, recompute=False, implementation="local", groups=2, seed=3, depths=0, further=None, tied=False
+):
     """A tiny model on this rank with perturbed norms and loop parameters, its plan, and a batch."""
     from cherry_megatron.platform.machine import prepare
 
@@ -29,15 +31,16 @@ def build(recurrence, recompute=False, implementation="local", groups=2, seed=3,
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         mpu.initialize_model_parallel()
         model_parallel_cuda_manual_seed(1)
-    shape = Shape(hidden=32, ffn=48, heads=4, groups=groups, head_size=8, vocabulary=64)
+    shape = Shape(hidden=32, ffn=48, heads=4, groups=groups, head_size=8, vocabulary=64, tied=tied)
     extra = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     config = TransformerConfig(
         num_layers=len(recurrence.parsed.symbols), hidden_size=32, ffn_hidden_size=48, num_attention_heads=4,
-        num_query_groups=groups, kv_channels=8, gated_linear_unit=True, activation_func=torch.nn.functional.silu,
+        num_query_groups=groups, kv_channels=8,
         normalization="RMSNorm", add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0,
         use_cpu_initialization=True, gradient_accumulation_fusion=False, transformer_impl=implementation,
         masked_softmax_fusion=False, bias_dropout_fusion=False, is_hybrid_model=True, init_method_std=0.1,
-        mtp_num_layers=depths or None, **(extra if recompute else {}), **(further or {}),
+        mtp_num_layers=depths or None, **(extra if recompute else {}),
+        **({"gated_linear_unit": True, "activation_func": torch.nn.functional.silu} | (further or {})),
     )  # fmt: skip
     config = prepare_config(config, recurrence)
     plan = make_plan(recurrence, shape, 16, 1, depths)

@@ -85,7 +85,7 @@ def test_two_runs_do_not_write_one_checkpoint(deep, capsys):
     assert "another run is writing" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("step", ["_write", "hash_file", "sync_folder"])
+@pytest.mark.parametrize("step", ["write_flushed", "hash_file", "sync_folder"])
 @pytest.mark.parametrize("nth", [1, 2, 3, 4, 5, 6])
 def test_a_kill_between_any_two_steps_of_publishing_is_made_good(step, nth, deep, monkeypatch):
     whole = publish_in_child(deep, "whole", None, 0)
