@@ -139,7 +139,7 @@ def _rows(
 ) -> Iterator[tuple[str, str, Paired]]:
     """Task or group, metric, and how they differ; of a group over its items, each of the same weight."""
     values: dict[tuple[str, str], Values] = defaultdict(list)
-    groups = b.results.get("group_subtasks", {})
+    groups = {name: children for name, children in b.results.get("group_subtasks", {}).items() if children}
     tasks = {key[0] for key in pairs}
     within = {task: [group for group in groups if task in _leaves(group, groups)] for task in tasks}
     for (task, chosen, _), sides in pairs.items():
@@ -156,7 +156,7 @@ def _rows(
 
 def _leaves(name: str, groups: dict[str, Sequence[str]]) -> set[str]:
     """The tasks of a group and of those in it."""
-    if not groups.get(name):
+    if name not in groups:
         return {name}
     return set().union(*(_leaves(child, groups) for child in groups[name]))
 

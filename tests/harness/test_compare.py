@@ -78,7 +78,7 @@ def test_what_is_printed(two):
     assert rows["all tasks"][2:4] == ["acc", "9"]
     assert not any("f1" in line for line in lines)
     assert "5 items changed (metric, task, item: A -> B)" in lines
-    assert [line.split() for line in lines[-5:]][0] == ["acc", "one,", "1:", "1", "->", "0", "질문", "1"]
+    assert lines[-5].split() == ["acc", "one,", "1:", "1", "->", "0", "질문", "1"]
 
 
 def test_changed_items_in_a_file(two, tmp_path):
