@@ -136,14 +136,18 @@ def _same(ours: Path, theirs: Path) -> None:
         for metric, value in of_task.items():
             exact = not isinstance(value, float) or "perplexity" not in metric
             assert value == (wanted[task][metric] if exact else pytest.approx(wanted[task][metric], rel=1e-4))
-        for one, other in zip(samples(ours, task), samples(theirs, task), strict=True):
-            assert one["prompt"] == other["prompt"]
-            if task == "cherry_ko":
-                totals = [[total for total, _ in item["answers"]] for item in (one, other)]
-                assert totals[0] == pytest.approx(totals[1], rel=1e-5)
-                assert [greedy for _, greedy in one["answers"]] == [greedy for _, greedy in other["answers"]]
-            elif task == "cherry_ko_speak":
-                assert one["answers"] == other["answers"]
+        _same_answers(task, samples(ours, task), samples(theirs, task))
+
+
+def _same_answers(task: str, ours: list[dict], theirs: list[dict]) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["prompt"] == other["prompt"]
+        if task == "cherry_ko":
+            totals = [[total for total, _ in item["answers"]] for item in (one, other)]
+            assert totals[0] == pytest.approx(totals[1], rel=1e-5)
+            assert [greedy for _, greedy in one["answers"]] == [greedy for _, greedy in other["answers"]]
+        elif task == "cherry_ko_speak":
+            assert one["answers"] == other["answers"]
 
 
 def test_examples_and_long_prompts_are_cut_as_hugging_faces_form_has_them(asked, llama, cherry, tmp_path):
@@ -173,24 +177,32 @@ def test_converted_checkpoint_gets_the_same_scores(evaluated, asked, cherry, tmp
     _same(evaluated[0], next((converted / "tasks").iterdir()))
 
 
-def test_other_loops_and_layouts(asked, evaluated, by_hand, cherry, tmp_path):
+LAYOUTS = {
+    "dp2": (2, []),
+    "tp2-sp-dp2": (4, ["--tensor-model-parallel-size", 2, "--sequence-parallel"]),
+    "pp2": (2, ["--pipeline-model-parallel-size", 2]),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "dp2" else pytest.param(name, marks=pytest.mark.full) for name in LAYOUTS]
+)
+def test_other_loops_and_layouts(name, asked, evaluated, by_hand, cherry, tmp_path):
     """One folder for each number of loops; ranks give what one process does."""
+    world, flags = LAYOUTS[name]
     home, load = tmp_path / "run", asked.parent / "run"
     more = ("--set", f"run={home}", "--set", f"megatron.load={load}", "--set", "megatron.finetune=true")
-    flags = ("--", "--tensor-model-parallel-size", 2, "--sequence-parallel")
-    names = ("--tasks", "cherry_ko,cherry_ko_speak", "--task-dir", TASKS, "--limit", 10, "--loops", 3, 1)
-    status, said = cherry(tmp_path / "out", "evaluate", "--config", asked, *names, *more, *flags, world=4)
+    names = ("--tasks", "cherry_ko,cherry_ko_speak", "--task-dir", TASKS, "--limit", 7, "--loops", 3, 1)
+    status, said = cherry(tmp_path, "evaluate", "--config", asked, *names, *more, "--", *flags, world=world)
     assert status == 0, said
     one, three = sorted((home / "tasks").iterdir(), key=lambda folder: folder.name[-1])
     for task in ("cherry_ko", "cherry_ko_speak"):
-        for found, wanted in zip(samples(three, task), samples(evaluated[0], task), strict=False):
-            if task == "cherry_ko":
-                totals = [[total for total, _ in item["answers"]] for item in (found, wanted)]
-                assert totals[0] == pytest.approx(totals[1], rel=1e-5)
-            else:
-                assert found["answers"] == wanted["answers"]
-    for found, wanted in zip(samples(one, "cherry_ko"), choice_likelihoods(by_hand, loops=1), strict=False):
-        assert [total for total, _ in found["answers"]] == pytest.approx(wanted, rel=1e-5)
+        found = samples(three, task)
+        assert len(found) == 7
+        _same_answers(task, found, samples(evaluated[0], task)[:7])
+    totals = [[total for total, _ in item["answers"]] for item in samples(one, "cherry_ko")]
+    for found, wanted in zip(totals, choice_likelihoods(by_hand, loops=1), strict=False):
+        assert found == pytest.approx(wanted, rel=1e-5)
 
 
 def _asked_by_name(config: Path) -> dict:

@@ -32,8 +32,10 @@ def likelihoods(prompts, loops, at_once, model):
 
 
 def plain(prompts, model):
-    """The same by whole passes in float64 sums, and what was found in one go and in many."""
+    """The same by whole passes in float64 sums, what was found in one go and in many, and what the likeliest is."""
     import torch
+
+    from cherry_megatron.inference.scoring import score
 
     found = [likelihoods(prompts, 3, many, model) for many in (2048, 7)]
     wanted = []
@@ -45,12 +47,10 @@ def plain(prompts, model):
             said = torch.tensor(continuation)
             total = float(likely.gather(1, said[:, None]).sum())
             wanted.append((total, bool((likely.argmax(-1) == said).all())))
-    greedy = int(model[0](torch.tensor([prompts[0]]), torch.arange(len(prompts[0]))[None], None)[0, -1].argmax())
-    return found, wanted, (greedy, loops_of(prompts, model))
-
-
-def loops_of(prompts, model):
-    return [likelihoods(prompts, loops, 2048, model) for loops in (1, 2)]
+        logits = model[0](torch.tensor([prompts[0]]), torch.arange(len(prompts[0]))[None], None)[0, -1]
+    likeliest = int(logits.argmax())
+    greedy = [told for _, told in score(model, [(prompts[0], [token]) for token in (likeliest, likeliest - 1)], 3)]
+    return found, wanted, (greedy, [likelihoods(prompts, loops, 2048, model) for loops in (1, 2)])
 
 
 def same(found, wanted):
@@ -65,23 +65,12 @@ def single(speaking: Path, tmp_path_factory):
 
 
 def test_log_likelihoods_are_those_of_whole_passes_in_one_go_and_in_pieces(single):
-    (at_once, in_pieces), wanted, (_, (one, two)) = single
+    (at_once, in_pieces), wanted, (greedy, (one, two)) = single
     same(at_once, wanted)
     same(in_pieces, wanted)
+    assert greedy == [True, False]
     totals = [[total for total, _ in found] for found in (at_once, one, two)]
     assert len({round(of[0], 3) for of in totals}) == 3, "other loops must be another model"
-
-
-def greedy_pair(prompts, token, model):
-    from cherry_megatron.inference.scoring import score
-
-    return score(model, [(prompts[0], [token]), (prompts[0], [token + 1])], 3)
-
-
-def test_the_likeliest_continuation_is_told(single, speaking, tmp_path):
-    _, _, (token, _) = single
-    (found,) = run_ranks(tmp_path, 1, with_model, speaking, "", greedy_pair, token)
-    assert [greedy for _, greedy in found] == [True, False]
 
 
 def broken(prompts, model):
@@ -167,6 +156,7 @@ def test_a_mixture_gives_the_sum_of_probabilities_on_one_rank_and_on_two(write_m
         same(theirs, wanted)
 
 
+@pytest.mark.full
 def test_experts_inside_layers_on_one_rank_and_on_two(write_config, train, tmp_path):
     lengths = {"seq-length": 96, "max-position-embeddings": 96, "num-experts": 4, "train-iters": 4, "lr": 1e-2}
     path = write_config(tmp_path, recurrence={"pattern": "*-[*E]x3*E"}, megatron=lengths)
