@@ -1,6 +1,6 @@
 """Tasks of lm-evaluation-harness: found in a local folder, put to a model, kept, and compared between two models.
 
-The harness (the extra `evaluate`) is imported by tasks.py, model.py and run.py alone.
+Nothing outside this package imports the harness, which is the extra `evaluate`; nor does compare.py.
 """
 
 from importlib.util import find_spec

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.training import get_args
 
 from cherry_megatron.config import Config
 from cherry_megatron.data.tokenizer import fingerprint
@@ -102,7 +101,7 @@ class TaskEvaluation:
     def _described(self, loops: int) -> dict[str, Any]:
         return {
             "checkpoint": str(self._checkpoint),
-            "iteration": int(get_args().iteration),
+            "iteration": int(self._checkpoint.name.removeprefix("iter_")),
             "loops": loops,
             "config": str(self._config.source),
             "config_hash": self._config.hash(),
