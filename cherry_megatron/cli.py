@@ -14,13 +14,14 @@ from cherry_megatron.monitor.console import hide_warnings
 from cherry_megatron.platform.leaving import leave
 from cherry_megatron.verbs.convert import add_convert_hf
 from cherry_megatron.verbs.data import add_data, add_tokenizer
+from cherry_megatron.verbs.evaluate import add_evaluate
 from cherry_megatron.verbs.experiment import add_experiment
 from cherry_megatron.verbs.job import add_job
 from cherry_megatron.verbs.report import add_report
 from cherry_megatron.verbs.sgt import add_select
 from cherry_megatron.verbs.status import add_status
 from cherry_megatron.verbs.surgery import add_assemble_moee, add_calibrate, add_compress_depth, add_lineage
-from cherry_megatron.verbs.training import add_doctor, add_evaluate, add_generate, add_params, add_pretrain
+from cherry_megatron.verbs.training import add_doctor, add_generate, add_params, add_pretrain
 
 
 def program(argv: Sequence[str] | None = None) -> NoReturn:

@@ -11,6 +11,7 @@ checkpoints/      Megatron's torch_dist checkpoints
 tensorboard/      events
 logs/             Megatron's own output, one file a rank
 cache/            Megatron's data set indices
+tasks/            scores on tasks, one folder an evaluation, see harness/results.py
 search/           logs of a search for the grouping that the run is to start from
 lock              held by the training that writes here
 """

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core import mpu
 from megatron.training import get_args
 
 from cherry_megatron.inference.draft import Depths, Drafter, Drafting, FewerLoops, NoDrafts
@@ -81,7 +80,6 @@ def generate(
     check_fit(prompts, options.tokens, get_args().seq_length, "generation")
     started = time.perf_counter()
     read, replicas = readers(model)
-    replicas = replicas or mpu.get_data_parallel_group()
     mine = range(replicas.rank(), len(prompts), replicas.size())
     rows = [Row(number, prompts[number], options.tokens, end) for number in mine]
     depths = get_args().mtp_num_layers or 0
@@ -96,7 +94,7 @@ def generate(
         reader = read(len(rows), room, loops)
     if drafting is not None and drafting.loops is not None:
         drafter = FewerLoops(read(len(rows), room, drafting.loops), chooser, drafted_at_once)
-    with _evaluating(model):
+    with evaluating(model):
         drafted, accepted = _grow(rows, reader, chooser, drafter, heard or (lambda _: None))
     found: list[Any] = [None] * replicas.size()
     torch.distributed.all_gather_object(found, ([row.new for row in rows], drafted, accepted), group=replicas)
@@ -138,7 +136,8 @@ def _grow(
 
 
 @contextmanager
-def _evaluating(model: list[torch.nn.Module]) -> Iterator[None]:
+def evaluating(model: list[torch.nn.Module]) -> Iterator[None]:
+    """The model without dropout and gradients; left as it was."""
     modes = [chunk.training for chunk in model]
     for chunk in model:
         chunk.eval()

@@ -115,13 +115,11 @@ class MixtureReader:
         return peak + shares.log()
 
 
-def readers(
-    model: list[torch.nn.Module],
-) -> tuple[Callable[..., Reads], torch.distributed.ProcessGroup | None]:
+def readers(model: list[torch.nn.Module]) -> tuple[Callable[..., Reads], torch.distributed.ProcessGroup]:
     """What reads texts with this model, from the arguments of Reader but the model.
 
     Returns:
-        It, and the group of the ranks that can share out texts; None: all data-parallel ones.
+        It, and the group of the ranks that can share out texts.
     """
     mixture = mixture_of(model[0])
     if mixture is None:
@@ -129,13 +127,14 @@ def readers(
     return lambda *sizes: MixtureReader(mixture, *sizes), mixture.pg_collection.expt_dp
 
 
-def _apart_from_experts(model: list[torch.nn.Module]) -> torch.distributed.ProcessGroup | None:
-    """The group of ranks whose passes do not meet, where experts inside layers lie on several: None if on one.
+def _apart_from_experts(model: list[torch.nn.Module]) -> torch.distributed.ProcessGroup:
+    """The group of ranks whose passes do not meet: data-parallel ones, with experts inside layers a part of them.
 
     Ranks that exchange tokens in a layer `E` must make the same passes. The rules see to it that those are whole
     tensor-parallel groups, or the other way round (expert_rules.py).
     """
-    if not any(True for chunk in model for _ in routers_of(chunk)):
-        return None
-    exchanging = mpu.get_expert_tensor_and_model_parallel_group().size()
-    return mpu.get_expert_data_parallel_group() if exchanging > mpu.get_tensor_model_parallel_world_size() else None
+    if any(True for chunk in model for _ in routers_of(chunk)):
+        exchanging = mpu.get_expert_tensor_and_model_parallel_group().size()
+        if exchanging > mpu.get_tensor_model_parallel_world_size():
+            return mpu.get_expert_data_parallel_group()
+    return mpu.get_data_parallel_group()

@@ -30,6 +30,7 @@ class Row:
     def __init__(self, number: int, prompt: Sequence[int], most: int, end: int) -> None:
         self.number, self.tokens, self.given = number, list(prompt), len(prompt)
         self._most, self._end, self._name = most, end, str(self.tokens)
+        self._stopped = False
 
     @property
     def new(self) -> list[int]:
@@ -43,8 +44,13 @@ class Row:
 
     @property
     def over(self) -> bool:
-        """Whether the text has come to its end, or is as long as it may be."""
-        return self.missing == 0 or (len(self.tokens) > self.given and self.tokens[-1] == self._end)
+        """Whether the text has come to its end, was stopped, or is as long as it may be."""
+        ended = len(self.tokens) > self.given and self.tokens[-1] == self._end
+        return self._stopped or ended or self.missing == 0
+
+    def stop(self) -> None:
+        """Let nothing follow any more."""
+        self._stopped = True
 
     def generator(self, seed: int, position: int) -> torch.Generator:
         """Of the token at a position: from the seed, the prompt and the position alone."""

@@ -1,4 +1,4 @@
-"""doctor, params, pretrain, evaluate, generate."""
+"""doctor, params, pretrain, generate."""
 
 import argparse
 
@@ -50,24 +50,6 @@ def add_pretrain(verbs: argparse._SubParsersAction) -> None:
         pretrain(config, machine, show_all=arguments.verbose)
 
     parser = add_verb(verbs, "pretrain", "train a model; goes on from the run's newest checkpoint", run)
-    parser.add_argument("--verbose", action="store_true", help="show Megatron's own output too")
-    add_config(parser)
-
-
-def add_evaluate(verbs: argparse._SubParsersAction) -> None:
-    def run(arguments: argparse.Namespace) -> None:
-        from cherry_megatron.platform.machine import prepare
-
-        machine = prepare()
-        config = load_config(arguments)
-        from cherry_megatron.evaluate import evaluate
-
-        evaluate(config, machine, arguments.loops, show_all=arguments.verbose)
-
-    parser = add_verb(verbs, "evaluate", "held-out loss of a run's checkpoint at several numbers of loops", run)
-    parser.add_argument(
-        "--loops", type=int, nargs="+", help="numbers of loops (default 1, 2, 4, ... and the model's)"
-    )
     parser.add_argument("--verbose", action="store_true", help="show Megatron's own output too")
     add_config(parser)
 
