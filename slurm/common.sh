@@ -260,7 +260,8 @@ run_ranks() {
 # SLURM requeues nothing that it ends at its time limit, and kills this shell too if saving takes longer than KillWait.
 requeue_at_limit() {
     [ "$(timeout 60 squeue --noheader --jobs="$job" --format=%r 2>/dev/null)" = TimeLimit ] || return 0
-    scontrol requeue "$job" && echo "$script: requeued at its time limit, which came before the ranks had saved"
+    scontrol requeue "$job" || return 0
+    echo "$script: requeued at its time limit, which came before the ranks had saved"
 }
 
 # Ends the job as what became of its ranks asks for.

@@ -72,6 +72,11 @@ class Attempt:
         return self.saved is not None and self.saved <= self.step
 
     @property
+    def place(self) -> tuple[int | None, bool]:
+        """Where it ended: after a step, and whether that was one of its own."""
+        return self.reached, self.reached != self.step
+
+    @property
     def failed(self) -> bool:
         """Whether it ended otherwise than as it was told to."""
         return self.decision != LEFT and self.status != 0
@@ -203,7 +208,7 @@ def _decide(attempts: Sequence[Attempt], running: bool, last: int | None, early:
 def hopeless(attempts: Sequence[Attempt]) -> str | None:
     """Why another attempt would end as these did, or None if it might not."""
     failed = [attempt for attempt in attempts if attempt.failed]
-    if len(failed) > 1 and failed[-1].reached == failed[-2].reached:
+    if len(failed) > 1 and failed[-1].place == failed[-2].place:
         return f"two attempts failed after step {failed[-1].reached} ({_failure(failed[-1])}); see the ranks' logs"
     vain = list(takewhile(lambda attempt: attempt.in_vain, reversed(attempts)))
     if len(vain) >= MOST_IN_VAIN:

@@ -93,6 +93,18 @@ def test_refused_later_is_tried_once_more(job: Job) -> None:
     assert job.end(2).decision == STOP
 
 
+def test_a_lock_that_is_held_right_after_a_save_is_waited_for_too(job: Job) -> None:
+    """The lost attempt ended after the step that it had saved, where the next one is refused."""
+    job.start()
+    job.reach(5)
+    job.step = 5
+    job.start()
+    assert read_attempts(job.run)[0].place == (5, True)
+    assert job.end(2).decision == REQUEUE
+    job.start()
+    assert job.end(2).decision == STOP
+
+
 def test_early_end_that_was_asked_for(job: Job) -> None:
     job.start()
     assert job.end(0, saved=10, early=True).decision == STOP
