@@ -71,6 +71,16 @@ def test_what_fails_twice_is_not_tried_again(cluster: Cluster, project: Path, st
     assert (run / f"jobs/{job}-1/environment.txt").exists()
 
 
+@pytest.mark.full
+def test_without_other_nodes_it_is_tried_on_the_same(cluster: Cluster, project: Path, stub: Stub) -> None:
+    env = {**cluster.env, **stub(FAILS), **TWO_BY_TWO, "CLUSTER_NODES": "3"}
+    job, run = job_id(launch(project, env)), project / "runs/cherry_1p8b"
+    assert until(lambda: cluster.state(job) == "FAILED", 60), tail(run)
+    first, second = read_attempts(run)
+    assert (first.node, first.nodes) == (cluster.nodes[1], second.nodes)
+    assert f"not enough nodes to do without {cluster.nodes[1]}" in (run / f"logs/slurm-{job}.out").read_text()
+
+
 def test_nodes_without_gpus(cluster: Cluster, project: Path, stub: Stub) -> None:
     sbatch = ("sbatch", "--nodes=1", "--gpus-per-node=0", "--ntasks-per-node=2", "--cpus-per-task=1")
     job, run = job_id(launch(project, {**cluster.env, **stub(SAYS)}, by=sbatch)), project / "runs/cherry_1p8b"
