@@ -13,6 +13,7 @@ from cherry_megatron.runs import read_steps
 
 SEQUENCES = 8  # a step
 FP8 = "--fp8-format hybrid --fp8-recipe"
+NO_SAVES = "--save-interval 100000 --no-save-optim"
 GRAPH = "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"
 
 
@@ -40,8 +41,9 @@ def train_in(
     flags: list[str],
     options: argparse.Namespace,
     ranks: int = 1,
+    saves: str = NO_SAVES,
 ) -> list[dict[str, float]]:
-    """As `train`, in a folder that stays."""
+    """As `train`, in a folder that stays, with Megatron's flags for its saves."""
     module = ["-m", "cherry_megatron.cli"]
     program = [sys.executable, *module]
     if ranks > 1:
@@ -51,7 +53,7 @@ def train_in(
         command += ["--set", override]
     length = (
         f"--train-iters {options.steps} --lr-warmup-iters 2 --global-batch-size {SEQUENCES * ranks} "
-        "--eval-iters 4 --eval-interval 1000 --save-interval 100000 --split 98,1,1 --no-save-optim"
+        f"--eval-iters 4 --eval-interval 1000 --split 98,1,1 {saves}"
     )
     environment = {**os.environ, "CHERRY_TOKENIZER": options.tokenizer, "CHERRY_DATA": options.data}
     environment["PYTHONFAULTHANDLER"] = "1"

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.distributed.checkpoint import CheckpointException
 
 from cherry_megatron.checkpoints import tokenizer_of_run
@@ -20,6 +19,7 @@ from cherry_megatron.errors import CherryError
 from cherry_megatron.files import cannot_write, hidden_folder, make_folder, sync_folder
 from cherry_megatron.monitor.accounting import account, together
 from cherry_megatron.platform.saving import Saves, named
+from cherry_megatron.ranks import as_first_rank
 from cherry_megatron.runs import checkpoint_to_load, own_checkpoints
 from cherry_megatron.storage.ancestry import parents_of, record_saved
 from cherry_megatron.storage.checkpoint import open_checkpoint
@@ -108,27 +108,23 @@ class Keeping:
 
     def _begins(self, iteration: int) -> bool:
         """See, on all ranks, that there is room, and that there is something new to save."""
-        found: list[Any] = [self._look(iteration) if self._rank == 0 else None]
-        torch.distributed.broadcast_object_list(found)
-        (new,) = found
-        if isinstance(new, str):
-            raise CherryError(new)
-        return bool(new)
+        return as_first_rank(lambda: self._look(iteration))
 
-    def _look(self, iteration: int) -> bool | str:
-        """Whether the step is not the newest checkpoint already, or why it cannot be saved."""
+    def _look(self, iteration: int) -> bool:
+        """Whether the step is not the newest checkpoint already.
+
+        Raises:
+            CherryError: why it cannot be saved.
+        """
         found = saved_folder(self._saved)
         if found is not None and step_named(found) == self._folder(iteration) and self._folder(iteration).is_dir():
             return False
-        try:
+        self._remove_leftovers()
+        make_folder(hidden_folder(self._folder(iteration)))
+        if why := why_no_room(self._config):
             self._remove_leftovers()
-            make_folder(hidden_folder(self._folder(iteration)))
-        except CherryError as error:
-            return str(error)
-        why = why_no_room(self._config)
-        if why is not None:
-            self._remove_leftovers()
-        return why or True
+            raise CherryError(why)
+        return True
 
     def _folder(self, iteration: int) -> Path:
         return self._saved / f"iter_{iteration:07d}"
@@ -159,11 +155,14 @@ class Keeping:
         if why := damage(newest):
             self._say(f"WARNING: no older checkpoint is removed: {why}")
             return
-        for folder in surplus:
-            # A name that does not count first, because a removal takes its time.
-            folder.rename(hidden := hidden_folder(folder))
-            sync_folder(folder.parent)
-            shutil.rmtree(hidden, ignore_errors=True)
+        try:
+            for folder in surplus:
+                # A name that does not count first, because a removal takes its time.
+                folder.rename(hidden := hidden_folder(folder))
+                sync_folder(folder.parent)
+                shutil.rmtree(hidden, ignore_errors=True)
+        except OSError as error:
+            self._say(f"WARNING: cannot remove {error.filename}: {error.strerror}")
 
 
 def _stays(folder: Path, every: int) -> bool:

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint import CheckpointException
 from cherry_megatron.config import Config
 from cherry_megatron.errors import CherryError
 from cherry_megatron.platform.loading import before_each_load
+from cherry_megatron.ranks import as_first_rank
 from cherry_megatron.runs import own_checkpoints
 from cherry_megatron.storage.fallback import candidates, go_back, step_of
 from cherry_megatron.storage.integrity import damage, saved_files
@@ -35,11 +36,21 @@ class Loading:
 
     def __init__(self, config: Config, args: Any, say: Callable[[str], None]) -> None:
         self._load: Path | None = args.load and Path(args.load)
-        own = not args.skip_train and own_checkpoints(config) is not None
-        self._falls_back, self._say = own and config.checkpoints.fall_back, say
+        self._own = not args.skip_train and own_checkpoints(config) is not None
+        self._falls_back, self._say, self._args = self._own and config.checkpoints.fall_back, say, args
+        self._verified: Path | None = None
 
     def done(self) -> None:
-        """The checkpoint has been loaded, or there was none."""
+        """The checkpoint has been loaded, or there was none.
+
+        Raises:
+            CherryError: if it is not what was verified: where Megatron finds none it starts from new weights.
+        """
+        if self._own and (self._verified is None or self._args.iteration != step_of(self._verified)):
+            raise CherryError(
+                f"{self._load}: what was loaded is of step {self._args.iteration}, not {self._verified}, which was "
+                "verified; see that nothing else writes there, and start again"
+            )
         self._load = None
 
     def __enter__(self) -> None:
@@ -63,8 +74,9 @@ class Loading:
         """
         if self._load is None:
             return
+        find, load = candidates if self._falls_back else lambda saved: [newest(saved)], self._load
         damaged: list[tuple[Path, str]] = []
-        for folder in candidates(self._load) if self._falls_back else [newest(self._load)]:
+        for folder in as_first_rank(lambda: find(load)):
             why = _damage_by_ranks(folder)
             if why is None:
                 break
@@ -73,6 +85,7 @@ class Loading:
             folder, why = damaged[0]
             rest = "; no older checkpoint of the run is whole" if self._falls_back else ""
             raise CherryError(f"{why}; restore the checkpoint{rest or way_back(folder)}")
+        self._verified = folder
         if damaged and torch.distributed.get_rank() == 0:
             go_back([old for old, _ in damaged], folder)
             for old, why in damaged:

@@ -136,12 +136,6 @@ def recent_steps(run: Path) -> list[dict[str, Any]]:
     return [steps[iteration] for iteration in sorted(steps) if iteration <= lines[-1]["iteration"]]
 
 
-def last_saved(run: Path) -> int:
-    """The step of a run's newest checkpoint that counts; 0 if it has none."""
-    saved = saved_folder(run / "checkpoints")
-    return 0 if saved is None else int(newest(saved).name.removeprefix("iter_"))
-
-
 def read_evaluations(run: Path) -> list[dict[str, Any]]:
     """The recorded evaluations of a run in order; of what was evaluated twice at a step the later.
 

@@ -253,7 +253,15 @@ run_ranks() {
         status=0
         wait "$child" || status=$?
         [ -n "$interrupted" ] || break
+        requeue_at_limit
     done
+}
+
+# SLURM requeues nothing that it ends at its time limit, and kills this shell too if saving takes longer than KillWait.
+requeue_at_limit() {
+    [ "$(timeout 60 squeue --noheader --jobs="$job" --format=%r 2>/dev/null)" = TimeLimit ] || return 0
+    scontrol requeue "$job" || return 0
+    echo "$script: requeued at its time limit, which came before the ranks had saved"
 }
 
 # Ends the job as what became of its ranks asks for.
@@ -330,7 +338,7 @@ cherry_job() {
         tasks=$(get_option ntasks-per-node)
         find_program
         make_launch "$verb" "$(get_option nodes)" "${tasks:-1}" "$(get_option cpus-per-task)"
-        echo "# submitted:"
+        echo "# submitted, from $root${LOAD:+, with LOAD=$LOAD}${FROM:+, with FROM=$FROM}:"
         print_command "${submission[@]}"
         echo "# started in the job, with MASTER_ADDR its first node and MASTER_PORT 10000 + job id % 20000, and with"
         echo "# what \`cherry job begin\` adds there (what to load, where to write):"

@@ -24,7 +24,9 @@ links=$("${program[@]}" job chain --base "$base" --branches "$branch" --mixture 
 queue=
 if [ "${DRY_RUN:-0}" = 0 ]; then
     command -v sbatch >/dev/null || fail "there is no sbatch here; run it on a SLURM login node, or with DRY_RUN=1"
-    queue=$(timeout 60 squeue --noheader --me --states=PENDING,RUNNING,CONFIGURING,SUSPENDED --format='%F %T %k') ||
+    # A job that is being requeued is COMPLETING.
+    states=PENDING,RUNNING,CONFIGURING,COMPLETING,SUSPENDED,STOPPED,SIGNALING,REQUEUED
+    queue=$(timeout 60 squeue --noheader --me --states=$states --format='%F %T %k') ||
         fail "squeue does not answer; try again"
 fi
 line='%-9s %-13s %-10s %s\n'

@@ -214,6 +214,27 @@ def test_a_checkpoint_that_is_gone_is_fallen_back_from_and_a_run_without_one_sto
     assert "no older checkpoint of the run is whole" in refused(copy, "--", "--train-iters", "6")
 
 
+def _loses_its_tracker(path: Path) -> tuple[int, str]:
+    """When all is verified and Megatron is to load."""
+    from cherry_megatron.platform import loading
+
+    load = loading._load_checkpoint
+
+    def load_then(*args, **kwargs):
+        (path.parent / "run/checkpoints" / TRACKER).unlink()
+        return load(*args, **kwargs)
+
+    loading._load_checkpoint = load_then
+    return verb(path.parent, ["pretrain", "--config", str(path), "--", "--train-iters", "6"])
+
+
+def test_what_is_gone_when_it_is_loaded_is_no_start_from_new_weights(copy):
+    ((status, errors),) = run_ranks(copy.parent / "output", 1, _loses_its_tracker, copy)
+    assert status == 2 and "Traceback" not in errors
+    assert "what was loaded is of step 0, not " in errors and "iter_0000004, which was verified" in errors
+    assert [step["iteration"] for step in read_steps(copy.parent / "run")] == [1, 2, 3, 4]
+
+
 def test_a_verb_that_reads_does_not_choose_another_checkpoint(copy):
     _flip(copy.parent / "run/checkpoints/iter_0000004/__0_0.distcp")
     command = ["evaluate", "--config", str(copy), "--", "--train-iters", "4"]

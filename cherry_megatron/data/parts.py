@@ -18,6 +18,7 @@ import numpy as np
 
 from cherry_megatron.data.marks import ANSWERS, Marks, fingerprint, marks_prefix, write_index, write_marks
 from cherry_megatron.data.tokenizer import Counts, Encoded
+from cherry_megatron.data.verify import hashes
 from cherry_megatron.errors import CherryError
 
 # What is moved into place at the end, in this order; there are no answers where the input is plain text.
@@ -190,8 +191,9 @@ class Parts:
             write_marks(tokens, marks, lengths, parts)
 
     def finish(self, report: dict[str, Any]) -> dict[str, Any]:
-        """Mark the parts as finished, then publish them."""
+        """Mark the parts as finished, then publish them, with hashes in the report."""
         with _writing(self._folder):
+            report = {**report, "sha256": hashes(self._folder / "tokens")}
             # A file name that is no UTF-8 becomes an escape that JSON knows.
             with (self._folder / "report").open("w", encoding="utf-8", errors="backslashreplace") as file:
                 json.dump(report, file, indent=1, ensure_ascii=False)

@@ -5,14 +5,14 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from cherry_megatron.config import Config, load
+from cherry_megatron.config import load
 from cherry_megatron.errors import CherryError
 from cherry_megatron.files import write_atomically
 from cherry_megatron.monitor.accounting import account, together
-from cherry_megatron.runs import own_checkpoints, read_evaluations, read_probes, read_rho, read_steps
+from cherry_megatron.runs import read_evaluations, read_probes, read_rho, read_steps
 from cherry_megatron.sgt.pairs import base_hash
 from cherry_megatron.storage.lineage import read_lineage
-from cherry_megatron.storage.tracker import newest, saved_folder
+from cherry_megatron.storage.tracker import newest, saved_folder, step_saved
 
 RECORDS = "records.jsonl"
 _ALWAYS = ("stage", "seed", "verb", "finished", "definition", "device", "seconds")
@@ -85,7 +85,7 @@ def _training(run: Path) -> Record:
     config = load(run / "config.yaml")
     settings = config.as_dict()
     batch = config.value("global-batch-size") or config.positive("micro-batch-size")
-    done, wanted = _saved_step(config), config.value("train-iters") or config.value("train-samples") // batch
+    done, wanted = step_saved(run), config.value("train-iters") or config.value("train-samples") // batch
     if done < wanted:
         raise CherryError(f"the training ended at step {done} of {wanted}; start again to go on")
     sequence = config.positive("seq-length")
@@ -102,11 +102,6 @@ def _training(run: Path) -> Record:
         "base": base_hash(settings, run.parents[1]),
         **({"sgt": settings["sgt"], "rho": read_rho(run), "probes": read_probes(run)} if config.sgt else {}),
     }
-
-
-def _saved_step(config: Config) -> int:
-    saved = own_checkpoints(config)
-    return 0 if saved is None else int(newest(saved).name.removeprefix("iter_"))
 
 
 def _surgery(folder: Path) -> Record:

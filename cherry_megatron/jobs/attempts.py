@@ -4,7 +4,8 @@ attempts.jsonl of the run's folder has a line as an attempt starts and one as it
 node, or killed with the launcher, has no second line; the next one adds it from the steps that were recorded.
 
 A job that was told to stop has saved, and is requeued. One that failed is requeued once: what fails twice at one
-step will fail again. Attempts that leave no newer checkpoint are not repeated for ever either.
+step will fail again. Attempts that leave no newer checkpoint are not repeated for ever either. A training whose
+checkpoints are gone is not begun anew.
 """
 
 import datetime
@@ -12,6 +13,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ ATTEMPTS = "attempts.jsonl"
 REFUSED = 2  # the exit status of bad input
 MOST_IN_VAIN = 5  # attempts in a row that leave no newer checkpoint
 _FIRST = re.compile(r"^srun: error: (?:Node failure on )?([\w.-]+)(?:$|: (tasks? [^:]+: .+))", re.MULTILINE)
+_TOLD = ("Terminated", "User defined signal 1")  # before the training takes these for a wish
 _STARTS = ("verb", "job", "start", "nodes", "step", "offset")  # the keys of the two lines
 _ENDS = ("verb", "job", "start", "status", "saved", "reached", "decision", "reason", "node", "cause")
 FINISHED, REQUEUE, STOP, LEFT = "finished", "requeue", "stop", "left to SLURM"
@@ -67,6 +70,11 @@ class Attempt:
     def in_vain(self) -> bool:
         """Whether it ended and left no newer checkpoint."""
         return self.saved is not None and self.saved <= self.step
+
+    @property
+    def place(self) -> tuple[int | None, bool]:
+        """Where it ended: after a step, and whether that was one of its own."""
+        return self.reached, self.reached != self.step
 
     @property
     def failed(self) -> bool:
@@ -125,8 +133,14 @@ def begin(run: Path, verb: str, job: str, start: int, nodes: str, step: int) -> 
         step: of the newest checkpoint.
 
     Raises:
-        CherryError: if those before it show that it would be in vain, or the run's folder cannot be written.
+        CherryError: if those before it show that it would be in vain or that checkpoints are lost, or the run's
+            folder cannot be written.
     """
+    if lost_step := _lost(run, verb, step):
+        raise CherryError(
+            f"{run} had a checkpoint of step {lost_step}, and now there is none; restore {run / 'checkpoints'}, or "
+            f"choose another run; to train from the beginning again remove {run / ATTEMPTS} too"
+        )
     before = read_attempts(run, job)
     if before and before[-1].saved is None:  # lost: what it left is what there is now
         lost = before[-1]
@@ -137,6 +151,12 @@ def begin(run: Path, verb: str, job: str, start: int, nodes: str, step: int) -> 
     attempt = Attempt(verb, job, start, nodes, step, _size(run / "steps.jsonl"))
     _write(run, {"event": "start", **{name: getattr(attempt, name) for name in _STARTS}})
     return attempt
+
+
+def _lost(run: Path, verb: str, step: int) -> int:
+    """The step of the newest checkpoint of a training that has none any more; 0 if that is not so."""
+    trained = [a for a in read_attempts(run) if a.verb == verb == "pretrain"]
+    return 0 if step else max((a.saved or a.step for a in trained), default=0)
 
 
 def end(run: Path, attempt: Attempt, ranks: Ranks, saved: int, last: int | None, early: bool) -> Verdict:
@@ -154,7 +174,7 @@ def end(run: Path, attempt: Attempt, ranks: Ranks, saved: int, last: int | None,
     code = re.search(r"exit code (\d+)$", cause)  # the others' is that of being ended
     attempt.status, attempt.cause = int(code[1]) if code else ranks.status, cause
     # Neither being ended from outside nor bad input nor a step that was no good says anything of the node.
-    attempt.node = "" if cause.endswith("Terminated") or attempt.status in (REFUSED, AGAIN) else node
+    attempt.node = "" if cause.endswith(_TOLD) or attempt.status in (REFUSED, AGAIN) else node
     attempt.saved, attempt.reached = saved, _reached(run, attempt)
     earlier = [a for a in read_attempts(run, attempt.job) if a.start != attempt.start]
     verdict = _decide([*earlier, attempt], ranks.running, last, early)
@@ -187,14 +207,10 @@ def _decide(attempts: Sequence[Attempt], running: bool, last: int | None, early:
 
 def hopeless(attempts: Sequence[Attempt]) -> str | None:
     """Why another attempt would end as these did, or None if it might not."""
-    vain: list[Attempt] = []
-    for attempt in reversed(attempts):
-        if not attempt.in_vain:
-            break
-        vain.append(attempt)
-    failed = [attempt for attempt in vain if attempt.failed]
-    if len(failed) > 1 and failed[0].reached == failed[1].reached:
-        return f"two attempts failed after step {failed[0].reached} ({_failure(failed[0])}); see the ranks' logs"
+    failed = [attempt for attempt in attempts if attempt.failed]
+    if len(failed) > 1 and failed[-1].place == failed[-2].place:
+        return f"two attempts failed after step {failed[-1].reached} ({_failure(failed[-1])}); see the ranks' logs"
+    vain = list(takewhile(lambda attempt: attempt.in_vain, reversed(attempts)))
     if len(vain) >= MOST_IN_VAIN:
         return (
             f"{len(vain)} attempts in a row left no checkpoint newer than step {vain[0].step}; give them more "

@@ -17,7 +17,7 @@ from cherry_megatron.errors import CherryError
 from cherry_megatron.flags import outline_values
 from cherry_megatron.jobs.attempts import evaluated
 from cherry_megatron.model.pattern import MOE
-from cherry_megatron.storage.tracker import newest, saved_folder
+from cherry_megatron.storage.tracker import saved_folder, step_saved
 
 ASSEMBLED = "assembled"
 BRANCH = "CHERRY_BRANCH"  # the variable by which one configuration stands for several runs
@@ -53,7 +53,7 @@ class Stage:
     def saved(self) -> int:
         """The step of a training's newest checkpoint, 0 if it has none; of another stage 1 once it is finished."""
         if self.verb in ("pretrain", "evaluate"):
-            return saved_step(self.run)
+            return step_saved(self.run)
         return int(saved_folder(self.output) is not None)
 
     @property
@@ -62,16 +62,6 @@ class Stage:
         if self.verb == "evaluate":
             return evaluated(self.run, self.saved)
         return self.saved >= (1 if self.last is None else self.last)
-
-
-def saved_step(run: Path) -> int:
-    """The step of a run's newest checkpoint, 0 if it has none.
-
-    Raises:
-        CherryError: if its tracker file is damaged.
-    """
-    folder = saved_folder(run / "checkpoints")
-    return int(newest(folder).name.removeprefix("iter_")) if folder else 0
 
 
 def stage_of(
@@ -133,7 +123,7 @@ def _of_training(config: Outline, run: Path, load: Sequence[str]) -> tuple[tuple
     arguments: tuple[str, ...] = ()
     if source is not None:
         arguments = ("--set", f"megatron.load={source}", "--set", "megatron.finetune=true")
-    if step := saved_step(run):
+    if step := step_saved(run):
         return arguments, f"the run's own step {step}"
     source = source or config.megatron.get("load")
     if source is not None:

@@ -21,7 +21,8 @@ from cherry_megatron.monitor.alarms import read_alarms
 from cherry_megatron.monitor.progress import Progress
 from cherry_megatron.platform.leaving import AGAIN
 from cherry_megatron.platform.undisturbed import Remembered
-from cherry_megatron.runs import last_saved, recent_steps
+from cherry_megatron.runs import recent_steps
+from cherry_megatron.storage.tracker import step_saved
 
 _FLOOR = 0.01  # of the mean: what a standard deviation counts as at least
 
@@ -168,7 +169,7 @@ class Guard:
 
     def _rewind(self, step: int, found: str) -> bool:
         """Note what is left out from now on; False if there were too many rewinds to this checkpoint."""
-        saved = last_saved(self._run)
+        saved = step_saved(self._run)
         before = [a for a in read_alarms(self._run) if a["kind"] == "rewind" and a["checkpoint"] == saved]
         if len(before) >= self._options.most:
             return False
@@ -187,7 +188,7 @@ class Guard:
             why = f"guards.most {most} steps in a row were skipped; look at the data and the learning rate"
         else:
             why = (
-                f"there were guards.most {most} rewinds to step {last_saved(self._run)}; look at the data and the "
+                f"there were guards.most {most} rewinds to step {step_saved(self._run)}; look at the data and the "
                 "learning rate, or go back to an older checkpoint"
             )
         raise CherryError(f"{self._run}: {found}, and {why}")

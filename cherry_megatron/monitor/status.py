@@ -29,7 +29,7 @@ def status(run: Path, verify: bool = False) -> list[str]:
         verify: read the newest checkpoint and compare its hashes.
 
     Raises:
-        CherryError: if the folder is none of a run, or the checkpoint is damaged.
+        CherryError: if the folder is none of a run, or the checkpoint that is verified is damaged.
     """
     if not (run / "config.yaml").is_file():
         return [_no_training(run)]
@@ -108,10 +108,15 @@ def _checkpoint(run: Path, verify: bool) -> list[str]:
     saved = saved_folder(run / "checkpoints")
     if saved is None:
         return ["no checkpoint yet"]
-    folder = newest(saved)
+    try:
+        folder = newest(saved)
+        made = read_lineage(folder)
+    except CherryError as error:
+        if verify:
+            raise
+        return [f"damaged: {error}"]
     if verify:
         describe(run, verify=True)
-    made = read_lineage(folder)
     told = "verified: every tensor has its recorded hash" if verify else "hashes recorded, --verify compares them"
     if made is None:
         told = "without a record of its hashes"

@@ -36,7 +36,7 @@ from megatron.training.async_utils import maybe_finalize_async_save
 from torch.distributed.checkpoint.storage import WriteResult
 
 from cherry_megatron.files import cannot_write, hidden_folder, sync_folder, write_atomically
-from cherry_megatron.storage.integrity import INTEGRITY, hash_file
+from cherry_megatron.storage.integrity import INTEGRITY, THREADS, hash_file
 from cherry_megatron.storage.lineage import Manifest
 from cherry_megatron.storage.tracker import TRACKER
 
@@ -107,13 +107,15 @@ def _write(transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], 
 
 def _write_bucket(transforms: list[Any], use_msc: bool, bucket: Any) -> list[_Hashed]:
     path, _, (objects, tensors) = bucket
-    _, found = _write_file(transforms, 0, bucket, None, None, use_fsync=True, use_msc=use_msc)
-    if isinstance(found, OSError):
-        raise cannot_write(Path(path), found)
-    if isinstance(found, Exception):
-        raise found
-    digest = hash_file(Path(path))
-    values = [None] * len(objects) + [_hash(tensor) for _, tensor in tensors]
+    with ThreadPoolExecutor(THREADS) as threads:  # hash tensors while they are written
+        hashes = threads.map(_hash, [tensor for _, tensor in tensors])
+        _, found = _write_file(transforms, 0, bucket, None, None, use_fsync=True, use_msc=use_msc)
+        if isinstance(found, OSError):
+            raise cannot_write(Path(path), found)
+        if isinstance(found, Exception):
+            raise found
+        digest = hash_file(Path(path))
+        values = [None] * len(objects) + list(hashes)
     return [
         _Hashed(one.index, one.size_in_bytes, one.storage_data, sha256, digest)
         for one, sha256 in zip(found, values, strict=True)

@@ -56,6 +56,17 @@ def step_named(saved: Path) -> Path | None:
     return saved / f"iter_{int(text):07d}" if text.isdecimal() and len(text) < 16 else None
 
 
+def step_saved(run: Path) -> int:
+    """The step of a run's newest checkpoint that counts, whole or damaged; 0 if it has none.
+
+    Raises:
+        CherryError: if its tracker file names no step.
+    """
+    if (saved := saved_folder(run / "checkpoints")) is None:
+        return 0
+    return int((step_named(saved) or newest(saved)).name.removeprefix("iter_"))
+
+
 def way_back(folder: Path) -> str:
     """What to do about a damaged checkpoint besides restoring it, as the end of a sentence.
 

@@ -2,6 +2,7 @@
 
 import argparse
 
+from cherry_megatron.errors import CherryError
 from cherry_megatron.verbs.common import add_config, add_verb, load_config
 
 
@@ -12,16 +13,25 @@ def add_doctor(verbs: argparse._SubParsersAction) -> None:
         found = machine.prepare()
         doctor.report(found)
         if not arguments.config:
+            if arguments.verify:
+                raise CherryError("--verify needs --config, which names the data")
             return 0
         config = load_config(arguments)
         from cherry_megatron.checks import obstacles
+        from cherry_megatron.data.paths import data_prefixes
+        from cherry_megatron.data.verify import changed
 
         problems = obstacles(found, config)
+        if arguments.verify:
+            problems += [why for _, prefix in data_prefixes(config) for why in changed(prefix)]
         for line in problems or ["can run here", doctor.reads_by(config), *doctor.how_to_start(config)]:
             print(f"{config.source}: {line}")
         return 1 if problems else 0
 
     parser = add_verb(verbs, "doctor", "what is installed, what will be used, can a configuration run here", run)
+    parser.add_argument(
+        "--verify", action="store_true", help="read the configuration's data and compare its hashes"
+    )
     add_config(parser, required=False)
 
 

@@ -93,6 +93,18 @@ def test_refused_later_is_tried_once_more(job: Job) -> None:
     assert job.end(2).decision == STOP
 
 
+def test_a_lock_that_is_held_right_after_a_save_is_waited_for_too(job: Job) -> None:
+    """The lost attempt ended after the step that it had saved, where the next one is refused."""
+    job.start()
+    job.reach(5)
+    job.step = 5
+    job.start()
+    assert read_attempts(job.run)[0].place == (5, True)
+    assert job.end(2).decision == REQUEUE
+    job.start()
+    assert job.end(2).decision == STOP
+
+
 def test_early_end_that_was_asked_for(job: Job) -> None:
     job.start()
     assert job.end(0, saved=10, early=True).decision == STOP
@@ -130,14 +142,40 @@ def test_what_asks_to_be_started_again_is_no_fault_of_a_node(job: Job) -> None:
     assert job.end(75).decision == STOP
 
 
-def test_another_step_or_a_newer_checkpoint_is_progress(job: Job) -> None:
-    for reached, saved in ((36, None), (41, None), (41, 40), (41, None)):
+def test_another_step_is_progress(job: Job) -> None:
+    for reached, saved in ((36, 30), (41, None), (44, 40), (43, None)):
         job.start()
         job.reach(reached)
         assert job.end(1, saved=saved).decision == REQUEUE
     job.start()
-    job.reach(41)
+    job.reach(43)
     assert job.end(1).decision == STOP
+
+
+@pytest.mark.parametrize("saved", [(30, None), (None, 30)])
+def test_the_same_step_is_none_whatever_was_saved_before_it(job: Job, saved: tuple[int | None, ...]) -> None:
+    """The first failure may come after many checkpoints; and being told to stop between is no cure."""
+    job.start()
+    job.reach(36)
+    assert job.end(1, saved=saved[0]).decision == REQUEUE
+    job.start()
+    assert job.end(0).decision == REQUEUE
+    job.start()
+    job.reach(36)
+    assert job.end(1, saved=saved[1]).decision == STOP
+
+
+def test_checkpoints_that_are_gone_are_no_start_from_the_beginning(job: Job) -> None:
+    job.start()
+    job.end(0, saved=30)
+    job.step = 0
+    with pytest.raises(
+        CherryError, match=r"had a checkpoint of step 30, and now there is none; restore .*checkpoints"
+    ):
+        job.start()
+    with pytest.raises(CherryError, match="of step 30"):
+        begin(job.run, "pretrain", "8", 0, "n1", 0)
+    begin(job.run, "assemble-moee", "9", 0, "n1", 0)
 
 
 def test_never_a_newer_checkpoint(job: Job) -> None:
@@ -182,8 +220,10 @@ def test_a_new_job_begins_anew(job: Job) -> None:
 
 
 def test_ended_from_outside_says_nothing_of_the_node(job: Job) -> None:
-    job.start()
-    assert job.end(143, errors="srun: error: n1: tasks 0-3: Terminated\n").without == ()
+    for number, signal in enumerate(("Terminated", "User defined signal 1")):
+        job.start()
+        job.reach(number + 1)
+        assert job.end(143, errors=f"srun: error: n1: tasks 0-3: {signal}\n").without == ()
     job.start()
     job.reach(3)
     assert job.end(1, errors="srun: error: Node failure on n3\n").without == ("n3",)

@@ -45,6 +45,18 @@ def test_training() -> None:
         stage_of("pretrain", BASE, [*by_samples, "megatron.rampup-batch-size=[8,8,100]"])
 
 
+def test_a_damaged_checkpoint_is_left_to_the_training() -> None:
+    """Which falls back from it or stops; a launcher that refused would keep it from the first."""
+    saved("runs/base_1b/checkpoints", 200)
+    Path("runs/base_1b/checkpoints/iter_0000200/.metadata").unlink()
+    assert stage_of("pretrain", BASE).start == "the run's own step 200"
+    Path("runs/base_1b/checkpoints/iter_0000200").rmdir()
+    assert stage_of("pretrain", BASE).saved == 200
+    Path("runs/base_1b/checkpoints/latest_checkpointed_iteration.txt").write_text("2x")
+    with pytest.raises(CherryError, match="says '2x', which is no checkpoint"):
+        stage_of("pretrain", BASE)
+
+
 def test_what_a_mixture_starts_from() -> None:
     """LOAD, else what was assembled in the run's folder, else nothing."""
     assert stage_of("pretrain", MIXTURE).start == "scratch, with 8 experts"

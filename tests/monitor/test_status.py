@@ -93,6 +93,9 @@ def test_the_newest_checkpoint_and_its_hashes(saved, tmp_path):
     status(tmp_path / "run")
     with pytest.raises(CherryError, match="iter_0000002"):
         status(tmp_path / "run", verify=True)
+    (tmp_path / "run/checkpoints/iter_0000002/.metadata").unlink()
+    text = "\n".join(status(tmp_path / "run"))  # the rest is told all the same
+    assert "damaged: " in text and ".metadata is missing" in text and "2 of 2 (100.0%)" in text
 
 
 def test_what_no_training_wrote_is_one_sentence(saved, tmp_path):

@@ -1,5 +1,7 @@
 """What will be used on a machine, and what `cherry doctor` says of it."""
 
+import json
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -76,6 +78,30 @@ def test_doctor_names_every_obstacle(tmp_path: Path, write_config):
     assert status == 1
     assert "FP8 needs Transformer Engine" in text
     assert "nowhere" in text
+
+
+def doctor_twice(path: Path, prefix: Path) -> list[tuple[int, str]]:
+    """Of data as it was written, and with other tokens of the same number."""
+    arguments = ["--config", str(path), "--verify"]
+    before = doctor(arguments)
+    tokens = bytearray(prefix.with_suffix(".bin").read_bytes())
+    tokens[len(tokens) // 2] ^= 1
+    prefix.with_suffix(".bin").write_bytes(tokens)
+    return [before, doctor(arguments), doctor(arguments[:2])]
+
+
+@pytest.mark.skipif(HAS_GPU, reason="describes a machine without GPU")
+def test_doctor_compares_the_hashes_of_data(tmp_path: Path, write_config, data):
+    for end in ("bin", "idx", "json"):
+        shutil.copy(data / f"text.{end}", tmp_path)
+    path = write_config(tmp_path, megatron={"data-path": [str(tmp_path / "text")]})
+    ((whole, changed, unlooked),) = run_ranks(tmp_path / "output", 1, doctor_twice, path, tmp_path / "text")
+    assert (whole[0], unlooked[0]) == (0, 0) and "can run here" in whole[1]
+    assert changed[0] == 1 and f"{tmp_path}/text.bin is not what was written: text.json has another" in changed[1]
+    report = tmp_path / "text.json"
+    report.write_text(json.dumps({k: v for k, v in json.loads(report.read_text()).items() if k != "sha256"}))
+    ((old, *_),) = run_ranks(tmp_path / "output", 1, doctor_twice, path, tmp_path / "text")
+    assert old[0] == 1 and "has no hashes, with which" in old[1]
 
 
 def test_the_apex_of_pypi_is_not_nvidias(monkeypatch):

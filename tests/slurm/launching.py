@@ -55,6 +55,8 @@ def small_chain(folder: Path, write_config: Callable[..., Path] | None = None) -
         "branch": {"recurrence": looped, "megatron": {"load": "runs/compressed", "finetune": True}},
         "mixture": {"recurrence": looped, "moee": {"experts": 2, "prefix": 4, "router_hidden": 8}},
     }
+    selective = {"megatron": {"load": "runs/mixture", "finetune": True}, "sgt": {"top_loss": 0.5}}
+    parts["sgt"] = {**parts["mixture"], **selective}
     env = {}
     for name, sections in parts.items():
         path = folder / f"{name}.yaml"

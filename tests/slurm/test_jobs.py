@@ -1,5 +1,6 @@
 """The launchers on a real SLURM: ranks, failures, requeues, preemption, the chain."""
 
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ Stub = Callable[[str], dict[str, str]]
 # Each rank says what it was given.
 SAYS = """\
 echo "$SLURM_PROCID $SLURM_LOCALID $SLURM_NTASKS $MASTER_ADDR $MASTER_PORT $CUDA_VISIBLE_DEVICES ${RANK:-none}"
-echo "$*"
+printf '%q ' "$@"
 saved "$run/checkpoints" 20000
 """
 # Waits for SIGTERM or SIGUSR1 the first time, and takes a while to save on it.
@@ -37,15 +38,16 @@ def test_ranks_share_one_master(cluster: Cluster, project: Path, stub: Stub) -> 
     """`sbatch` of the script itself: it finds the rest; srun gives each task its rank and its node's GPUs."""
     sbatch = ("sbatch", "--nodes=2", "--gpus-per-node=2", "--ntasks-per-node=2", "--cpus-per-task=1")
     env = {**cluster.env, **stub(SAYS), "RANK": "9"}
-    job = job_id(launch(project, env, "configs/cherry_tiny.yaml", "--", "--lr", "1e-4", by=sbatch))
+    given = ["configs/cherry_tiny.yaml", "--set", "megatron.data-path=['my  text', $HOME]", "--", "--lr", "1e-4"]
+    job = job_id(launch(project, env, *given, by=sbatch))
     assert until(lambda: cluster.state(job) == "COMPLETED", 30), tail(project / "runs/tiny")
     output = logs(project / "runs/tiny", job)
     assert sorted(output) == ["0", "1", "2", "3"]
     port = str(10000 + int(job))
     for rank, text in output.items():
-        given, arguments = text.splitlines()
-        assert given.split() == [rank, str(int(rank) % 2), "4", cluster.nodes[0], port, "0,1", "none"]
-        assert arguments == f"pretrain --config {project}/configs/cherry_tiny.yaml -- --lr 1e-4"
+        told, arguments = text.splitlines()
+        assert told.split() == [rank, str(int(rank) % 2), "4", cluster.nodes[0], port, "0,1", "none"]
+        assert shlex.split(arguments) == ["pretrain", "--config", f"{project}/{given[0]}", *given[1:]]
     assert f"master {cluster.nodes[0]}:{port}" in (project / f"slurm-{job}.out").read_text()
 
 
@@ -67,6 +69,16 @@ def test_what_fails_twice_is_not_tried_again(cluster: Cluster, project: Path, st
     assert f"pretrain: stop, {second.reason}" in told
     assert "module load gcc cuda" in told
     assert (run / f"jobs/{job}-1/environment.txt").exists()
+
+
+@pytest.mark.full
+def test_without_other_nodes_it_is_tried_on_the_same(cluster: Cluster, project: Path, stub: Stub) -> None:
+    env = {**cluster.env, **stub(FAILS), **TWO_BY_TWO, "CLUSTER_NODES": "3"}
+    job, run = job_id(launch(project, env)), project / "runs/cherry_1p8b"
+    assert until(lambda: cluster.state(job) == "FAILED", 60), tail(run)
+    first, second = read_attempts(run)
+    assert (first.node, first.nodes) == (cluster.nodes[1], second.nodes)
+    assert f"not enough nodes to do without {cluster.nodes[1]}" in (run / f"logs/slurm-{job}.out").read_text()
 
 
 def test_nodes_without_gpus(cluster: Cluster, project: Path, stub: Stub) -> None:
@@ -130,6 +142,28 @@ def test_ended_for_good(cluster: Cluster, project: Path, stub: Stub, requeue: bo
     assert (attempt.saved, attempt.decision) == (5, "left to SLURM" if requeue else "requeue")
 
 
+# Needs longer for its save than it is given notice.
+SLOW = """\
+echo "start ${SLURM_RESTART_COUNT:-0}"
+if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then
+    trap '' TERM USR1
+    while :; do sleep 0.1; done
+fi
+saved "$run/checkpoints" 20000
+"""
+
+
+@pytest.mark.full
+def test_the_time_limit_comes_while_it_saves(cluster: Cluster, project: Path, stub: Stub) -> None:
+    """SLURM kills ranks and launcher and requeues nothing by itself."""
+    options = {"CLUSTER_SBATCH_OPTIONS": "--time=1 --signal=TERM@30"}
+    job = job_id(launch(project, {**cluster.env, **stub(SLOW), **TWO_BY_TWO, **options}))
+    run = project / "runs/cherry_1p8b"
+    assert until(lambda: cluster.state(job) == "COMPLETED", 180), tail(run)
+    assert [a.decision for a in read_attempts(run)][-1] == "finished" and len(read_attempts(run)) == 2
+    assert "requeued at its time limit" in (run / f"logs/slurm-{job}.out").read_text()
+
+
 # Makes what each stage would.
 MAKES = """\
 echo "$*"
@@ -147,7 +181,7 @@ def test_chain(cluster: Cluster, project: Path, stub: Stub) -> None:
     env |= small_chain(project)
     script = "slurm/submit_cherry.sh"
     table = submitted(launch(project, env, script=script))
-    names = ["base", "compress", "recover", "assemble", "mixture", "evaluate"]
+    names = ["base", "compress", "recover", "assemble", "mixture", "sgt", "evaluate"]
     assert [(name, state) for name, (_, state) in table.items()] == [(name, "submitted") for name in names]
     again = submitted(launch(project, env, script=script))
     assert {name: job for name, (job, _) in again.items() if job != "-"}.items() <= {
@@ -155,9 +189,12 @@ def test_chain(cluster: Cluster, project: Path, stub: Stub) -> None:
     }.items(), "nothing is submitted twice"
     last = table["evaluate"][0]
     assert until(lambda: cluster.state(last) in ("COMPLETED", "CANCELLED"), 90)
-    assert cluster.state(last) == "COMPLETED", tail(project / "runs/mixture")
+    assert cluster.state(last) == "COMPLETED", tail(project / "runs/mixture") + tail(project / "runs/sgt")
     assert (project / "runs/branch/1/logs").is_dir() and (project / "runs/branch/1/checkpoints").is_dir()
-    assert [a.verb for a in read_attempts(project / "runs/mixture")] == ["assemble-moee", "pretrain", "evaluate"]
+    assert [a.verb for a in read_attempts(project / "runs/mixture")] == ["assemble-moee", "pretrain"]
+    assert [a.verb for a in read_attempts(project / "runs/sgt")] == ["pretrain", "evaluate"]
+    given = (project / f"runs/sgt/logs/slurm-{table['sgt'][0]}-0.out").read_text().split()
+    assert given[-4:] == ["--set", "megatron.load=runs/mixture", "--set", "megatron.finetune=true"]
     told = (project / f"runs/mixture/logs/slurm-{table['mixture'][0]}.out").read_text()
     assert "pretrain from runs/mixture/assembled\n" in told
     given = (project / f"runs/branch/0/logs/slurm-{table['compress'][0]}-0.out").read_text().split()

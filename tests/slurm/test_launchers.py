@@ -87,6 +87,37 @@ def test_configuration_and_overrides(project: Path, no_slurm: dict[str, str]) ->
     assert srun[-8:] == ["pretrain", "--config", f"{project}/{arguments[0]}", *arguments[1:]]
 
 
+def test_a_dry_run_prints_what_is_submitted(project: Path, no_slurm: dict[str, str], tmp_path: Path) -> None:
+    """To the word, whatever is in them, and what reaches the job besides."""
+    (tmp_path / "bin").mkdir()
+    sbatch = tmp_path / "bin/sbatch"
+    sbatch.write_text(f"#!/bin/bash\npwd >'{tmp_path}/given'\nprintf '%s\\0' sbatch \"$@\" >>'{tmp_path}/given'\n")
+    sbatch.chmod(0o755)
+    (project / "my config.yaml").write_text("extends: configs/cherry_tiny.yaml\n")
+    odd = [
+        "my config.yaml",
+        "--set",
+        "run=runs/my 'own'  $run",
+        "--set",
+        'megatron.data-path=["a  b", *]',
+        "--",
+        "--lr",
+        '"1"',
+    ]
+    printed, srun = dry_run(project, {**no_slurm, "CLUSTER_ACCOUNT": "two words"}, *odd)
+    done = launch(
+        project, {**no_slurm, "CLUSTER_ACCOUNT": "two words", "PATH": f"{tmp_path}/bin:{no_slurm['PATH']}"}, *odd
+    )
+    assert done.returncode == 0, done.stderr
+    folder, _, given = (tmp_path / "given").read_text().partition("\n")
+    assert given.split("\0")[:-1] == printed and folder == str(project)
+    assert printed[-8:] == srun[-8:] == [f"{project}/{odd[0]}", *odd[1:]]
+    assert options(printed)["output"] == f"{project}/runs/my 'own'  $run/logs/slurm-%j.out"
+    env = {**no_slurm, "DRY_RUN": "1", "LOAD": "runs/a runs/b"}
+    said = launch(project, env, script="slurm/assemble_moee.sh").stdout
+    assert f"# submitted, from {project}, with LOAD=runs/a runs/b, with FROM=configs/branch_227m.yaml:\n" in said
+
+
 def test_run_folder(project: Path, no_slurm: dict[str, str]) -> None:
     """Logs go where `cherry pretrain` keeps the run: as the file says, what it extends, or --set."""
     _, srun = dry_run(project, no_slurm, "configs/base_1b.yaml", "--set", "run=runs/second")

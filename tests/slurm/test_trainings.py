@@ -144,11 +144,12 @@ def test_chain_ends_with_an_evaluated_mixture(cluster: Cluster, write_config: Wr
     table = submitted(launch(project, env, script="slurm/submit_cherry.sh"))
     last = table["evaluate"][0]
     assert until(lambda: over(cluster, last), 600)
-    mixture = project / "runs/mixture"
-    assert cluster.state(last) == "COMPLETED", tail(mixture)
-    (evaluation,) = (found for found in read_evaluations(mixture) if found["iteration"] == 10)
+    run = project / "runs/sgt"
+    assert cluster.state(last) == "COMPLETED", tail(project / "runs/mixture") + tail(run)
+    (evaluation,) = (found for found in read_evaluations(run) if found["iteration"] == 10)
     assert set(evaluation["losses"]) == {"1", "2", "3"} and evaluation["moee"]
-    made = [line.split()[1] for line in describe(mixture, True)]
-    assert made[:2] == ["pretrain", "assemble-moee"] and made.count("compress-depth") == 2
+    made = [line.split()[1] for line in describe(run, True)]
+    assert made[:3] == ["pretrain", "pretrain", "assemble-moee"] and made.count("compress-depth") == 2
+    assert read_steps(run)[-1]["selected_loss"] > 0
     finished = submitted(launch(project, env, script="slurm/submit_cherry.sh"))
     assert {state for _, state in finished.values()} == {"finished"}
