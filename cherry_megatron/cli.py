@@ -12,6 +12,7 @@ from cherry_megatron import __version__
 from cherry_megatron.errors import CherryError
 from cherry_megatron.monitor.console import hide_warnings
 from cherry_megatron.platform.leaving import leave
+from cherry_megatron.verbs.board import add_board
 from cherry_megatron.verbs.data import add_data, add_tokenizer
 from cherry_megatron.verbs.experiment import add_experiment
 from cherry_megatron.verbs.job import add_job
@@ -116,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     add_assemble_moee(verbs)
     add_lineage(verbs)
     add_status(verbs)
+    add_board(verbs)
     add_experiment(verbs)
     add_report(verbs)
     add_job(verbs)
