@@ -107,7 +107,9 @@ def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Call
         if config.sgt is not None:
             objective.supervision = Supervision(config.sgt, None if args.skip_train else train)
         if args.rank == 0 and not args.skip_train:
-            record_start(config, args.world_size, objective.supervision.share if objective.supervision else None)
+            device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+            share = objective.supervision.share if objective.supervision else None
+            record_start(config, args.world_size, device, share)
         # Megatron would report the test split under the validation's tags.
         return train, valid, None
 

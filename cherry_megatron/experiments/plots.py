@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from cherry_megatron.experiments.report import Row, short
@@ -15,29 +16,35 @@ from cherry_megatron.sgt.report import Row as SelectiveRow
 _COUPLINGS = {"cos": "cos of the gradients", "ratio": "<g_S, g_U> / |g_S|²"}
 
 
-def draw(rows: list[Row], selective: list[SelectiveRow], plotted: Sequence[str] | None = None) -> dict[str, str]:
+def draw(
+    rows: list[Row],
+    selective: list[SelectiveRow],
+    plotted: Sequence[str] | None = None,
+    files: Sequence[str] | None = None,
+) -> dict[str, str]:
     """File name -> SVG. A plot without points is left out.
 
     Args:
         rows: the stages of training.
-        plotted: those in the plots over tokens, loops, parameters, FLOPs and probes, by default all.
         selective: those of selective training, with the full ones that they are compared with.
+        plotted: those in the plots over tokens, loops, parameters, FLOPs and probes, by default all.
+        files: of the plots that are wanted, by default all.
     """
-    losses: dict[str, Callable[[Axes, list[Row]], None]] = {
-        "loss-tokens.svg": _over_tokens,
-        "loss-loops.svg": _over_loops,
-        "loss-parameters.svg": _over_parameters,
-        "loss-flops.svg": _over_flops,
-    }
     some = [row for row in rows if plotted is None or row.name in plotted]
-    drawn = {name: figure(plot, some) for name, plot in losses.items()}
-    drawn["losses.svg"] = figure(_final, rows, "", max(HEIGHT, 0.25 * len(rows)))
     labels = {row.label for row in some}
     probed = [row for row in selective if row.label in labels]
-    for name, label in _COUPLINGS.items():
-        drawn[f"coupling-{name}.svg"] = figure(partial(_coupling, name), probed, label)
-    drawn["recovered.svg"] = figure(_recovered, selective, "", max(HEIGHT, 0.25 * len(selective)))
-    return {name: svg(made) for name, made in drawn.items() if made is not None}
+    plots: dict[str, Callable[[], Figure | None]] = {
+        "loss-tokens.svg": lambda: figure(_over_tokens, some),
+        "loss-loops.svg": lambda: figure(_over_loops, some),
+        "loss-parameters.svg": lambda: figure(_over_parameters, some),
+        "loss-flops.svg": lambda: figure(_over_flops, some),
+        "losses.svg": lambda: figure(_final, rows, "", max(HEIGHT, 0.25 * len(rows))),
+        "coupling-cos.svg": lambda: figure(partial(_coupling, "cos"), probed, _COUPLINGS["cos"]),
+        "coupling-ratio.svg": lambda: figure(partial(_coupling, "ratio"), probed, _COUPLINGS["ratio"]),
+        "recovered.svg": lambda: figure(_recovered, selective, "", max(HEIGHT, 0.25 * len(selective))),
+    }
+    made = {file: plot() for file, plot in plots.items() if files is None or file in files}
+    return {file: svg(drawn) for file, drawn in made.items() if drawn is not None}
 
 
 def _over_tokens(axes: Axes, rows: list[Row]) -> None:

@@ -51,6 +51,11 @@ class Row:
         return int(self._same("steps"))
 
     @property
+    def loops(self) -> int:
+        """All of the model."""
+        return int(self._same("loops"))
+
+    @property
     def tokens(self) -> int:
         """Trained on."""
         return int(self.steps * self._same("tokens_per_step"))

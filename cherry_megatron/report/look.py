@@ -72,9 +72,14 @@ def line(axes: Axes, number: int, label: str, points: Sequence[tuple[float, list
         return
     x = [at for at, _ in points]
     means = [statistics.mean(values) for _, values in points]
-    axes.plot(x, means, linestyle=_LINES[number % len(_LINES)], label=label, **look(number))
+    axes.plot(x, means, linestyle=strokes(number)["linestyle"], label=label, **look(number))
     lowest, highest = [min(values) for _, values in points], [max(values) for _, values in points]
     axes.fill_between(x, lowest, highest, color=look(number)["color"], alpha=0.15, linewidth=0)
+
+
+def strokes(number: int) -> dict[str, Any]:
+    """The line of one of several that have too many points for markers."""
+    return {"color": look(number)["color"], "linestyle": _LINES[number % len(_LINES)]}
 
 
 def look(number: int) -> dict[str, Any]:
