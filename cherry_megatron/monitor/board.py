@@ -13,16 +13,16 @@ from torch.utils.tensorboard.summary import hparams
 
 from cherry_megatron.config import Config
 from cherry_megatron.monitor.accounting import account, together
-from cherry_megatron.monitor.tags import MOEE, MTP, OURS
+from cherry_megatron.monitor.tags import HELD_OUT, MOEE, MTP, OURS
 
 _NUMBER, _WORDS = r"[0-9]+", r"[^/]+"
 Chart = tuple[str, ...]  # what the tags of its curves look like, from their first letter to their last
 # What distinguishes runs besides their sections; see `settings`.
 _FLAGS = (
-    "hidden-size", "ffn-hidden-size", "num-attention-heads", "num-experts", "moe-router-topk", "seq-length",
-    "global-batch-size", "train-iters", "train-samples", "lr", "min-lr", "lr-warmup-iters", "lr-decay-style",
-    "weight-decay", "adam-beta2", "clip-grad", "init-method-std", "seed", "bf16", "fp8-format",
+    "hidden-size", "seq-length", "global-batch-size", "train-iters", "train-samples", "lr", "min-lr",
+    "lr-warmup-iters", "weight-decay", "init-method-std", "seed", "bf16", "fp8-format",
 )  # fmt: skip
+_OF_LAYERS = ("num-experts", "moe-router-topk", "moe-aux-loss-coeff")
 _SECTIONS = ("recurrence", "distillation", "mtp", "data", "sgt", "moee")
 
 
@@ -48,10 +48,9 @@ def charts(config: Config, ranks: int, on_gpu: bool) -> dict[str, dict[str, Char
 
 
 def _training(config: Config) -> dict[str, Chart]:
-    all_loops = f"{OURS}loss-by-loops/{config.recurrence.loops}"
     found: dict[str, Chart] = {
         "loss, nats a token": ("lm loss", "lm loss validation"),
-        "held-out loss of the same batches each time, all loops": (all_loops,),
+        "held-out loss, all loops": (HELD_OUT,),
         "gradient norm": ("grad-norm",),
         "learning rate": ("learning-rate",),
     }
@@ -135,11 +134,11 @@ def settings(config: Config) -> dict[str, str | int | float]:
     """What TensorBoard compares runs by: the sections of the configuration, flags of learning, sizes."""
     resolved = config.as_dict()
     found = {f"{name}.{key}": value for name in _SECTIONS for key, value in resolved.get(name, {}).items()}
-    found |= {flag: config.value(flag) for flag in _FLAGS}
+    found |= {flag: config.value(flag) for flag in (*_FLAGS, *(_OF_LAYERS if config.has_experts else ()))}
     model = together(
         account(config.recurrence, config.shape, config.positive("seq-length"), config.moee, config.mtp.depths)
     )
-    found |= {"parameters": model.stored, "active parameters": model.active, "FLOPs a token": model.flops}
+    found |= {"parameters": model.stored, "active parameters": model.active, "GFLOP a token": model.flops / 1e9}
     known = {name: value for name, value in found.items() if value not in (None, False)}
     return {name: value if isinstance(value, int | float | str) else str(value) for name, value in known.items()}
 
@@ -167,11 +166,7 @@ def board(config: Config, args: Any, on_gpu: bool) -> Iterator[None]:
             for category, found in page.items()
         }
     )
-    measured = (
-        "lm loss validation",
-        f"{OURS}loss-by-loops/{config.recurrence.loops}",
-        f"{OURS}throughput/tokens-per-second",
-    )
+    measured = (HELD_OUT, "lm loss", f"{OURS}throughput/tokens-per-second")
     experiment, begin, end = hparams(settings(config), dict.fromkeys(measured, 0))
     for summary in (experiment, begin):  # add_hparams would make a run of its own of them
         writer.file_writer.add_summary(summary)

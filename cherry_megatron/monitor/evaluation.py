@@ -20,7 +20,7 @@ from cherry_megatron.monitor.loops import NAMES, LoopTrace, alarms
 from cherry_megatron.monitor.mixture import RouterDrift
 from cherry_megatron.monitor.pictures import expert_shares, loss_by_loops
 from cherry_megatron.monitor.progress import Progress
-from cherry_megatron.monitor.tags import MOEE, MTP, OURS, of_section
+from cherry_megatron.monitor.tags import HELD_OUT, MOEE, MTP, OURS, of_section
 
 # The same draws at every evaluation of every run, so that differences are the models'.
 GENERATION_SEED = 0
@@ -106,6 +106,7 @@ class LoopEvaluation:
                 self._progress.say(f"step {iteration:>7}  {what}  {values}")
         for loops, loss in self.losses.items():
             self._progress.scalar(f"loss-by-loops/{loops}", loss, iteration)
+        self._progress.scalar(HELD_OUT.removeprefix(OURS), self.losses[self._config.recurrence.loops], iteration)
         for part, loss in self.parts[max(self.parts)].items():
             self._progress.scalar(f"sgt/held-out-loss/{part}", loss, iteration)
         for name, value in self.further.items():

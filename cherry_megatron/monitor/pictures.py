@@ -9,6 +9,7 @@ if TYPE_CHECKING:  # imported when the first picture is drawn
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_WIDTH, _HEIGHT = 3.8, 2.4  # inches, at which TensorBoard shows a picture without making it smaller
 _EARLIER = 6  # evaluations that are drawn in grey
 _OF_MODELS = ("load", "responsibility", "wanted")
 _WALK = re.compile(r"load/(layer-[^/]+)(?:/(loop-[0-9]+))?/([0-9]+)")
@@ -20,7 +21,7 @@ def loss_by_loops(evaluations: dict[int, dict[int, float]]) -> "Figure | None":
     Args:
         evaluations: step -> loss by number of loops, the newest last.
     """
-    from cherry_megatron.report.look import figure
+    from cherry_megatron.report.look import LOSS, figure
 
     def plot(axes: "Axes", found: list[tuple[int, dict[int, float]]]) -> None:
         for place, (step, losses) in enumerate(found):
@@ -38,7 +39,7 @@ def loss_by_loops(evaluations: dict[int, dict[int, float]]) -> "Figure | None":
 
     if not evaluations or max(map(len, evaluations.values())) < 2:
         return None
-    return figure(plot, list(evaluations.items())[-_EARLIER - 1 :])
+    return figure(plot, list(evaluations.items())[-_EARLIER - 1 :], LOSS, _HEIGHT, _WIDTH)
 
 
 def expert_shares(further: dict[str, float], of_layers: dict[str, float]) -> "Figure | None":
@@ -56,7 +57,7 @@ def expert_shares(further: dict[str, float], of_layers: dict[str, float]) -> "Fi
     def plot(axes: "Axes", rows: list[tuple[str, list[float]]]) -> None:
         shares(axes, dict(rows), "expert")
 
-    return figure(plot, list(table.items()), "", max(1.6, 0.3 * len(table) + 0.8))
+    return figure(plot, list(table.items()), "", 0.28 * len(table) + 0.8, _WIDTH)
 
 
 def shares_of_models(reported: dict[str, float]) -> dict[str, list[float]]:

@@ -1,6 +1,7 @@
 """`cherry board`: TensorBoard on one or several runs, each under its own name."""
 
 import os
+import signal
 import socket
 import tempfile
 import threading
@@ -49,7 +50,7 @@ def _below(folder: Path) -> list[Path]:
 
 
 def serve(folders: Sequence[Path], host: str, port: int) -> None:
-    """Serve TensorBoard until Ctrl-C.
+    """Serve TensorBoard until Ctrl-C or SIGTERM.
 
     Args:
         folders: of runs, or with runs in them.
@@ -63,6 +64,7 @@ def serve(folders: Sequence[Path], host: str, port: int) -> None:
     _check_address(host, port)
     from tensorboard import default, program
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="cherry-board-") as links:
         for name, events in runs.items():
             link = Path(links, name)

@@ -12,20 +12,24 @@ body { margin: 0 auto; max-width: 62rem; padding: 2rem 1.5rem 4rem; background: 
   font: 15px/1.5 system-ui, "Segoe UI", "Noto Sans", "Noto Sans KR", "Apple SD Gothic Neo", sans-serif; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .5rem; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem; padding-bottom: .2rem; border-bottom: 1px solid #bbb; }
+h3 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
 nav { margin: 1rem 0; } nav a { margin-right: 1.1rem; white-space: nowrap; } a { color: #0b4f8a; }
 p { max-width: 48rem; } code { font-size: .92em; background: #f3f3f3; padding: 0 .2em; }
 .wide { overflow-x: auto; margin: .8rem 0; }
 table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; }
 th { border-bottom: 1px solid #111; font-weight: 600; vertical-align: bottom; }
+td.short { white-space: nowrap; }
 td.yes { font-weight: 600; color: #006b3c; } td.no { font-weight: 600; color: #a33c00; } td.open { color: #666; }
 figure { margin: 1rem 0 1.4rem; } figure svg { max-width: 100%; height: auto; }
 figcaption { font-size: .85rem; color: #444; max-width: 44rem; }
 @page { size: A4; margin: 14mm; }
 @media print { body { max-width: none; padding: 0; font-size: 9.5pt; } nav { display: none; }
-  table { font-size: 7pt; } .wide { overflow: visible; } h2 { break-after: avoid; }
+  table { font-size: 7pt; } td.short { white-space: normal; } .wide { overflow: visible; }
+  h2, h3 { break-after: avoid; }
   figure, tr { break-inside: avoid; } figure svg { width: 150mm; } a { color: inherit; text-decoration: none; } }
 """
+_SHORT, _FEW = 24, 9  # letters of a cell that stays on one line of a screen, in a table of so many columns
 # A cell that says just this is told apart by colour and weight too.
 VERDICTS = {"reproduced": "yes", "not reproduced": "no", "not run": "open"}
 
@@ -54,7 +58,14 @@ class Listing:
     lines: Sequence[str]
 
 
-Block = Table | Plot | Listing | str
+@dataclass(frozen=True)
+class Heading:
+    """What the blocks up to the next one are of."""
+
+    text: str
+
+
+Block = Table | Plot | Listing | Heading | str
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,8 @@ def html_page(title: str, sections: Sequence[Section]) -> str:
 def _markdown(block: Block) -> str:
     if isinstance(block, str):
         return _plain(block)
+    if isinstance(block, Heading):
+        return f"### {_plain(block.text)}"
     if isinstance(block, Listing):
         return "\n".join(f"- {_plain(text)}" for text in block.lines)
     if isinstance(block, Plot):
@@ -137,18 +150,22 @@ def _html_section(section: Section) -> str:
 def _html(block: Block) -> str:
     if isinstance(block, str):
         return f"<p>{_inline(block)}</p>"
+    if isinstance(block, Heading):
+        return f"<h3>{_inline(block.text)}</h3>"
     if isinstance(block, Listing):
         return f"<ul>{''.join(f'<li>{_inline(text)}</li>' for text in block.lines)}</ul>"
     if isinstance(block, Plot):
         return f"<figure>{_own_names(block)}<figcaption>{_inline(block.caption)}</figcaption></figure>"
     head = "".join(f"<th>{_inline(text)}</th>" for text in block.head)
-    rows = "\n".join(f"<tr>{''.join(map(_html_cell, row))}</tr>" for row in block.rows)
+    few = len(block.head) <= _FEW
+    rows = "\n".join(f"<tr>{''.join(_html_cell(text, few) for text in row)}</tr>" for row in block.rows)
     return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>'
 
 
-def _html_cell(text: str) -> str:
-    kind = f' class="{VERDICTS[text]}"' if text in VERDICTS else ""
-    return f"<td{kind}>{_inline(text)}</td>"
+def _html_cell(text: str, few: bool) -> str:
+    kinds = [VERDICTS[text]] if text in VERDICTS else []
+    kinds += ["short"] if few and len(text) <= _SHORT else []
+    return f"<td{f' class="{" ".join(kinds)}"' if kinds else ''}>{_inline(text)}</td>"
 
 
 def _inline(text: str) -> str:

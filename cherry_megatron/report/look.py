@@ -1,6 +1,7 @@
 """How plots look: for print, without colour too, and the same bytes from the same numbers."""
 
 import io
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,25 +29,31 @@ _LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _MARKERS = "osD^vP*X"
 LOSS = "held-out loss, nats a token"
 _WIDTH, HEIGHT, _ENTRY = 6.0, 3.6, 0.2  # inches, of the axes and of a line of the legend
+_HALF = 32  # letters of labels of which two fit beside each other
 
 
 def figure[R](
-    plot: Callable[[Axes, list[R]], None], rows: list[R], label: str = LOSS, height: float = HEIGHT
+    plot: Callable[[Axes, list[R]], None],
+    rows: list[R],
+    label: str = LOSS,
+    height: float = HEIGHT,
+    width: float = _WIDTH,
 ) -> Figure | None:
-    """One plot, or None if nothing was drawn; `label` is the y axis', `height` in inches."""
+    """One plot, or None if nothing was drawn; `label` is the y axis', `height` and `width` in inches."""
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(_STYLE)
-        made = Figure(figsize=(_WIDTH, height), layout="constrained")
+        made = Figure(figsize=(width, height), layout="constrained")
         axes = made.add_subplot()
         plot(axes, rows)
         if not axes.has_data():
             return None
         axes.set_ylabel(label)
         # Below, with room of its own: beside the axes long labels would leave them none.
-        if entries := len(axes.get_legend_handles_labels()[0]):
-            made.set_figheight(height + _ENTRY * entries)
-            made.legend(loc="outside lower left")
+        if labels := axes.get_legend_handles_labels()[1]:
+            columns = 2 if len(labels) > 5 and max(map(len, labels)) <= _HALF else 1
+            made.set_figheight(height + _ENTRY * math.ceil(len(labels) / columns))
+            made.legend(loc="outside lower left", ncols=columns)
         return made
 
 

@@ -8,7 +8,7 @@ from cherry_megatron.errors import CherryError
 from cherry_megatron.files import cannot_write, make_folder, write_atomically
 from cherry_megatron.report import sections
 from cherry_megatron.report.claims import claims
-from cherry_megatron.report.document import Block, Plot, Section, html_page, markdown_page
+from cherry_megatron.report.document import Block, Heading, Plot, Section, html_page, markdown_page
 from cherry_megatron.report.sources import Source, read_sources
 from cherry_megatron.sgt.report import TITLE, comparison
 
@@ -51,7 +51,7 @@ def report(paths: Sequence[Path], plotted: Sequence[str] | None = None) -> tuple
         blocks: list[Block] = []
         for source in sources:
             if made := part(source, plotted):
-                blocks += [f"Of {source.name}:", *_named(made, source)] if len(sources) > 1 else made
+                blocks += [Heading(source.name), *_named(made, source)] if len(sources) > 1 else made
         if blocks:
             found.append(Section(title, blocks))
     return f"Report of {', '.join(source.name for source in sources)}", found

@@ -22,8 +22,8 @@ _TEXTS = 5  # of an evaluation that are shown
 _CAPTIONS = {
     "loss-tokens.svg": "Held-out loss over the tokens of the stage.",
     "losses.svg": "Final held-out loss of each training.",
-    "loss-parameters.svg": "Final held-out loss over stored parameters.",
-    "loss-flops.svg": "Final held-out loss over the FLOPs of the stage.",
+    "loss-parameters.svg": "Final held-out loss over stored parameters, of which a recurrent model has few.",
+    "loss-flops.svg": "Final held-out loss over the FLOPs of the stage, of which a recurrent model saves none.",
     "loss-loops.svg": "Final held-out loss with fewer loops than all.",
     "recovered.svg": "What selective runs recover of the gain of full supervision.",
     "coupling-cos.svg": "Gradient coupling of selected and other tokens: cos.",
@@ -44,7 +44,8 @@ def about(sources: Sequence[Source]) -> list[Block]:
     if len(texts) > 1:
         lines.append("These runs were evaluated on different texts or lengths, so not all of their losses compare.")
     ways = "Curves and points are the mean over seeds, bands and bars go from the lowest to the highest seed."
-    return [Listing(lines), ways]
+    few = f" Of more than {_MANY} trainings curves are those of the ones with most seeds; --plot picks others."
+    return [Listing(lines), ways + (few if any(len(source.rows) > _MANY for source in sources) else "")]
 
 
 def stages(source: Source, _: Plotted) -> list[Block]:
@@ -171,9 +172,12 @@ def _loss(step: dict[str, Any]) -> float | None:
 
 def sizes(source: Source, plotted: Plotted) -> list[Block]:
     """Loss against what a model keeps and what it costs."""
-    found = _drawn(source, plotted, "loss-parameters.svg", "loss-flops.svg")
-    said = "A recurrent model keeps few parameters and walks them often: it saves parameters and memory, not FLOPs."
-    return [said, *found] if found else []
+    rows = shown(source, plotted)
+    differ = {
+        "loss-parameters.svg": {row.parameters for row in rows},
+        "loss-flops.svg": {row.flops for row in rows},
+    }
+    return _drawn(source, plotted, *(file for file, values in differ.items() if len(values) > 1))
 
 
 def loops(source: Source, plotted: Plotted) -> list[Block]:
