@@ -3,13 +3,14 @@
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from cherry_megatron.experiments.report import Row, short
-from cherry_megatron.report.look import HEIGHT, LOSS, figure, line, look, svg
+from cherry_megatron.report.look import LOSS, figure, line, look, svg
 from cherry_megatron.sgt.pairs import Pair
 from cherry_megatron.sgt.report import Row as SelectiveRow
 
@@ -38,13 +39,18 @@ def draw(
         "loss-loops.svg": lambda: figure(_over_loops, some),
         "loss-parameters.svg": lambda: figure(_over_parameters, some),
         "loss-flops.svg": lambda: figure(_over_flops, some),
-        "losses.svg": lambda: figure(_final, rows, "", max(HEIGHT, 0.25 * len(rows))),
+        "losses.svg": lambda: figure(_final, rows, "", _rows_height(rows)),
         "coupling-cos.svg": lambda: figure(partial(_coupling, "cos"), probed, _COUPLINGS["cos"]),
         "coupling-ratio.svg": lambda: figure(partial(_coupling, "ratio"), probed, _COUPLINGS["ratio"]),
-        "recovered.svg": lambda: figure(_recovered, selective, "", max(HEIGHT, 0.25 * len(selective))),
+        "recovered.svg": lambda: figure(_recovered, selective, "", _rows_height(selective)),
     }
     made = {file: plot() for file, plot in plots.items() if files is None or file in files}
     return {file: svg(drawn) for file, drawn in made.items() if drawn is not None}
+
+
+def _rows_height(rows: Sequence[Any]) -> float:
+    """Inches of a plot with a line for each row."""
+    return 0.8 + 0.25 * len(rows)
 
 
 def _over_tokens(axes: Axes, rows: list[Row]) -> None:
@@ -93,7 +99,7 @@ def _final(axes: Axes, rows: list[Row]) -> None:
             bar = [[mean - min(losses)], [max(losses) - mean]]
             axes.errorbar([mean], [place], xerr=bar, linestyle="none", capsize=2, **look(0))
     axes.set_yticks(range(len(rows)), [row.label for row in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(axis="x", linewidth=0.3)
     axes.set_xlabel(LOSS)
 
@@ -122,7 +128,7 @@ def _recovered(axes: Axes, rows: list[SelectiveRow]) -> None:
         places = [place for place, _ in points]
         axes.errorbar(means, places, xerr=[below, above], linestyle="none", capsize=2, label=label, **look(kind))
     axes.set_yticks(range(len(selective)), [row.label for row in selective])
-    axes.invert_yaxis()
+    axes.set_ylim(len(selective) - 0.4, -0.6)
     axes.set_xlabel("recovered fraction")
 
 

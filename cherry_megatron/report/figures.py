@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from cherry_megatron.report.document import Plot
-from cherry_megatron.report.look import figure, strokes, svg
+from cherry_megatron.report.look import darkest, figure, strokes, svg
 from cherry_megatron.report.sources import Folder
 
 _POINTS = 300  # of a curve at most; more are means of several steps
@@ -62,7 +62,7 @@ def expert_map(file: str, folder: Folder) -> list[Plot]:
         steps = [at for at, _ in found[0][1][-columns:]]
         ends = (steps[0], steps[-1] + (steps[-1] == steps[0]))
         shown = axes.imshow(
-            values, cmap="Greys", vmin=0.0, aspect="auto", interpolation="nearest",
+            values, cmap="Greys", vmin=0.0, vmax=darkest(values), aspect="auto", interpolation="nearest",
             extent=(*ends, len(found) - 0.5, -0.5),
         )  # fmt: skip
         axes.set_yticks(range(len(found)), [name for name, _ in found])

@@ -95,8 +95,13 @@ def look(number: int) -> dict[str, Any]:
     return {"color": _COLOURS[number % len(_COLOURS)], "marker": marker, "markerfacecolor": "none"}
 
 
+def darkest(values: "np.ndarray[Any, Any]") -> float:
+    """What is black in a map of shares, so that the mean is half dark unless something is more than twice it."""
+    return max(2 * float(values.mean()), float(values.max())) or 1.0
+
+
 def shares(axes: Axes, table: dict[str, list[float]], across: str) -> None:
-    """Shares as dark fields with their numbers: a row each, from white, none, to black, the largest.
+    """Shares as dark fields with their numbers, a row each: white is none, the mean is half dark.
 
     Args:
         axes: to draw on.
@@ -104,7 +109,7 @@ def shares(axes: Axes, table: dict[str, list[float]], across: str) -> None:
         across: what the columns are.
     """
     values = np.array(list(table.values()))
-    most = float(values.max()) or 1.0
+    most = darkest(values)
     axes.imshow(values, cmap="Greys", vmin=0.0, vmax=most, aspect="auto")
     rows, columns = values.shape
     if columns <= 16 and rows <= 32:

@@ -1,7 +1,6 @@
 """The sections of a report but for the claims: what each shows of a source."""
 
 import re
-import shlex
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from cherry_megatron.experiments.records import Record
 from cherry_megatron.experiments.report import Row, losses_table, made_by, mixtures_table, short
 from cherry_megatron.monitor.accounting import PEAK_BF16
 from cherry_megatron.report.document import Block, Listing, Plot, Table
-from cherry_megatron.report.sources import Folder, Source, keys_of, task_of
+from cherry_megatron.report.sources import Folder, Source, keys_of, needs
 from cherry_megatron.sgt.report import spread, tables
 from cherry_megatron.storage.ancestry import how
 from cherry_megatron.storage.lineage import chain
@@ -37,12 +36,15 @@ def about(sources: Sequence[Source]) -> list[Block]:
     lines = []
     for source in sources:
         trained = [record for row in source.rows for record in row.records]
-        lines.append(
-            f"{source.name}: {len(source.rows)} training(s), {len(trained)} with all seeds. {made_by(trained)}"
-        )
+        made = re.sub(r"\b([0-9a-f]{10})[0-9a-f]{30}\b", r"\1", made_by(trained))
+        seeds = f", {len(trained)} with all seeds" if len(trained) > len(source.rows) else ""
+        lines.append(f"{source.name}: {len(source.rows)} training(s){seeds}. {made}")
     texts = {folder.text for source in sources for folder in source.folders.values()}
     if len(texts) > 1:
-        lines.append("These runs were evaluated on different texts or lengths, so not all of their losses compare.")
+        lines.append(
+            "These runs were evaluated on different text (data, split, length, batches, targets left out), so not "
+            "all of their losses compare."
+        )
     ways = "Curves and points are the mean over seeds, bands and bars go from the lowest to the highest seed."
     few = f" Of more than {_MANY} trainings curves are those of the ones with most seeds; --plot picks others."
     return [Listing(lines), ways + (few if any(len(source.rows) > _MANY for source in sources) else "")]
@@ -86,16 +88,10 @@ def _from(source: Source, record: Record) -> tuple[str, str]:
         weights = [_place(entry) for entry in parents if entry.get("role") != "teacher"]
         return ", ".join(weights), ", ".join(of_teacher)
     teacher = keys_of(record["command"]).get("distillation.load")
-    parents = [task for task in _needs(source, record) if task != teacher]
+    parents = [task for task in needs(record, source.records) if task != teacher]
     labels = [source.records[task].get("label", task) for task in parents]
     known = source.records.get(teacher or "", {})
     return ", ".join(labels), known.get("label", teacher or "")
-
-
-def _needs(source: Source, record: Record) -> list[str]:
-    """The tasks that a recorded command names, without its own."""
-    words = [word.split("=")[-1] for word in shlex.split(record["command"])]
-    return [task for task in dict.fromkeys(words) if task in source.records and task != task_of(record)]
 
 
 def _place(entry: dict[str, Any]) -> str:
@@ -145,7 +141,7 @@ def _ancestors(source: Source, record: Record) -> list[str]:
     label = record.get("label", record["stage"])
     own = label if record["verb"] == "pretrain" else f"{label} ({made})"
     teacher = keys_of(record["command"]).get("distillation.load")
-    parents = [task for task in _needs(source, record) if task != teacher]
+    parents = [task for task in needs(record, source.records) if task != teacher]
     taught = f" (taught by {source.records[teacher].get('label', teacher)})" if teacher in source.records else ""
     if len(parents) > 1:
         return [own + taught, " + ".join(source.records[task].get("label", task) for task in parents)]

@@ -4,7 +4,7 @@ import itertools
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from cherry_megatron.monitor.alarms import read_alarms
 from cherry_megatron.runs import read_steps
 from cherry_megatron.sgt.pairs import Pair, read_run
 from cherry_megatron.sgt.report import Compared, compare
-from cherry_megatron.storage.lineage import read_lineage
+from cherry_megatron.storage.lineage import chain, read_lineage
 from cherry_megatron.storage.tracker import newest, saved_folder
 
 # What a surgery writes of itself that its trainings are told apart by.
@@ -55,7 +55,8 @@ class Source:
         name: of it.
         records: of all stages, by task; a run counts as a stage with a seed.
         rows: the trainings, over seeds.
-        facts: of each row, by its name: what it starts from and how it is trained; see `claims.py`.
+        facts: of each row, by its name: what it starts from and how it is trained; see `claims.py`. Its `ancestors`
+            are other rows.
         compared: what its selective trainings recover.
         folders: of runs, by task.
     """
@@ -129,11 +130,30 @@ def _facts_of_record(row: Row, records: dict[str, Record]) -> Facts:
         **start,
         **_supervision(record.get("sgt")),
         "parameters": row.parameters,
+        "text": None,
+        "ancestors": {records[task]["stage"] for task in before(record, records)},
         "looped": row.loops > 1,
         "distilled": "distillation.load" in said,
         "shuffle": said.get("data.shuffle", "none"),
         "experts": len(row.experts(row.steps)),
     }
+
+
+def needs(record: Record, records: dict[str, Record]) -> list[str]:
+    """The tasks that a recorded command names, without its own."""
+    words = [word.split("=")[-1] for word in shlex.split(record["command"])]
+    return [task for task in dict.fromkeys(words) if task in records and task != task_of(record)]
+
+
+def before(record: Record, records: dict[str, Record]) -> set[str]:
+    """The tasks that a recorded one comes from or learns from, however far back."""
+    found: set[str] = set()
+    left = needs(record, records)
+    while left:
+        if (task := left.pop()) not in found:
+            found.add(task)
+            left += needs(records[task], records)
+    return found
 
 
 def keys_of(command: str) -> dict[str, str]:
@@ -167,7 +187,19 @@ def _runs(folders: Sequence[Path]) -> Source:
         rows.setdefault(alike, []).append(record)
         facts[record["stage"]] = of_it
     named = [Row(found[0]["stage"], found[0]["label"], found) for found in rows.values()]
-    return Source("runs", records, named, facts, compare(selective), kept)
+    rows_of = {record["stage"]: row.name for row in named for record in row.records}
+    places = {str(folder.resolve()): rows_of[name] for name, folder in known.items()}
+    for name, folder in kept.items():
+        facts[name]["ancestors"] = {row for row in map(places.get, _places(folder.lineage)) if row is not None}
+    title = next(iter(known)) if len(known) == 1 else f"{len(known)} runs"
+    return Source(title, records, named, facts, compare(selective), kept)
+
+
+def _places(lineage: dict[str, Any] | None) -> Iterator[str]:
+    """The folders of runs that a checkpoint comes from."""
+    for _, entry in chain(lineage) if lineage else ():
+        path = Path(entry.get("path", ""))
+        yield str(path.parents[1] if path.parent.name == "checkpoints" else path)
 
 
 def _run(name: str, folder: Path) -> tuple[Record, Folder, Facts, tuple[Any, ...]]:
@@ -207,6 +239,8 @@ def _run(name: str, folder: Path) -> tuple[Record, Folder, Facts, tuple[Any, ...
         **_start(kept.lineage, "load" in config.megatron),
         **_supervision(record.get("sgt")),
         "parameters": record["parameters"],
+        "text": kept.text,
+        "ancestors": set(),
         "looped": config.recurrence.loops > 1,
         "distilled": config.distillation is not None,
         "shuffle": config.data.shuffle,
