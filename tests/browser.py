@@ -24,7 +24,7 @@ _TEXT = """(() => {
     const text = node => node.nodeType === Node.TEXT_NODE ? node.data + ' '
         : ['STYLE', 'SCRIPT', 'TEMPLATE'].includes(node.nodeName) ? ''
         : [node.shadowRoot, ...node.childNodes].filter(Boolean).map(text).join('');
-    return text(document.body);
+    return document.body ? text(document.body) : '';
 })()"""
 
 
@@ -113,3 +113,12 @@ def browser() -> Iterator[Page]:
             process.terminate()
             process.wait(timeout=20)
             os.close(commands)
+
+
+def colours(picture: Path) -> dict[tuple[int, int, int], int]:
+    """The pixels of a picture by colour."""
+    from PIL import Image
+
+    found = Image.open(picture).convert("RGB").getcolors(1 << 24)
+    assert found is not None
+    return {colour: number for number, colour in found}

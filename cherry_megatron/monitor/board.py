@@ -65,10 +65,9 @@ def _training(config: Config) -> dict[str, Chart]:
 def _selective(config: Config) -> dict[str, Chart]:
     if config.sgt is None:
         return {}
-    found: dict[str, Chart] = {
-        "training loss by part": ("(selected|unselected|weighted) loss",),
-        "held-out loss by part": (f"{OURS}sgt/held-out-loss/(selected|unselected)",),
-    }
+    found: dict[str, Chart] = {"training loss by part": ("(selected|unselected|weighted) loss",)}
+    if config.sgt.marks:  # held-out text has marks too
+        found["held-out loss by part"] = (f"{OURS}sgt/held-out-loss/(selected|unselected)",)
     if config.sgt.probe_interval:
         found["gradient coupling: cos"] = (f"{OURS}sgt/cos/.+",)
         found["gradient coupling: ratio"] = (f"{OURS}sgt/ratio/.+",)

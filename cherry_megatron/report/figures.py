@@ -68,7 +68,7 @@ def expert_map(file: str, folder: Folder) -> list[Plot]:
         axes.set_yticks(range(len(found)), [name for name, _ in found])
         axes.set_xlabel("step")
         assert axes.figure is not None
-        axes.figure.colorbar(shown, ax=axes, pad=0.02).outline.set_visible(False)  # type: ignore[operator]
+        axes.figure.colorbar(shown, ax=axes, pad=0.02).outline.set_visible(False)
 
     what = "share of the tokens that each expert explains" if kind == "responsibility" else "load of each expert"
     made = figure(plot, list(rows.items()), "", max(1.8, 0.25 * len(rows) + 0.8))

@@ -11,7 +11,7 @@ from cherry_megatron.experiments.records import Record
 from cherry_megatron.experiments.report import Row, losses_table, made_by, mixtures_table, short
 from cherry_megatron.monitor.accounting import PEAK_BF16
 from cherry_megatron.report.document import Block, Listing, Plot, Table
-from cherry_megatron.report.sources import Folder, Source, keys_of, needs
+from cherry_megatron.report.sources import Folder, Source, keys_of, needs, task_of
 from cherry_megatron.sgt.report import spread, tables
 from cherry_megatron.storage.ancestry import how
 from cherry_megatron.storage.lineage import chain
@@ -68,7 +68,7 @@ def _stage(source: Source, row: Row | None, records: list[Record]) -> list[str]:
     hours = sum(record["seconds"] for record in records) / 3600
     devices = {f"{record.get('devices', 1)} x {record['device']}" for record in records}
     return [
-        row.label if row else first.get("label", first["stage"]),
+        row.label if row else _label(first),
         first["verb"] + (f" ({len(open_ones)} not finished)" if open_ones else ""),
         start or "-",
         teacher or "-",
@@ -87,11 +87,10 @@ def _from(source: Source, record: Record) -> tuple[str, str]:
         of_teacher = [_place(entry) for entry in parents if entry.get("role") == "teacher"]
         weights = [_place(entry) for entry in parents if entry.get("role") != "teacher"]
         return ", ".join(weights), ", ".join(of_teacher)
-    teacher = keys_of(record["command"]).get("distillation.load")
+    teacher = keys_of(record).get("distillation.load")
     parents = [task for task in needs(record, source.records) if task != teacher]
-    labels = [source.records[task].get("label", task) for task in parents]
-    known = source.records.get(teacher or "", {})
-    return ", ".join(labels), known.get("label", teacher or "")
+    known = source.records.get(teacher or "")
+    return ", ".join(_label(source.records[task]) for task in parents), _label(known) if known else teacher or ""
 
 
 def _place(entry: dict[str, Any]) -> str:
@@ -133,24 +132,37 @@ def _generation(folder: Folder, depth: int, entry: dict[str, Any]) -> list[str]:
 
 
 def _ancestors(source: Source, record: Record) -> list[str]:
-    """A recorded stage and those before it, newest first; of several parents the first line is followed."""
-    options = record.get("options", {})
-    made = f"{record['verb']}: {', '.join(str(options[k]) for k in ('method', 'groups') if k in options)}".rstrip(
-        ": "
-    )
-    label = record.get("label", record["stage"])
-    own = label if record["verb"] == "pretrain" else f"{label} ({made})"
-    teacher = keys_of(record["command"]).get("distillation.load")
-    parents = [task for task in needs(record, source.records) if task != teacher]
-    taught = f" (taught by {source.records[teacher].get('label', teacher)})" if teacher in source.records else ""
-    if len(parents) > 1:
-        return [own + taught, " + ".join(source.records[task].get("label", task) for task in parents)]
-    return [own + taught, *(_ancestors(source, source.records[parents[0]]) if parents else [])]
+    """A recorded stage and those before it, newest first, until one has several parents or is its own ancestor."""
+    known, found = source.records, []
+    seen: set[str] = set()
+    left = [task_of(record)]
+    while len(left) == 1 and left[0] not in seen:
+        task = left[0]
+        seen.add(task)
+        teacher = keys_of(known[task]).get("distillation.load")
+        left = [parent for parent in needs(known[task], known) if parent != teacher]
+        taught = f" (taught by {_label(known[teacher])})" if teacher in known else ""
+        found.append(_made(known[task]) + taught)
+    return [*found, " + ".join(_label(known[task]) for task in left)] if len(left) > 1 else found
+
+
+def _made(record: Record) -> str:
+    """A stage's label, and of a surgery what it did."""
+    if record["verb"] == "pretrain":
+        return _label(record)
+    options = [
+        str(record.get("options", {})[key]) for key in ("method", "groups") if key in record.get("options", {})
+    ]
+    return f"{_label(record)} ({': '.join(filter(None, (record['verb'], ', '.join(options))))})"
+
+
+def _label(record: Record) -> str:
+    return str(record.get("label", record["stage"]))
 
 
 def losses(source: Source, plotted: Plotted) -> list[Block]:
     """Held-out losses, over training too; of runs the training loss."""
-    found = [*losses_table(source.rows), *_drawn(source, plotted, "loss-tokens.svg", "losses.svg")]
+    found: list[Block] = [*losses_table(source.rows), *_drawn(source, plotted, "loss-tokens.svg", "losses.svg")]
     if source.folders:
         from cherry_megatron.report.figures import over_steps
 
@@ -169,7 +181,7 @@ def _loss(step: dict[str, Any]) -> float | None:
 def sizes(source: Source, plotted: Plotted) -> list[Block]:
     """Loss against what a model keeps and what it costs."""
     rows = shown(source, plotted)
-    differ = {
+    differ: dict[str, set[float]] = {
         "loss-parameters.svg": {row.parameters for row in rows},
         "loss-flops.svg": {row.flops for row in rows},
     }

@@ -121,7 +121,7 @@ def _experiment(path: Path) -> Source:
 def _facts_of_record(row: Row, records: dict[str, Record]) -> Facts:
     """What a record's command says; its base configuration is not in it."""
     record = row.records[0]
-    said = keys_of(record["command"])
+    said = keys_of(record)
     parent = records.get(said.get("megatron.load", ""))
     start: Facts = {"start": "none" if "megatron.load" not in said else "unknown"}
     if parent is not None:
@@ -141,7 +141,7 @@ def _facts_of_record(row: Row, records: dict[str, Record]) -> Facts:
 
 def needs(record: Record, records: dict[str, Record]) -> list[str]:
     """The tasks that a recorded command names, without its own."""
-    words = [word.split("=")[-1] for word in shlex.split(record["command"])]
+    words = [word.split("=")[-1] for word in words_of(record)]
     return [task for task in dict.fromkeys(words) if task in records and task != task_of(record)]
 
 
@@ -156,9 +156,17 @@ def before(record: Record, records: dict[str, Record]) -> set[str]:
     return found
 
 
-def keys_of(command: str) -> dict[str, str]:
+def words_of(record: Record) -> list[str]:
+    """A recorded command; none if it cannot be read."""
+    try:
+        return shlex.split(record.get("command", ""))
+    except ValueError:
+        return []
+
+
+def keys_of(record: Record) -> dict[str, str]:
     """The keys that a recorded command sets, and its flags of the form --flag=value."""
-    words = shlex.split(command)
+    words = words_of(record)
     keys = [word for before, word in itertools.pairwise(words) if before == "--set"]
     keys += [word.removeprefix("--") for word in words if re.match(r"--[\w-]+=", word)]
     return dict(key.split("=", 1) for key in keys if "=" in key)
@@ -189,8 +197,8 @@ def _runs(folders: Sequence[Path]) -> Source:
     named = [Row(found[0]["stage"], found[0]["label"], found) for found in rows.values()]
     rows_of = {record["stage"]: row.name for row in named for record in row.records}
     places = {str(folder.resolve()): rows_of[name] for name, folder in known.items()}
-    for name, folder in kept.items():
-        facts[name]["ancestors"] = {row for row in map(places.get, _places(folder.lineage)) if row is not None}
+    for name, of_it in facts.items():
+        of_it["ancestors"] = {places[place] for place in _places(kept[name].lineage) if place in places}
     title = next(iter(known)) if len(known) == 1 else f"{len(known)} runs"
     return Source(title, records, named, facts, compare(selective), kept)
 
