@@ -1,7 +1,7 @@
 """A run's folder: what was started when and with what, and the checkpoint to go on from.
 
 config.yaml       the resolved configuration of the last start
-starts.jsonl      one line a start: time, command, commit, versions, configuration hash
+starts.jsonl      one line a start: time, command, commit, versions, configuration hash, device
 steps.jsonl       one line a step: loss, gradient norm, learning rate, seconds
 alarms.jsonl      one line an alarm: skipped steps, rewinds, hangs, collapsing loops, left-out experts
 evaluations.jsonl one line an evaluation: held-out loss by number of loops

@@ -14,7 +14,7 @@ from cherry_megatron.experiments.report import Row, short
 from cherry_megatron.report.document import Block, Table
 from cherry_megatron.report.sources import Facts, Source, task_of
 from cherry_megatron.sgt.pairs import Pair
-from cherry_megatron.sgt.report import spread
+from cherry_megatron.sgt.report import ANCHOR, spread
 
 NOT_RUN, REPRODUCED, NOT_REPRODUCED = "not run", "reproduced", "not reproduced"
 _COMPRESSED: Facts = {"start": "compress-depth", "method": "average", "looped": True, "experts": 0, "alpha": None}
@@ -222,7 +222,7 @@ def claims(sources: Sequence[Source]) -> list[Block]:
         "against is of the same source and text. Not run: no such training is among what this report was given, or "
         "nothing that is recorded decides the claim."
     )
-    return [Table([*head], [_line(claim, sources) for claim in CLAIMS]), about]
+    return [Table([*head], [_line(claim, sources) for claim in CLAIMS]), about, ANCHOR]
 
 
 def decide(claim: Claim, sources: Sequence[Source]) -> tuple[str, list[float], Trained | None, Trained | None]:

@@ -26,7 +26,7 @@ _NOTES = (
     "Losses of selected and unselected held-out tokens: at the last evaluation. cos and ratio of the gradients of "
     "selected and unselected tokens: mean over the probes up to the lowest loss, and the last probe.",
 )
-_ANCHOR = "At alpha below 1 the anchor supervises every token, so the efficiency there is not per supervised token."
+ANCHOR = "At alpha below 1 the anchor supervises every token, so the efficiency there is not per supervised token."
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def tables(rows: Sequence[Row]) -> list[Block]:
     """The two tables with their notes."""
     anchored = any(not row.is_full and row.alpha != "1" for row in rows)
     both = (Table(_RECOVERED, [*map(_recovered, rows)]), Table(_BESIDE, [*map(_beside, rows)]))
-    return [*both, *_NOTES, *([_ANCHOR] if anchored else [])]
+    return [*both, *_NOTES, *([ANCHOR] if anchored else [])]
 
 
 def _recovered(row: Row) -> list[str]:

@@ -18,6 +18,7 @@ from cherry_megatron.report.page import report, write
 from cherry_megatron.report.sources import Folder, read_sources
 from cherry_megatron.sgt.options import Selective
 from tests.browser import browser, colours
+from tests.conftest import TINY
 
 SGT = {key: getattr(Selective(top_loss=0.5), key) for key in Selective.__dataclass_fields__}
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
@@ -33,16 +34,20 @@ def generated(texts: list[tuple[str, str]]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def make_run(tmp_path, write_config):
+def make_run(tmp_path):
     """Write a run's folder of 20 steps of 8 x 32 tokens, with `losses` after 0, 10, 20 steps, or without any."""
 
     def make(name: str, seed: int, losses: list[float], **sections: Any) -> Path:
-        megatron = {"seed": seed, **sections.pop("megatron", {})}
-        path = write_config(tmp_path / "configs" / name, megatron=megatron, **sections)
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
-        config = yaml.safe_load(path.read_text()) | {"run": str(folder), "flags": []}
-        config["recurrence"]["loops"] = 3
+        data = {"tokenizer-model": "tokenizer", "data-path": ["text"]}
+        config = {
+            "run": str(folder),
+            "recurrence": {"pattern": "*-[*-*-]x3*-", "loops": 3},
+            **sections,
+            "megatron": {**TINY, **data, "seed": seed, **sections.get("megatron", {})},
+            "flags": [],
+        }
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         start = {"command": "cherry pretrain", "git": {"commit": "abc"}, "world_size": 2, "device": "NVIDIA H100"}
         write_lines(folder / "starts.jsonl", [start])
