@@ -8,9 +8,12 @@ from cherry_megatron.verbs.common import add_verb
 
 def add_report(verbs: argparse._SubParsersAction) -> None:
     def run(arguments: argparse.Namespace) -> None:
+        from cherry_megatron.errors import CherryError
         from cherry_megatron.report.document import markdown_page
         from cherry_megatron.report.page import report, selective_report, write
 
+        if arguments.sgt and arguments.plot:
+            raise CherryError("--plot picks the curves of a whole report, and --sgt has none; take one out")
         title, found = selective_report(arguments.runs) if arguments.sgt else report(arguments.runs, arguments.plot)
         if arguments.out is None:
             print(markdown_page(title, found), end="")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cherry_megatron.cli import main
 from cherry_megatron.errors import CherryError
 from cherry_megatron.report.document import Plot, markdown_page
 from cherry_megatron.report.figures import expert_map, over_steps, thinned
@@ -232,6 +233,11 @@ def test_records_of_an_experiment_that_has_not_trained(tmp_path):
     (tmp_path / "records.jsonl").write_text("")
     with pytest.raises(CherryError, match="has no finished training; let the experiment go on"):
         read_sources([tmp_path])
+
+
+def test_a_flag_that_would_do_nothing_is_refused(capsys):
+    assert main(["report", "a", "--sgt", "--plot", "b"]) == 2
+    assert "--sgt has none; take one out" in capsys.readouterr().err
 
 
 def test_the_command_line_reads_records_without_torch(tmp_path):
