@@ -48,20 +48,24 @@ class Page:
     def text(self) -> str:
         return " ".join(self.evaluate(_TEXT).split())
 
-    def wait_for(self, words: list[str], seconds: float = 40.0) -> str:
-        """The page's text, once it says all these."""
+    def wait_for(self, words: list[str], gone: str | None = None, seconds: float = 60.0) -> str:
+        """The page's text, once it says all these, and no longer what has to be gone."""
         until = time.monotonic() + seconds
         while True:
             text = self.text()
             missing = [word for word in words if word not in text]
-            if not missing:
+            waiting = gone is not None and gone in text
+            if not missing and not waiting:
                 return text
-            assert time.monotonic() < until, f"{missing} not on the page: {text[:2000]}"
+            assert time.monotonic() < until, f"{missing} not on the page, or {gone} still: {text[:2000]}"
             time.sleep(0.2)
 
-    def screenshot(self, path: Path, width: int, height: int) -> None:
+    def resize(self, width: int, height: int) -> None:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self._call("Emulation.setDeviceMetricsOverride", **size)
+
+    def screenshot(self, path: Path, width: int, height: int) -> None:
+        self.resize(width, height)
         time.sleep(1.0)  # charts draw themselves anew
         path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"]))
 

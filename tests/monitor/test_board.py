@@ -211,8 +211,9 @@ def test_the_page_in_a_browser(runs, tmp_path, monkeypatch):
     with browser() as page, served(runs) as url:
         page.open(f"{url}#custom_scalars")
         titles = [title for run in runs for charts in layout(run).values() for title in charts]
-        page.wait_for([*CATEGORIES, *titles, "Matches"])
-        page.screenshot(tmp_path / "page.png", 1400, 2600)
+        page.resize(1400, 6000)  # charts outside the window wait to be looked at
+        page.wait_for([*CATEGORIES, *titles, "Matches ("], gone="Matches (0)")
+        page.screenshot(tmp_path / "page.png", 1400, 6000)
         # Curves of both runs in TensorBoard's colours, beside the greys and the orange of its head.
         vivid = [colour for colour in colours(tmp_path / "page.png") if max(colour) - min(colour) > 150]
         assert len(vivid) > 20, "no curve is drawn"
