@@ -46,7 +46,7 @@ format: setup
 	$(VENV)/bin/ruff format .
 
 board: setup
-	$(VENV)/bin/tensorboard --logdir runs
+	$(CHERRY) board runs
 
 clean:
 	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache

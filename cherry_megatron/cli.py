@@ -12,6 +12,7 @@ from cherry_megatron import __version__
 from cherry_megatron.errors import CherryError
 from cherry_megatron.monitor.console import hide_warnings
 from cherry_megatron.platform.leaving import leave
+from cherry_megatron.verbs.board import add_board
 from cherry_megatron.verbs.convert import add_convert_hf
 from cherry_megatron.verbs.data import add_data, add_tokenizer
 from cherry_megatron.verbs.evaluate import add_evaluate
@@ -119,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     add_convert_hf(verbs)
     add_lineage(verbs)
     add_status(verbs)
+    add_board(verbs)
     add_experiment(verbs)
     add_report(verbs)
     add_job(verbs)

@@ -30,6 +30,7 @@ from cherry_megatron.keeping import Keeping
 from cherry_megatron.loading import Loading
 from cherry_megatron.model.build import build_mixture, build_model, prepare_config
 from cherry_megatron.monitor.accounting import training_flops
+from cherry_megatron.monitor.board import board
 from cherry_megatron.monitor.console import Console
 from cherry_megatron.monitor.evaluation import LoopEvaluation
 from cherry_megatron.monitor.progress import Progress
@@ -108,7 +109,9 @@ def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Call
         if config.sgt is not None:
             objective.supervision = Supervision(config.sgt, None if args.skip_train else train)
         if args.rank == 0 and not args.skip_train:
-            record_start(config, args.world_size, objective.supervision.share if objective.supervision else None)
+            device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+            share = objective.supervision.share if objective.supervision else None
+            record_start(config, args.world_size, device, share)
         # Megatron would report the test split under the validation's tags.
         return train, valid, None
 
@@ -122,6 +125,7 @@ def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Call
             around = AroundStep(config, objective, progress, evaluation, args.rank)
             stack.callback(around.close)
             around_each_step(around)
+            stack.enter_context(board(config, args, torch.cuda.is_available()))
         stack.enter_context(progress)
         stack.enter_context(loading)
         stack.enter_context(joining(config.source))

@@ -1,7 +1,7 @@
 """A run's folder: what was started when and with what, and the checkpoint to go on from.
 
 config.yaml       the resolved configuration of the last start
-starts.jsonl      one line a start: time, command, commit, versions, configuration hash
+starts.jsonl      one line a start: time, command, commit, versions, configuration hash, device
 steps.jsonl       one line a step: loss, gradient norm, learning rate, seconds
 alarms.jsonl      one line an alarm: skipped steps, rewinds, hangs, collapsing loops, left-out experts
 evaluations.jsonl one line an evaluation: held-out loss by number of loops
@@ -97,12 +97,13 @@ def make_run_folder(config: Config) -> None:
     (config.run / "logs").mkdir(parents=True, exist_ok=True)
 
 
-def record_start(config: Config, world_size: int, rho: float | None) -> None:
+def record_start(config: Config, world_size: int, device: str, rho: float | None) -> None:
     """Write what is about to run.
 
     Args:
         config: of the run.
         world_size: ranks.
+        device: the name of the GPU, or CPU.
         rho: of selective training: the marked share of the training split, or the share that `top_loss` asks for.
     """
     write_atomically(config.run / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
@@ -115,6 +116,7 @@ def record_start(config: Config, world_size: int, rho: float | None) -> None:
         "versions": installed_versions(),
         "host": socket.gethostname(),
         "world_size": world_size,
+        "device": device,
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         **({} if rho is None else {"rho": rho}),
     }
@@ -145,7 +147,8 @@ def read_evaluations(run: Path) -> list[dict[str, Any]]:
         report.
     """
     found: dict[int, dict[str, Any]] = {}
-    for line in read_lines(run / "evaluations.jsonl"):
+    path = run / "evaluations.jsonl"
+    for line in read_lines(path) if path.exists() else ():
         known = found.setdefault(line["iteration"], {"iteration": line["iteration"], "losses": {}})
         for key in ("losses", "parts", "moee", "mtp"):
             if key in line:

@@ -25,4 +25,4 @@ step pretrain --config configs/tiny_mixture.yaml
 step params configs/tiny_mixture.yaml
 step lineage $run/moee
 step generate --config configs/tiny_mixture.yaml --prompt "결제를 요청하면" --tokens 16 --temperature 0.3 --top-p 0.9
-printf '\nTensorBoard: %s/tensorboard --logdir %s\n' "$(dirname "$cherry")" $run
+printf '\nTensorBoard: %s board %s\n' "$cherry" $run

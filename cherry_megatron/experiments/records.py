@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from cherry_megatron.config import load
+from cherry_megatron.config import Config, load
 from cherry_megatron.errors import CherryError
 from cherry_megatron.files import write_atomically
 from cherry_megatron.monitor.accounting import account, together
@@ -83,12 +83,28 @@ def results(verb: str, folder: Path) -> Record:
 
 def _training(run: Path) -> Record:
     config = load(run / "config.yaml")
-    settings = config.as_dict()
-    batch = config.value("global-batch-size") or config.positive("micro-batch-size")
-    done, wanted = step_saved(run), config.value("train-iters") or config.value("train-samples") // batch
+    done, wanted = step_saved(run), wanted_steps(config)
     if done < wanted:
         raise CherryError(f"the training ended at step {done} of {wanted}; start again to go on")
-    sequence = config.positive("seq-length")
+    return measured(run, config, done)
+
+
+def wanted_steps(config: Config) -> int:
+    """The number of steps that a training is to have."""
+    batch = config.value("global-batch-size") or config.positive("micro-batch-size")
+    return int(config.value("train-iters") or config.value("train-samples") // batch)
+
+
+def measured(run: Path, config: Config, done: int) -> Record:
+    """What a training has measured, and what it takes to compare it.
+
+    Args:
+        run: its folder, with steps.jsonl.
+        config: of the run.
+        done: steps that count.
+    """
+    settings, sequence = config.as_dict(), config.positive("seq-length")
+    batch = config.value("global-batch-size") or config.positive("micro-batch-size")
     model = together(account(config.recurrence, config.shape, sequence, config.moee, config.mtp.depths))
     return {
         "parameters": model.stored,
@@ -99,7 +115,7 @@ def _training(run: Path) -> Record:
         "loops": config.recurrence.loops,
         "median_step_seconds": statistics.median(step["seconds"] for step in read_steps(run)),
         "evaluations": read_evaluations(run),
-        "base": base_hash(settings, run.parents[1]),
+        "base": base_hash(settings, run.absolute().parents[1]),
         **({"sgt": settings["sgt"], "rho": read_rho(run), "probes": read_probes(run)} if config.sgt else {}),
     }
 

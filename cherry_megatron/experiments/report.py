@@ -9,9 +9,9 @@ from cherry_megatron.errors import CherryError
 from cherry_megatron.experiments.plan import Experiment, Stage, find, read
 from cherry_megatron.experiments.records import Record, read_records
 from cherry_megatron.files import make_folder, write_atomically
+from cherry_megatron.report.document import Block, Section, Table, markdown_page
 from cherry_megatron.sgt.pairs import Run
-from cherry_megatron.sgt.report import Compared, compare, spread
-from cherry_megatron.sgt.report import table as selective_table
+from cherry_megatron.sgt.report import Compared, compare, spread, tables
 
 _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
@@ -21,11 +21,13 @@ class Row:
     """A stage of training, over the seeds that are done.
 
     Attributes:
-        stage: of the file.
+        name: of the stage.
+        label: for people.
         records: of its seeds, in the file's order.
     """
 
-    stage: Stage
+    name: str
+    label: str
     records: list[Record]
 
     @property
@@ -49,6 +51,11 @@ class Row:
         return int(self._same("steps"))
 
     @property
+    def loops(self) -> int:
+        """All of the model."""
+        return int(self._same("loops"))
+
+    @property
     def tokens(self) -> int:
         """Trained on."""
         return int(self.steps * self._same("tokens_per_step"))
@@ -70,7 +77,7 @@ class Row:
     def curve(self) -> list[tuple[int, list[float]]]:
         """(tokens, loss of each seed) over training, of the seeds that were evaluated most often."""
         most = max(len(record["evaluations"]) for record in self.records)
-        often = Row(self.stage, [record for record in self.records if len(record["evaluations"]) == most])
+        often = Row(self.name, self.label, [r for r in self.records if len(r["evaluations"]) == most])
         iterations = [evaluation["iteration"] for evaluation in often.records[0]["evaluations"]]
         points = [(iteration * self._same("tokens_per_step"), often.at(iteration)) for iteration in iterations]
         return [(tokens, losses) for tokens, losses in points if losses]
@@ -133,15 +140,22 @@ def _check_plotted(experiment: Experiment, name: str) -> None:
 
 def rows_of(experiment: Experiment, records: dict[str, Record]) -> list[Row]:
     """The stages of training with a finished seed, in the file's order."""
-    rows = [
-        Row(stage, _finished(stage, records)) for stage in experiment.stages.values() if stage.verb == "pretrain"
-    ]
-    rows = [row for row in rows if row.records]
+    stages = [stage for stage in experiment.stages.values() if stage.verb == "pretrain"]
+    rows = [Row(stage.name, stage.label, _finished(stage, records)) for stage in stages]
+    return trained_alike([row for row in rows if row.records], experiment.source)
+
+
+def trained_alike(rows: list[Row], source: Path) -> list[Row]:
+    """The same rows.
+
+    Raises:
+        CherryError: if the seeds of one differ in more than their seed, naming the file that they are of.
+    """
     for row in rows:
         for key in ("parameters", "flops_per_token", "tokens_per_step", "steps", "loops"):
             if len({record[key] for record in row.records}) > 1:
                 raise CherryError(
-                    f"{experiment.source}: the seeds of stage {row.stage.name} were not run alike ({key} differs); "
+                    f"{source}: the seeds of stage {row.name} were not run alike ({key} differs); "
                     "run them again or take the older lines out of the records"
                 )
     return rows
@@ -149,14 +163,14 @@ def rows_of(experiment: Experiment, records: dict[str, Record]) -> list[Row]:
 
 def runs_of(rows: list[Row]) -> list[Run]:
     """The trainings of which selective supervision can be reported; those of older records cannot."""
-    return [_run(row.stage, record) for row in rows for record in row.records if "base" in record]
+    return [_run(row, record) for row in rows for record in row.records if "base" in record]
 
 
-def _run(stage: Stage, record: Record) -> Run:
+def _run(row: Row, record: Record) -> Run:
     return Run(
-        name=f"{stage.name}/seed-{record['seed']}",
-        label=stage.label,
-        row=stage.name,
+        name=f"{row.name}/seed-{record['seed']}",
+        label=row.label,
+        row=row.name,
         seed=record["seed"],
         settings={"megatron.seed": record["seed"], "configuration": record["base"]},
         sgt=record.get("sgt"),
@@ -169,36 +183,34 @@ def _run(stage: Stage, record: Record) -> Run:
 
 def table(experiment: Experiment, records: dict[str, Record], rows: list[Row], compared: Compared) -> str:
     """The report as Markdown."""
+    found = [Section("", losses_table(rows))]
+    if mixtures := mixtures_table(rows):
+        found.append(Section("Mixtures and their experts", mixtures))
+    problems = [f"Not compared: {problem}." for problem in compared.problems]
+    rest = [*problems, *_missing(experiment, records), made_by([record for row in rows for record in row.records])]
+    if compared.rows:
+        found.append(Section("Selective runs", tables(compared.rows)))
+    found[-1] = Section(found[-1].title, [*found[-1].blocks, *rest])
+    return markdown_page(experiment.about, found)
+
+
+def losses_table(rows: list[Row]) -> list[Block]:
+    """Sizes, tokens and held-out losses of stages of training."""
     experts = any(row.active_parameters != row.parameters for row in rows)
     head = [
-        "stored parameters", *(["active parameters"] if experts else []), "GFLOP a token", "tokens",
+        "", "stored parameters", *(["active parameters"] if experts else []), "GFLOP a token", "tokens",
         "loss at step 0", "loss at step 0, 1 loop", "final loss", "final loss, 1 loop",
     ]  # fmt: skip
-    lines = [
-        f"# {experiment.about}",
-        "",
-        *_markdown(head, [_cells(row, experts) for row in rows]),
-        "",
+    about = (
         "Held-out loss in nats a token, mean ± standard deviation over seeds (their number). GFLOP a token: of "
-        "training. Tokens: of this stage alone.",
-        *_mixtures(rows),
-        *(["", "## Selective runs", "", *selective_table(compared.rows)] if compared.rows else []),
-        *(line for problem in compared.problems for line in ("", f"Not compared: {problem}.")),
-        *_missing(experiment, records),
-        *_made_by([record for row in rows for record in row.records]),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> list[str]:
-    """The lines of a table whose first column has no name."""
-    lines = [f"| | {' | '.join(head)} |", f"|{'---|' * (1 + len(head))}"]
-    return [*lines, *(f"| {' | '.join(cells)} |" for cells in rows)]
+        "training. Tokens: of this stage alone."
+    )
+    return [Table(head, [_cells(row, experts) for row in rows]), about]
 
 
 def _cells(row: Row, experts: bool) -> list[str]:
     return [
-        _label(row),
+        row.label,
         short(row.parameters),
         *([short(row.active_parameters)] if experts else []),
         f"{row.flops_per_token / 1e9:.4g}",
@@ -207,7 +219,7 @@ def _cells(row: Row, experts: bool) -> list[str]:
     ]
 
 
-def _mixtures(rows: list[Row]) -> list[str]:
+def mixtures_table(rows: list[Row]) -> list[Block]:
     """What mixtures of models reach beside each of their experts, on the same text."""
     steps = [(row, step) for row in rows for step in (0, row.steps) if row.experts(step)]
     if not steps:
@@ -216,14 +228,10 @@ def _mixtures(rows: list[Row]) -> list[str]:
     cells = []
     for row, step in steps:
         losses = [row.at(step), *row.experts(step)]
-        cells.append([_label(row), str(step), *map(spread, losses), *["-"] * (1 + most - len(losses))])
-    head = ["step", "mixture", *(f"expert {number}" for number in range(most))]
+        cells.append([row.label, str(step), *map(spread, losses), *["-"] * (1 + most - len(losses))])
+    head = ["", "step", "mixture", *(f"expert {number}" for number in range(most))]
     about = "Held-out loss. Where a sequence is seen by some of the experts, an expert's is over what it sees."
-    return ["", "## Mixtures and their experts", "", *_markdown(head, cells), "", about]
-
-
-def _label(row: Row) -> str:
-    return row.stage.label.replace("|", "\\|")
+    return [Table(head, cells), about]
 
 
 def _missing(experiment: Experiment, records: dict[str, Record]) -> list[str]:
@@ -233,15 +241,16 @@ def _missing(experiment: Experiment, records: dict[str, Record]) -> list[str]:
         done = {record["seed"] for record in _finished(stage, records)}
         missing = [str(seed) for seed in stage.seeds if seed not in done]
         if missing:
-            lines += ["", f"{stage.label}: {'seeds missing: ' + ', '.join(missing) if done else 'not run'}."]
+            lines.append(f"{stage.label}: {'seeds missing: ' + ', '.join(missing) if done else 'not run'}.")
     return lines
 
 
-def _made_by(records: list[Record]) -> list[str]:
+def made_by(records: list[Record]) -> str:
+    """On what and with which code trainings were done."""
     commits = sorted({f"{r.get('commit')}{' (modified)' if r.get('modified') else ''}" for r in records})
     devices = sorted({record["device"] for record in records})
     hours = sum(record["seconds"] for record in records) / 3600
-    return ["", f"Trained on {', '.join(devices)} in {hours:.2f} hours together, commit {', '.join(commits)}."]
+    return f"Trained on {', '.join(devices)} in {hours:.2f} hours together, commit {', '.join(commits)}."
 
 
 def _finished(stage: Stage, records: dict[str, Record]) -> list[Record]:

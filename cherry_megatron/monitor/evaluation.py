@@ -18,8 +18,9 @@ from cherry_megatron.model.stack import recurrent_stacks
 from cherry_megatron.monitor.generation import health, table
 from cherry_megatron.monitor.loops import NAMES, LoopTrace, alarms
 from cherry_megatron.monitor.mixture import RouterDrift
+from cherry_megatron.monitor.pictures import expert_shares, loss_by_loops
 from cherry_megatron.monitor.progress import Progress
-from cherry_megatron.monitor.tags import MOEE, MTP, OURS, of_section
+from cherry_megatron.monitor.tags import HELD_OUT, MOEE, MTP, OURS, of_section
 
 # The same draws at every evaluation of every run, so that differences are the models'.
 GENERATION_SEED = 0
@@ -56,6 +57,7 @@ class LoopEvaluation:
         self.parts: dict[int, dict[str, float]] = {}
         self.statistics: dict[str, list[float]] = {}
         self.further: dict[str, float] = {}
+        self._known: dict[int, dict[int, float]] = {}  # losses of all evaluations of this process
         self._drift = RouterDrift()
         self._evaluated: int | None = None
         self._generation = GenerationHealth(config, progress, recorded) if config.generation else None
@@ -104,6 +106,7 @@ class LoopEvaluation:
                 self._progress.say(f"step {iteration:>7}  {what}  {values}")
         for loops, loss in self.losses.items():
             self._progress.scalar(f"loss-by-loops/{loops}", loss, iteration)
+        self._progress.scalar(HELD_OUT.removeprefix(OURS), self.losses[self._config.recurrence.loops], iteration)
         for part, loss in self.parts[max(self.parts)].items():
             self._progress.scalar(f"sgt/held-out-loss/{part}", loss, iteration)
         for name, value in self.further.items():
@@ -112,6 +115,10 @@ class LoopEvaluation:
             for loop, value in enumerate(self.statistics[name], start=1):
                 if value == value:  # a loop cut by a stage boundary has no relative change
                     self._progress.scalar(f"{name.replace('_', '-')}/loop-{loop}", value, iteration)
+        self._known[iteration] = dict(self.losses)
+        self._progress.picture("pictures/loss-by-loops", lambda: loss_by_loops(self._known), iteration)
+        of_layers = self._progress.experts_reported
+        self._progress.picture("pictures/experts", lambda: expert_shares(self.further, of_layers), iteration)
         if self._progress.under_way:
             for line in alarms(self.statistics, self.losses):
                 self._progress.alarm("loops", line, iteration)

@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from cherry_megatron.files import append_lines
 from cherry_megatron.monitor.accounting import PEAK_BF16
-from cherry_megatron.monitor.alarms import record_alarm
+from cherry_megatron.monitor.alarms import read_alarms, record_alarm
 from cherry_megatron.monitor.mixture import MixtureWatch
 from cherry_megatron.monitor.tags import MOEE, MTP, OURS, of_section, of_step
-from cherry_megatron.platform.listen import listen
+from cherry_megatron.platform.listen import keep_texts, listen
 
 
 class Progress:
@@ -34,6 +34,7 @@ class Progress:
         records: whether this rank keeps the run's files of lines, as the last one does while it trains.
         listeners: are called with each line of steps.jsonl.
         ranks: what is said of single ranks in the next line, see monitor/stragglers.py.
+        experts_reported: what the last step said of experts inside layers.
     """
 
     def __init__(self, run: Path, args: Any, flops_per_token: float, terminal: TextIO) -> None:
@@ -48,14 +49,17 @@ class Progress:
         self._skipped: dict[int, str] = {}
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
         self.ranks: dict[str, float] = {}
+        self.experts_reported: dict[str, float] = {}
         self._mixture = MixtureWatch()
         self._terminal = terminal
         self._writer = get_tensorboard_writer()
         self.records = self._writer is not None and not args.skip_train
+        self._alarms = len(read_alarms(run)) if self.records else 0
         self._bar: Any = None
         self._steps: TextIO | None = None
         if self._writer is not None:
             listen(self._writer, self._hear)
+            keep_texts(self._writer, OURS)
 
     @property
     def iteration(self) -> int:
@@ -105,6 +109,7 @@ class Progress:
         """
         self.say(f"step {iteration:>7}  {text}")
         if self.records:
+            self._alarms += 1
             record_alarm(self._run, kind, text, iteration, **details)
             self.scalar(f"alarms/{kind}", 1.0, iteration)
             self.text(f"alarms/{kind}", text, iteration)
@@ -120,10 +125,18 @@ class Progress:
 
     def experts(self, report: dict[str, float], balance: float) -> None:
         """Take what a step says of experts inside layers, see monitor/experts.py; called after it on all ranks."""
+        self.experts_reported = report
         for name, value in report.items():
             self.scalar(f"moee/{name}", value, self.iteration)
         if self._writer is not None:
             self._writer.add_scalar("balance loss", balance, self.iteration)
+
+    def picture(self, tag: str, draw: Callable[[], Any], iteration: int) -> None:
+        """Write one of our own pictures; `draw` makes a matplotlib figure, or None, where there is a writer."""
+        if self._writer is not None and (drawn := draw()) is not None:
+            from cherry_megatron.report.look import pixels  # a second that a training without pictures saves
+
+            self._writer.add_image(f"{OURS}{tag}", pixels(drawn), iteration, dataformats="HWC")
 
     def text(self, tag: str, markdown: str, iteration: int) -> None:
         """Write one of our own texts."""
@@ -225,7 +238,9 @@ class Progress:
         tokens = args.global_batch_size * args.seq_length / seconds
         flops = tokens * self._flops / args.world_size
         self.scalar("throughput/tokens-per-second", tokens, iteration)
+        self.scalar("throughput/seconds-per-step", seconds, iteration)
         self.scalar("throughput/tflops-per-device", flops / 1e12, iteration)
+        self.scalar("alarms/so-far", self._alarms, iteration)
         on_gpu = torch.cuda.is_available()
         if on_gpu:
             self.scalar("throughput/mfu", flops / PEAK_BF16, iteration)

@@ -97,7 +97,7 @@ def _loss(recent: list[dict[str, Any]]) -> str:
 
 
 def _held_out(run: Path) -> list[str]:
-    evaluations = read_evaluations(run) if (run / "evaluations.jsonl").exists() else []
+    evaluations = read_evaluations(run)
     if not evaluations:
         return ["not evaluated yet"]
     losses = "  ".join(f"{loops}: {loss:.4f}" for loops, loss in evaluations[-1]["losses"].items())

@@ -1,6 +1,7 @@
 """Names in TensorBoard, and the sections of what is reported besides losses: `cherry/SECTION/NAME`."""
 
 OURS = "cherry/"  # how our own tags begin
+HELD_OUT = f"{OURS}held-out-loss"  # with all loops, of the same batches each time
 MOEE, MTP = f"{OURS}moee/", f"{OURS}mtp/"
 _OF_EVALUATION = ("validation", "/held-out", " vs ")  # in tags that are not of the step: Megatron's and ours
 

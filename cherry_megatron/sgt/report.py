@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cherry_megatron.errors import CherryError
+from cherry_megatron.report.document import Block, Listing, Section, Table, markdown_page
 from cherry_megatron.sgt.pairs import Pair, Run, differing, pair, read_run
 
+TITLE = "Selective runs"
 _RECOVERED = (
-    "| | alpha | rho | loss at step 0 | lowest loss | at step | recovered | efficiency | recovered at equal steps "
-    "| efficiency at equal steps | step |",
-    "|---|---|---|---|---|---|---|---|---|---|---|",
-)
+    "", "alpha", "rho", "loss at step 0", "lowest loss", "at step", "recovered", "efficiency",
+    "recovered at equal steps", "efficiency at equal steps", "step",
+)  # fmt: skip
 _BESIDE = (
-    "| | alpha | selected loss | unselected loss | cos to the optimum | cos at the end | ratio to the optimum "
-    "| ratio at the end |",
-    "|---|---|---|---|---|---|---|---|",
-)
+    "", "alpha", "selected loss", "unselected loss", "cos to the optimum", "cos at the end", "ratio to the optimum",
+    "ratio at the end",
+)  # fmt: skip
 _NOTES = (
     "Held-out loss over all output tokens with all loops, in nats a token; mean ± standard deviation over seeds "
     "(their number), each seed beside the full run of the same seed. Recovered: the gain of the selective run "
@@ -26,7 +26,7 @@ _NOTES = (
     "Losses of selected and unselected held-out tokens: at the last evaluation. cos and ratio of the gradients of "
     "selected and unselected tokens: mean over the probes up to the lowest loss, and the last probe.",
 )
-_ANCHOR = "At alpha below 1 the anchor supervises every token, so the efficiency there is not per supervised token."
+ANCHOR = "At alpha below 1 the anchor supervises every token, so the efficiency there is not per supervised token."
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,12 @@ class Compared:
 
 
 def report(folders: Sequence[Path]) -> str:
-    """The comparison of runs as Markdown.
+    """The comparison of runs as Markdown, see `comparison`."""
+    return markdown_page(TITLE, [Section("", comparison(folders))])
+
+
+def comparison(folders: Sequence[Path]) -> list[Block]:
+    """The comparison of runs.
 
     Args:
         folders: of full and selective runs, in any order.
@@ -100,8 +105,8 @@ def report(folders: Sequence[Path]) -> str:
     if compared.problems:
         raise CherryError(compared.problems[0])
     pairs = [pair for row in compared.rows for pair in row.pairs if not row.is_full]
-    names = [f"- {pair.run.name} with {pair.full.name}" for pair in pairs]
-    return "\n".join(["# Selective runs", "", *table(compared.rows), "", "Pairs:", "", *names]) + "\n"
+    names = Listing([f"{pair.run.name} with {pair.full.name}" for pair in pairs])
+    return [*tables(compared.rows), "Pairs:", names]
 
 
 def compare(runs: Sequence[Run]) -> Compared:
@@ -134,16 +139,14 @@ def _twice(first: Run, second: Run) -> str:
     return f"{first.name} and {second.name} are two runs with seed {first.seed} {what}; compare them one at a time"
 
 
-def table(rows: Sequence[Row]) -> list[str]:
-    """The lines of the two tables with their notes."""
-    lines = [*_RECOVERED, *map(_recovered, rows), "", *_BESIDE, *map(_beside, rows)]
+def tables(rows: Sequence[Row]) -> list[Block]:
+    """The two tables with their notes."""
     anchored = any(not row.is_full and row.alpha != "1" for row in rows)
-    for note in (*_NOTES, *([_ANCHOR] if anchored else [])):
-        lines += ["", note]
-    return lines
+    both = (Table(_RECOVERED, [*map(_recovered, rows)]), Table(_BESIDE, [*map(_beside, rows)]))
+    return [*both, *_NOTES, *([ANCHOR] if anchored else [])]
 
 
-def _recovered(row: Row) -> str:
+def _recovered(row: Row) -> list[str]:
     rho = row.each(lambda pair: pair.run.rho)
     start = spread(row.each(lambda pair: pair.run.losses[0]))
     lowest = spread(row.each(lambda pair: pair.run.losses[pair.run.optimum]))
@@ -154,30 +157,28 @@ def _recovered(row: Row) -> str:
         spread(row.each(lambda pair: pair.efficiency_at_last_step), 2),
         _different([pair.last_step for pair in row.pairs]),
     ]
-    return _line(
-        row,
+    return [
+        row.label,
+        row.alpha,
         _different([float(f"{share:.3g}") for share in rho]),
         start,
         lowest,
         _different([pair.run.optimum for pair in row.pairs]),
         *(["-"] * len(numbers) if row.is_full else numbers),
-    )
+    ]
 
 
-def _beside(row: Row) -> str:
-    return _line(
-        row,
+def _beside(row: Row) -> list[str]:
+    return [
+        row.label,
+        row.alpha,
         spread(row.each(lambda pair: pair.run.last_loss_of("selected"))),
         spread(row.each(lambda pair: pair.run.last_loss_of("unselected"))),
         spread(row.each(lambda pair: pair.run.coupling_to_optimum("cos")), 3),
         spread(row.each(lambda pair: pair.run.last_coupling("cos")), 3),
         spread(row.each(lambda pair: pair.run.coupling_to_optimum("ratio")), 3),
         spread(row.each(lambda pair: pair.run.last_coupling("ratio")), 3),
-    )
-
-
-def _line(row: Row, *cells: str) -> str:
-    return f"| {' | '.join((row.label.replace('|', '\\|'), row.alpha, *cells))} |"
+    ]
 
 
 def _different(values: Sequence[float]) -> str:

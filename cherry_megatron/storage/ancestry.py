@@ -104,12 +104,12 @@ def describe(path: Path, verify: bool) -> list[str]:
         state = ("verified" if verify else "not verified") if depth == 0 else _ancestor(Path(known), entry)
         made = f"{entry.get('role', '')} {entry['operation']}{_at(entry)}".lstrip()
         made = f"{entry['identity'][:12]}  {made:<26}  {_code(entry)}  {known}  "
-        lines.append(f"{'  ' * depth}{made}{_how(entry)}({state})")
+        lines.append(f"{'  ' * depth}{made}{how(entry)}({state})")
     return lines
 
 
-def _how(entry: dict[str, Any]) -> str:
-    """How a compression was made, and what a start had `changed`; with spaces behind."""
+def how(entry: dict[str, Any]) -> str:
+    """How a record's compression was made, and what its start had `changed`; with spaces behind."""
     options, found = entry.get("options", {}), []
     if {"method", "groups"} <= {*options}:
         found.append(f"{options['method']}, groups {options['groups']}")

@@ -278,10 +278,11 @@ def test_the_command_line_prints_or_writes_without_torch(runs, tmp_path):
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     assert cherry(*runs).stdout == report(runs)
-    assert cherry(*runs, "--out", tmp_path / "new/report.md").returncode == 0
+    assert cherry(*runs, "--out", tmp_path / "new").returncode == 0
     assert (tmp_path / "new/report.md").read_text() == report(runs)
-    refused = cherry(*runs, "--out", tmp_path)
-    assert refused.returncode == 2 and f"cannot write {tmp_path}: " in refused.stderr
+    assert "<h1>Selective runs</h1>" in (tmp_path / "new/report.html").read_text()
+    refused = cherry(*runs, "--out", runs[0] / "config.yaml")
+    assert refused.returncode == 2 and f"cannot write {runs[0]}/config.yaml: " in refused.stderr
 
 
 def made_up(

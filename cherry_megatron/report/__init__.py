@@ -1,0 +1,1 @@
+"""What runs and experiments have found, as pages to read and to print."""
