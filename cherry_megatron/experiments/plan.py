@@ -32,6 +32,7 @@ from typing import Any
 
 import yaml
 
+from cherry_megatron.beginning import hint
 from cherry_megatron.cli import options_of
 from cherry_megatron.errors import CherryError
 from cherry_megatron.flags import nearest
@@ -186,7 +187,7 @@ def find(name: str) -> Path:
     if not path.is_file():
         # What experiments take their configuration from lies there too.
         known = [found.stem for found in FOLDER.glob("*.yaml") if "\nstages:" in found.read_text()]
-        raise CherryError(f"there is no experiment {path}{nearest(name, known) if known else ''}")
+        raise CherryError(f"there is no experiment {path}{nearest(name, known) if known else hint(path)}")
     return path
 
 
