@@ -54,4 +54,4 @@ board: setup
 	$(VENV)/bin/tensorboard --logdir runs
 
 clean:
-	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(DEMO) build/site docs/reference .pytest_cache .mypy_cache .ruff_cache

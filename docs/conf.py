@@ -69,7 +69,7 @@ html_copy_source = False
 
 myst_heading_anchors = 4  # named as forges name them
 default_role = "code"  # docstrings are read as they stand, with single backticks
-napoleon_use_ivar = True  # of a dataclass, whose fields are members besides
+napoleon_use_rtype = False  # what stands before a colon there need not be a type
 autodoc_inherit_docstrings = False  # torch's
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -115,7 +115,7 @@ def _page(room: str) -> str:
     text = [title, "=" * len(title), ""]
     for module in modules_of(room):
         name = module.removeprefix("cherry_megatron.")
-        text += [name, "-" * len(name), "", f".. automodule:: {module}", "   :members:", "   :undoc-members:", ""]
+        text += [name, "-" * len(name), "", f".. automodule:: {module}", "   :members:", ""]
     return "\n".join(text)
 
 

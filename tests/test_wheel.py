@@ -34,19 +34,19 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
     python = environment / "bin/python"
     pip = [sys.executable, "-m", "pip", "--python", str(python)]
-    subprocess.run([*pip, "install", "-q", "--no-deps", "--no-index", str(wheel)], check=True)
+    # PYTHONPATH leads to the repository, where its package would be found and not the wheel's.
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([*pip, "install", "-q", "--no-deps", "--no-index", str(wheel)], env=kept, check=True)
     (site,) = environment.glob("lib/python*/site-packages")
     # Of a folder that is named so the packages are found, but not what is installed in place, such as this project.
     (site / "others.pth").write_text(sysconfig.get_path("purelib"))
     folder = tmp_path_factory.mktemp("elsewhere")
 
     def run(*command: str, **variables: str) -> str:
-        kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        kept["PATH"] = f"{environment / 'bin'}{os.pathsep}{kept['PATH']}"
-        program = next((str(path) for path in [environment / "bin" / command[0]] if path.exists()), command[0])
+        path = f"{environment / 'bin'}{os.pathsep}{kept['PATH']}"
         done = subprocess.run(
-            [program, *command[1:]],
-            cwd=folder, env={**kept, **variables}, capture_output=True, text=True, check=False,
+            ["env", *command],  # which looks on the path that it is given
+            cwd=folder, env={**kept, "PATH": path, **variables}, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
         return done.stdout

@@ -1,22 +1,23 @@
-"""An experiment's file -> its tasks, one for each stage and seed.
+"""An experiment's file -> its tasks, one for each stage and seed::
 
-about: Does the recurrent model recover?   # the question asked
-config: ../tiny_recover.yaml               # base configuration, relative to this file
-seeds: [1, 2, 3]
-stages:                                    # the first that is ready runs first
-  parent:
-    verb: pretrain
-    set: {recurrence.pattern: "(*-)x48"}   # as --set
-  averaged:
-    verb: compress-depth
-    args: {load: "{parent}"}               # flags of the verb; {parent} is that stage's folder, of the same seed.
-                                           # A flag that takes several values has a list
-  recovered:
-    label: plain average                   # for the report; default the stage's name
-    verb: pretrain
-    seeds: [1]                             # fewer than all, optional
-    config: other.yaml                     # another base, optional
-    set: {megatron.load: "{averaged}", megatron.finetune: true}
+    about: Does the recurrent model recover?   # the question asked
+    config: ../tiny_recover.yaml               # base configuration, relative to this file
+    seeds: [1, 2, 3]
+    stages:                                    # the first that is ready runs first
+      parent:
+        verb: pretrain
+        set: {recurrence.pattern: "(*-)x48"}   # as --set
+      averaged:
+        verb: compress-depth
+        args: {load: "{parent}"}               # flags of the verb
+      recovered:
+        label: plain average                   # for the report; default the stage's name
+        verb: pretrain
+        seeds: [1]                             # fewer than all, optional
+        config: other.yaml                     # another base, optional
+        set: {megatron.load: "{averaged}", megatron.finetune: true}
+
+`{parent}` is that stage's folder, of the same seed. A flag that takes several values has a list.
 """
 
 import hashlib
