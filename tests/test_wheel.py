@@ -7,6 +7,7 @@ import sys
 import sysconfig
 import zipfile
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,8 @@ def test_an_installed_package_begins_trains_and_selects_without_the_repository(i
     few = [argument for setting in FEW for argument in ("--set", f"megatron.{setting}")]
     installed("cherry", "pretrain", "--config", "configs/cherry_tiny.yaml", *few, **ours)
     assert "2 of 2" in installed("cherry", "status", "runs/tiny")
-    assert "iter_0000002" in installed("cherry", "lineage", "runs/tiny")
+    told = installed("cherry", "lineage", "runs/tiny")
+    assert f"code {version('cherry-megatron')}  runs/tiny/checkpoints/iter_0000002" in told
 
 
 @pytest.mark.full
