@@ -55,7 +55,6 @@ ROOMS = {
 }
 
 project = "cherry_megatron"
-author = "the authors of cherry_megatron"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 root_doc = "README"
 include_patterns = ["*.md", "docs/**", "benchmarks/results/**"]
@@ -66,9 +65,14 @@ html_title = "cherry_megatron"
 html_static_path = ["site.css"]
 html_css_files = ["site.css"]
 html_copy_source = False
+html_show_copyright = False
 
 myst_heading_anchors = 4  # named as forges name them
 default_role = "code"  # docstrings are read as they stand, with single backticks
+smartquotes = False  # `--` is an option
+add_module_names = False
+toc_object_entries_show_parents = "hide"
+napoleon_attr_annotations = False  # the signature has them
 napoleon_use_rtype = False  # what stands before a colon there need not be a type
 autodoc_inherit_docstrings = False  # torch's
 autodoc_member_order = "bysource"
@@ -81,13 +85,11 @@ def modules_of(room: str) -> list[str]:
     """The public modules of a room, by their full names."""
     beside = {path.stem for path in PACKAGE.glob("[!_]*.py")}
     named = [name for names in BESIDE.values() for name in names]
-    names = (
-        sorted(beside.difference(named)) if room == "training" else [n for n in BESIDE.get(room, ()) if n in beside]
-    )
-    names += [
-        ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-        for path in sorted((PACKAGE / room).rglob("[!_]*.py"))
-    ]
+    names = [name for name in BESIDE.get(room, ()) if name in beside]
+    if room == "training":
+        names = sorted(beside.difference(named))
+    for path in sorted((PACKAGE / room).rglob("[!_]*.py")):
+        names.append(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
     return [f"cherry_megatron.{name}" for name in names]
 
 
