@@ -4,11 +4,14 @@ Its source is the repository itself, so that pages and their links are the same 
 building is what a forge has no use for: the navigation, and a page of API reference for each room of the package.
 """
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 from sphinx.application import Sphinx
+
+from cherry_megatron.monitor.console import hide_warnings
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "cherry_megatron"
@@ -53,6 +56,9 @@ ROOMS = {
     "platform": "CPU or GPU, Transformer Engine or local layers, and what is patched",
     "verbs": "The command line",
 }
+
+hide_warnings()  # of the libraries that the modules import
+logging.getLogger("megatron.core").setLevel(logging.WARNING)
 
 project = "cherry_megatron"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
@@ -135,6 +141,11 @@ def _toctree(pages: list[str], caption: str | None = None) -> str:
     return f"\n\n```{{toctree}}\n{options}\n{lines}\n```\n"
 
 
+def skip_fields(app: Sphinx, kind: str, name: str, member: object, skip: bool, options: Any) -> bool | None:
+    """The fields of a NamedTuple are described by its own docstring; Python's say `Alias for field number 0`."""
+    return True if (getattr(member, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
 def copy_front_page(app: Sphinx, error: Exception | None) -> None:
     """A server shows index.html; the README lies in the same folder, so its links hold there too."""
     if error is None and app.builder.name == "html":
@@ -144,5 +155,6 @@ def copy_front_page(app: Sphinx, error: Exception | None) -> None:
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("builder-inited", write_reference)
     app.connect("source-read", add_navigation)
+    app.connect("autodoc-skip-member", skip_fields)
     app.connect("build-finished", copy_front_page)
     return {"parallel_read_safe": True}
