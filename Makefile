@@ -1,6 +1,7 @@
 # make demo    set up, then 48 layers -> 6, walked as 34, on real Korean text (CPU, under 10 minutes; ends with a mixture that speaks)
 # make test    set up, then every kind of test, with a fixed sample of the large matrices
 # make lint    ruff and mypy
+# make docs    the documentation as a site, build/site/index.html
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -10,7 +11,7 @@ DEMO := runs/demo
 # Test files side by side; some start four processes of their own.
 JOBS ?= 2
 
-.PHONY: demo test test-full test-deps lint format board clean setup
+.PHONY: demo test test-full test-deps lint format docs board clean setup
 
 setup: $(STAMP)
 
@@ -45,8 +46,12 @@ format: setup
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+docs: setup
+	$(PY) -m sphinx -q -W --keep-going -b html -c docs . build/site
+	@echo build/site/index.html
+
 board: setup
 	$(CHERRY) board runs
 
 clean:
-	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(DEMO) build/site docs/reference .pytest_cache .mypy_cache .ruff_cache

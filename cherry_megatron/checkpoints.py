@@ -294,7 +294,8 @@ def where_from(config: Config, args: Any) -> str:
     """The first line of a training: what it starts from."""
     further = f"; {config.recurrence.further_loops}" if config.recurrence.further_loops else ""
     if args.load is None:
-        lost = (config.run / "steps.jsonl").exists()
+        steps = config.run / "steps.jsonl"  # made before the first step
+        lost = steps.exists() and steps.stat().st_size > 0
         return f"starts from new weights{'; the steps before left no checkpoint' if lost else ''}{further}"
     checkpoint = Checkpoint(newest(Path(args.load)))
     if own_checkpoints(config) is None:

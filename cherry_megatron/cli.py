@@ -17,6 +17,7 @@ from cherry_megatron.verbs.convert import add_convert_hf
 from cherry_megatron.verbs.data import add_data, add_tokenizer
 from cherry_megatron.verbs.evaluate import add_evaluate
 from cherry_megatron.verbs.experiment import add_experiment
+from cherry_megatron.verbs.init import add_init
 from cherry_megatron.verbs.job import add_job
 from cherry_megatron.verbs.report import add_report
 from cherry_megatron.verbs.sgt import add_select
@@ -107,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"cherry-megatron {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     add_doctor(verbs)
+    add_init(verbs)
     add_tokenizer(verbs)
     add_data(verbs)
     add_select(verbs)

@@ -1,4 +1,4 @@
-"""One YAML file -> typed dataclasses and Megatron's own flags.
+"""One YAML file -> typed dataclasses and Megatron's own flags::
 
     extends: base_1b.yaml        # optional: another file of the same folder, overridden key by key
     run: runs/cherry_227m        # the run's folder: checkpoints, TensorBoard, resolved configuration

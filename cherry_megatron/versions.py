@@ -31,13 +31,13 @@ def installed_versions() -> dict[str, str]:
 
 
 def git_state() -> dict[str, Any]:
-    """Commit of this code and whether the tree differs from it; empty outside a repository."""
+    """Commit of this code and whether the tree differs from it; empty for an installed package."""
     commit = _git("rev-parse", "HEAD")
     return {"commit": commit.strip(), "modified": bool(_git("status", "--porcelain"))} if commit else {}
 
 
 def git_difference() -> str:
-    """What the tree has otherwise than the commit, as `git diff` prints it; empty outside a repository."""
+    """What the tree has otherwise than the commit, as `git diff` prints it; empty for an installed package."""
     return _git("diff", "HEAD") or ""
 
 
@@ -45,6 +45,10 @@ def _git(*args: str) -> str | None:
     """What git prints of this code's repository; None if there is none, or no git."""
     if shutil.which("git") is None:
         return None
-    command = ["git", "-C", str(Path(__file__).parent), *args]
-    done = subprocess.run(command, capture_output=True, check=False)
-    return done.stdout.decode(errors="replace") if done.returncode == 0 else None
+    here = Path(__file__)
+    # A virtual environment may lie in a repository of something else, whose commit says nothing of this code.
+    for command in (["ls-files", "--error-unmatch", here.name], args):
+        done = subprocess.run(["git", "-C", str(here.parent), *command], capture_output=True, check=False)
+        if done.returncode:
+            return None
+    return done.stdout.decode(errors="replace")

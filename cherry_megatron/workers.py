@@ -29,7 +29,7 @@ def worker_processes(count: int, prepare: Callable[..., Callable[..., Any]], *ar
         prepare: called once in each with `arguments`, returns the function that answers requests.
 
     Returns:
-        submit(*request), which gives a future of the answer. Its result raises CherryError if the function
+        `submit(*request)`, which gives a future of the answer. Its result raises CherryError if the function
         did, or if the process died.
     """
     context = multiprocessing.get_context("spawn")

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from cherry_megatron.beginning import hint
 from cherry_megatron.errors import CherryError
 
 
@@ -35,7 +36,7 @@ def read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise CherryError(f"cannot read the configuration {path}: {error.strerror}") from None
+        raise CherryError(f"cannot read the configuration {path}: {error.strerror}{hint(path)}") from None
     except UnicodeDecodeError:
         raise CherryError(f"{path} is not a UTF-8 text file") from None
     try:

@@ -4,9 +4,11 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from cherry_megatron.checkpoints import where_from
 from cherry_megatron.model.pattern import parse
 from cherry_megatron.storage.checkpoint import open_checkpoint
 from cherry_megatron.surgery import assemble, assemble_layers, compress
@@ -311,3 +313,11 @@ def test_a_checkpoint_of_plain_megatron_is_named_and_can_be_made_one_of_ours(gpt
     assert {n: ours.read(n).tobytes() for n in ours.model} == {n: source.read(n).tobytes() for n in source.model}
     once = ("megatron.train-iters=1", "megatron.lr-warmup-iters=0", f"run={tmp_path / 'run'}")
     assert len(train(path, 1, "", (f"megatron.load={tmp_path / 'ours'}", *once))) == 1
+
+
+def test_a_new_run_is_not_told_that_it_lost_its_steps(tmp_path):
+    config = SimpleNamespace(run=tmp_path, recurrence=SimpleNamespace(further_loops=""))
+    (tmp_path / "steps.jsonl").touch()  # by the training that asks
+    assert where_from(config, SimpleNamespace(load=None)) == "starts from new weights"
+    (tmp_path / "steps.jsonl").write_text('{"iteration": 1}\n')
+    assert "the steps before left no checkpoint" in where_from(config, SimpleNamespace(load=None))

@@ -1,22 +1,23 @@
-"""An experiment's file -> its tasks, one for each stage and seed.
+"""An experiment's file -> its tasks, one for each stage and seed::
 
-about: Does the recurrent model recover?   # the question asked
-config: ../tiny_recover.yaml               # base configuration, relative to this file
-seeds: [1, 2, 3]
-stages:                                    # the first that is ready runs first
-  parent:
-    verb: pretrain
-    set: {recurrence.pattern: "(*-)x48"}   # as --set
-  averaged:
-    verb: compress-depth
-    args: {load: "{parent}"}               # flags of the verb; {parent} is that stage's folder, of the same seed.
-                                           # A flag that takes several values has a list
-  recovered:
-    label: plain average                   # for the report; default the stage's name
-    verb: pretrain
-    seeds: [1]                             # fewer than all, optional
-    config: other.yaml                     # another base, optional
-    set: {megatron.load: "{averaged}", megatron.finetune: true}
+    about: Does the recurrent model recover?   # the question asked
+    config: ../tiny_recover.yaml               # base configuration, relative to this file
+    seeds: [1, 2, 3]
+    stages:                                    # the first that is ready runs first
+      parent:
+        verb: pretrain
+        set: {recurrence.pattern: "(*-)x48"}   # as --set
+      averaged:
+        verb: compress-depth
+        args: {load: "{parent}"}               # flags of the verb
+      recovered:
+        label: plain average                   # for the report; default the stage's name
+        verb: pretrain
+        seeds: [1]                             # fewer than all, optional
+        config: other.yaml                     # another base, optional
+        set: {megatron.load: "{averaged}", megatron.finetune: true}
+
+`{parent}` is that stage's folder, of the same seed. A flag that takes several values has a list.
 """
 
 import hashlib
@@ -32,6 +33,7 @@ from typing import Any
 
 import yaml
 
+from cherry_megatron.beginning import hint
 from cherry_megatron.cli import options_of
 from cherry_megatron.errors import CherryError
 from cherry_megatron.flags import nearest
@@ -186,7 +188,7 @@ def find(name: str) -> Path:
     if not path.is_file():
         # What experiments take their configuration from lies there too.
         known = [found.stem for found in FOLDER.glob("*.yaml") if "\nstages:" in found.read_text()]
-        raise CherryError(f"there is no experiment {path}{nearest(name, known) if known else ''}")
+        raise CherryError(f"there is no experiment {path}{nearest(name, known) if known else hint(path)}")
     return path
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from cherry_megatron.model.pattern import Visit
 
-type Slot = Visit | int  # an effective layer, or a depth of multi-token prediction, from 1
+type Slot = Visit | int  #: an effective layer, or a depth of multi-token prediction, from 1
 
 
 class Cache:

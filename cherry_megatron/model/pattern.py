@@ -1,4 +1,4 @@
-"""The layer pattern language of Megatron's HybridModel, extended by loops, and its unrolling.
+"""The layer pattern language of Megatron's HybridModel, extended by loops, and its unrolling::
 
     *-[*-*-*-*-]x8*-        one prelude layer, four core layers walked eight times, one coda layer
     *-[(*-)x4]x8*-          the same
@@ -42,7 +42,7 @@ class Pattern:
 
     @property
     def symbols(self) -> str:
-        """The stored sublayers as one flat Megatron pattern, e.g. "*-*-*-"."""
+        """The stored sublayers as one flat Megatron pattern, e.g. `*-*-*-`."""
         return "".join(self.layers)
 
     def first_symbol(self, layer: int) -> int:

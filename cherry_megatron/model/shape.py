@@ -54,7 +54,7 @@ class Shape:
             )
 
     def linears(self, symbols: str) -> list[tuple[int, int]]:
-        """(inputs, outputs) of the linear layers in sublayers such as "*-"; of `E` there are the router's alone."""
+        """(inputs, outputs) of the linear layers in sublayers such as `*-`; of `E` there are the router's alone."""
         query, key_value = self.heads * self.head_size, self.groups * self.head_size
         each = {
             ATTENTION: [(self.hidden, query + 2 * key_value), (query, self.hidden)],

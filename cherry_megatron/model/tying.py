@@ -2,9 +2,10 @@
 
 Every copy starts from equal values (see seeding.py) and sees the sum of all copies' gradients, so
 all take equal optimizer steps. For that each copy has
-  `shared_embedding`  its own gradient bucket, so that the distributed optimizer's shards of a copy
-                      line up over the stages (Megatron does the same for tied embeddings), and
-  `shared`            on all but the first holder, so that it counts once in norms.
+
+- `shared_embedding`: its own gradient bucket, so that the distributed optimizer's shards of a copy
+  line up over the stages (Megatron does the same for tied embeddings), and
+- `shared` on all but the first holder, so that it counts once in norms.
 """
 
 from collections.abc import Callable

@@ -17,12 +17,13 @@ def health(continuations: Sequence[Sequence[int]], end: int) -> dict[str, float]
         end: the token that ends a text.
 
     Returns:
-        distinct-n: different n-grams over all n-grams, of all texts together (Li et al. 2016, arXiv 1510.03055).
-        repetition: share of the 4-grams of a text that occurred before in it, the mean over the texts (seq-rep-4 of
-            Welleck et al. 2020, arXiv 1908.04319).
-        length: tokens of a text, the mean.
-        ended: share of the texts that ended by themselves.
-        Where no text is long enough for an n-gram, what counts them is left out.
+        By name, and where no text is long enough for an n-gram without what counts them:
+
+        - distinct-n: different n-grams over all n-grams, of all texts together (Li et al. 2016, arXiv 1510.03055).
+        - repetition: share of the 4-grams of a text that occurred before in it, the mean over the texts (seq-rep-4
+          of Welleck et al. 2020, arXiv 1908.04319).
+        - length: tokens of a text, the mean.
+        - ended: share of the texts that ended by themselves.
     """
     ended = [bool(tokens) and tokens[-1] == end for tokens in continuations]
     texts = [tokens[:-1] if is_over else tokens for tokens, is_over in zip(continuations, ended, strict=True)]

@@ -20,7 +20,7 @@ class LoopTrace:
 
     Statistics of a loop:
         residual_norm: root mean square of the hidden state after the loop.
-        relative_change: |after - before| / |before|, Frobenius norms over all tokens.
+        relative_change: `|after - before| / |before|`, Frobenius norms over all tokens.
         token_correlation: mean cosine between the states of two different tokens of a sequence.
     """
 

@@ -49,5 +49,5 @@ def how_to_start(config: Config) -> list[str]:
         return []
     return [
         f"start it with a multiple of {ranks} processes ({' x '.join(parallel)}), e.g. "
-        f"torchrun --nproc-per-node {ranks} tools/pretrain.py --config {config.source}"
+        f"torchrun --nproc-per-node {ranks} -m cherry_megatron.cli pretrain --config {config.source}"
     ]

@@ -1,7 +1,7 @@
 """Gradient coupling: does a step on the selected tokens improve the others?
 
 With g_S and g_U the gradients of the mean loss (a teacher's part of it included) over the selected and the
-unselected tokens of a global batch,
+unselected tokens of a global batch::
 
     cos   = <g_S, g_U> / (|g_S| |g_U|)
     ratio = <g_S, g_U> / |g_S|^2

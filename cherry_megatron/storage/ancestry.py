@@ -128,7 +128,9 @@ def _at(entry: dict[str, Any]) -> str:
 def _code(entry: dict[str, Any]) -> str:
     git = entry.get("git", {})
     modified = "+" if git.get("modified") else ""
-    return f"{entry.get('time', 'at an unknown time')}  code {str(git.get('commit'))[:10]}{modified}"
+    # An installed package has no commit.
+    code = str(git.get("commit") or entry.get("versions", {}).get("cherry-megatron"))
+    return f"{entry.get('time', 'at an unknown time')}  code {code[:10]}{modified}"
 
 
 def _verify(checkpoint: Checkpoint) -> None:

@@ -1,8 +1,8 @@
 """Where a checkpoint comes from: its manifest, its identity, and the record of how it was made.
 
-manifest.json   SHA-256 of the values of every stored chunk of every tensor
-lineage.json    the operation, its configuration, code and data, and the records of the parents, whole, so that
-                the chain can be told when the parents are gone
+- manifest.json: SHA-256 of the values of every stored chunk of every tensor
+- lineage.json: the operation, its configuration, code and data, and the records of the parents, whole, so that
+  the chain can be told when the parents are gone
 
 A checkpoint's identity is the SHA-256 of its manifest. One that was saved without a manifest is hashed while it
 is read: its identity then covers what was read, and the record calls it partial.

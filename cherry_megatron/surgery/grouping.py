@@ -1,4 +1,4 @@
-"""Which source layers each compressed layer is made from, and with what weights.
+"""Which source layers each compressed layer is made from, and with what weights::
 
     adjacent                the paper's: equal runs of neighbours, 48 -> 6 as 0-7, 8-15, ...
     slots                   by the loop order: a core layer takes the source layers that its unrolled
