@@ -43,7 +43,7 @@ class Claim:
         subject: facts of the training that decides it (see sources.py), or what they must meet; None: nothing that
             is recorded decides it.
         against: the training that it is held against, out of those of one source; by default none.
-        shown: how a value is written.
+        shown: how values are written; None: as mean and spread.
     """
 
     says: str
@@ -54,7 +54,7 @@ class Claim:
     values: Callable[[Trained, Trained | None], list[float]]
     subject: Facts | None
     against: Callable[[Trained], list[Row]] | None = None
-    shown: Callable[[list[float]], str] = spread
+    shown: Callable[[list[float]], str] | None = None
 
 
 def _relative_loss(trained: Trained, other: Trained | None) -> list[float]:
@@ -259,7 +259,7 @@ def _line(claim: Claim, sources: Sequence[Source]) -> list[str]:
     if len(sources) > 1:
         by += f"; {trained.source.name}"
     seeds = ", ".join(str(record["seed"]) for record in trained.row.records)
-    return [claim.says, claim.paper, claim.shown(values), seeds, by, claim.counts, verdict]
+    return [claim.says, claim.paper, (claim.shown or spread)(values), seeds, by, claim.counts, verdict]
 
 
 def _named(trained: Trained) -> str:
