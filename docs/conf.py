@@ -30,8 +30,23 @@ NAVIGATION = {
         "docs/evaluation",
         "docs/hugging_face",
     ],
-    "The method": ["docs/paper", "docs/recurrence", "docs/depth", "docs/moee", "docs/mtp", "docs/sgt", "docs/evidence"],
-    "At scale": ["docs/parallelism", "docs/slurm", "docs/operations", "docs/performance", "docs/experiments"],
+    "The method": [
+        "docs/paper",
+        "docs/recurrence",
+        "docs/depth",
+        "docs/moee",
+        "docs/mtp",
+        "docs/sgt",
+        "docs/evidence",
+    ],
+    "At scale": [
+        "docs/parallelism",
+        "docs/planner",
+        "docs/slurm",
+        "docs/operations",
+        "docs/performance",
+        "docs/experiments",
+    ],
     "Reference": [f"{REFERENCE}/index", "benchmarks/results/README"],
     "The project": ["docs/log", "CHANGELOG", "CONTRIBUTING"],
 }
@@ -59,6 +74,7 @@ ROOMS = {
     "jobs": "A cluster's jobs",
     "experiments": "Stages and seeds of one file",
     "report": "Runs and records on one page",
+    "planner": "What a configuration costs, before it runs",
     "platform": "CPU or GPU, Transformer Engine or local layers, and what is patched",
     "verbs": "The command line",
 }
