@@ -17,13 +17,19 @@ from cherry_megatron.monitor.tags import HELD_OUT, MOEE, MTP, OURS
 
 _NUMBER, _WORDS = r"[0-9]+", r"[^/]+"
 Chart = tuple[str, ...]  # what the tags of its curves look like, from their first letter to their last
-# What distinguishes runs besides their sections; see `settings`.
-_FLAGS = (
-    "hidden-size", "seq-length", "global-batch-size", "train-iters", "train-samples", "lr", "min-lr",
-    "lr-warmup-iters", "weight-decay", "init-method-std", "seed", "bf16", "fp8-format",
-)  # fmt: skip
-_OF_LAYERS = ("num-experts", "moe-router-topk", "moe-aux-loss-coeff")
-_SECTIONS = ("recurrence", "distillation", "mtp", "data", "sgt", "moee")
+# What runs are compared by, and what stands for a run without it. TensorBoard takes the list of them from any one
+# of the runs that it shows, so all runs have all, of one type each.
+_SETTINGS: dict[str, str | int | float] = {
+    "recurrence.pattern": "", "recurrence.loops": 1, "recurrence.order": "cycle", "recurrence.loop_scales": False,
+    "recurrence.loop_rank": 0, "recurrence.injection": "none", "distillation.weight": 0.0, "mtp.depths": 0,
+    "data.shuffle": "none", "sgt.marks": "none", "sgt.top_loss": 0.0, "sgt.alpha": 0.0, "moee.experts": 0,
+    "moee.top_k": 0, "moee.balance": 0.0,
+}  # fmt: skip
+_FLAGS: dict[str, str | int | float] = {
+    "hidden-size": 0, "seq-length": 0, "num-experts": 0, "global-batch-size": 0, "train-iters": 0, "lr": 0.0,
+    "min-lr": 0.0, "lr-warmup-iters": 0, "weight-decay": 0.0, "init-method-std": 0.0, "seed": 0, "bf16": False,
+    "fp8-format": "none",
+}  # fmt: skip
 
 
 def charts(config: Config, ranks: int, on_gpu: bool) -> dict[str, dict[str, Chart]]:
@@ -130,16 +136,21 @@ def _health(config: Config) -> dict[str, Chart]:
 
 
 def settings(config: Config) -> dict[str, str | int | float]:
-    """What TensorBoard compares runs by: the sections of the configuration, flags of learning, sizes."""
+    """What TensorBoard compares runs by, the same of every run: keys of the configuration, flags, sizes."""
     resolved = config.as_dict()
-    found = {f"{name}.{key}": value for name in _SECTIONS for key, value in resolved.get(name, {}).items()}
-    found |= {flag: config.value(flag) for flag in (*_FLAGS, *(_OF_LAYERS if config.has_experts else ()))}
+    said = {key: _within(resolved, key) for key in _SETTINGS} | {flag: config.value(flag) for flag in _FLAGS}
+    found = {key: none if said[key] is None else said[key] for key, none in (_SETTINGS | _FLAGS).items()}
     model = together(
         account(config.recurrence, config.shape, config.positive("seq-length"), config.moee, config.mtp.depths)
     )
-    found |= {"parameters": model.stored, "active parameters": model.active, "GFLOP a token": model.flops / 1e9}
-    known = {name: value for name, value in found.items() if value not in (None, False)}
-    return {name: value if isinstance(value, int | float | str) else str(value) for name, value in known.items()}
+    return found | {
+        "parameters": model.stored, "active parameters": model.active, "GFLOP a token": model.flops / 1e9
+    }  # fmt: skip
+
+
+def _within(resolved: dict[str, Any], key: str) -> Any:
+    section, name = key.split(".")
+    return resolved.get(section, {}).get(name)
 
 
 @contextmanager

@@ -90,19 +90,31 @@ def test_the_held_out_loss_is_that_of_all_loops(runs):
         assert [(e.step, e.value) for e in losses] == [(e.step, e.value) for e in all_loops] != []
 
 
+def hyperparameters(run: Path, tag: str) -> HParamsPluginData:
+    content = events(run).summary_metadata[f"_hparams_/{tag}"].plugin_data.content
+    return HParamsPluginData.FromString(content)
+
+
 def test_settings_are_hyperparameters_and_a_run_tells_of_its_end(mixed):
-    metadata = events(mixed).summary_metadata
-    (tag,) = [tag for tag in metadata if tag == "_hparams_/session_start_info"]
-    start = HParamsPluginData.FromString(metadata[tag].plugin_data.content).session_start_info.hparams
+    start = hyperparameters(mixed, "session_start_info").session_start_info.hparams
     assert start["recurrence.pattern"].string_value == "*-[*-]x2*-" and start["recurrence.loops"].number_value == 2
     assert start["sgt.top_loss"].number_value == 0.25 and start["moee.experts"].number_value == 2
     assert start["lr"].number_value == 1e-3 and start["seed"].number_value == 1234
-    assert "_hparams_/session_end_info" in metadata
-    experiment = HParamsPluginData.FromString(metadata["_hparams_/experiment"].plugin_data.content).experiment
-    measured = [info.name.tag for info in experiment.metric_infos]
+    assert "_hparams_/session_end_info" in events(mixed).summary_metadata
+    measured = [info.name.tag for info in hyperparameters(mixed, "experiment").experiment.metric_infos]
     assert {*measured} <= {*events(mixed).Tags()["scalars"]}, "a metric that is no scalar of the run"
     # No run of its own, as `add_hparams` would have made.
     assert [path.name.split(".")[0] for path in (mixed / "tensorboard").rglob("*") if path.is_file()] == ["events"]
+
+
+def test_all_runs_have_the_same_hyperparameters(runs):
+    """TensorBoard takes the list of one run for all."""
+    starts = [hyperparameters(run, "session_start_info").session_start_info.hparams for run in runs]
+    kinds = [{name: value.WhichOneof("kind") for name, value in start.items()} for start in starts]
+    assert kinds[0] == kinds[1] and starts[1]["moee.experts"].number_value == 0
+    for run in runs:
+        listed = hyperparameters(run, "experiment").experiment.hparam_infos
+        assert {info.name for info in listed} == {*kinds[0]}
 
 
 def test_texts_are_ours_alone_and_have_all_arguments(runs):
