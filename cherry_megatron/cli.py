@@ -15,6 +15,7 @@ from cherry_megatron.platform.leaving import leave
 from cherry_megatron.verbs.data import add_data, add_tokenizer
 from cherry_megatron.verbs.experiment import add_experiment
 from cherry_megatron.verbs.job import add_job
+from cherry_megatron.verbs.plan import add_plan
 from cherry_megatron.verbs.report import add_report
 from cherry_megatron.verbs.sgt import add_select
 from cherry_megatron.verbs.status import add_status
@@ -111,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     add_evaluate(verbs)
     add_generate(verbs)
     add_params(verbs)
+    add_plan(verbs)
     add_calibrate(verbs)
     add_compress_depth(verbs)
     add_assemble_moee(verbs)
