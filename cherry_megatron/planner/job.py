@@ -204,3 +204,13 @@ def configured(job: Job, setting: Setting) -> Config:
     config = replace(job.config, megatron=megatron, recurrence=recurrence)
     rules.check(config, setting.gpus)
     return config
+
+
+def setting_of(config: Config, gpus: int) -> Setting:
+    """The setting that a configuration has on so many GPUs."""
+    tensor, pipeline = config.value("tensor-model-parallel-size"), config.value("pipeline-model-parallel-size")
+    return Setting(
+        tensor, pipeline, config.value("expert-model-parallel-size"), max(gpus // (tensor * pipeline), 1),
+        config.value("micro-batch-size"), config.value("recompute-granularity") == "full",
+        config.value("cuda-graph-impl") == GRAPH, config.value("expert-tensor-parallel-size") or tensor,
+    )  # fmt: skip

@@ -125,8 +125,9 @@ class Walk:
         forward = backward = Pass()
         for number, (inputs, outputs) in enumerate(self.job.shape.linears(symbols)):
             cut = self.setting.tensor
-            sizes = (inputs / cut, outputs) if number % 2 else (inputs, outputs / cut)
-            forward, backward = _sum((forward, backward), self._linear(self.tokens, *sizes, normed=not number % 2))
+            first = number % 2 == 0  # behind a norm
+            size = (inputs, outputs / cut) if first else (inputs / cut, outputs)
+            forward, backward = _sum((forward, backward), self._linear(self.tokens, size[0], size[1], first))
         # Autograd adds up the gradients of a weight over its walks.
         weights = self.job.shape.matmul_weights(symbols) / self.setting.tensor
         return forward, backward + Pass(elementwise=self.rates.stream(3 * weights * self.job.width))
@@ -204,8 +205,8 @@ class Walk:
                 self._linear(self.tokens, rank, outputs, False),
             )
             added = self._elementwise(3 * outputs, 2), self._elementwise(inputs * 3, 2)
-            host = Pass(host=self.rates.measured.host_unfused)
-            forward, backward = _sum((forward, backward), down, up, added, (host, host))
+            launched = Pass(host=self.rates.measured.host_unfused)
+            forward, backward = _sum((forward, backward), down, up, added, (launched, launched))
         return forward, backward
 
     def embedding(self) -> Both:
@@ -221,8 +222,8 @@ class Walk:
         once = self.rates.product(self.tokens, shape.hidden, columns, width=width)
         others = self.rates.product(self.tokens, columns, shape.hidden, width=width)
         others += self.rates.product(shape.hidden, self.tokens, columns, width=width)
-        forward, backward = (self.rates.stream(each * self.tokens * columns) for each in _CROSS_ENTROPY)
-        both = Pass(products=once, elementwise=forward), Pass(products=others, elementwise=backward)
+        loss = [self.rates.stream(each * self.tokens * columns) for each in _CROSS_ENTROPY]
+        both = Pass(products=once, elementwise=loss[0]), Pass(products=others, elementwise=loss[1])
         return _sum(both, self._between_tensor_ranks())
 
     def ahead(self) -> Both:
