@@ -47,14 +47,16 @@ def seconds_of(run: Callable[[], Any], repeats: int = 20) -> float:
     return statistics.median(found)
 
 
-def product(rows: int, inner: int, columns: int, device: str) -> float:
+def product(sizes: tuple[int, int, int], device: str) -> float:
+    rows, inner, columns = sizes
     a = torch.randn(rows, inner, device=device, dtype=torch.bfloat16)
     b = torch.randn(inner, columns, device=device, dtype=torch.bfloat16)
     return seconds_of(lambda: a @ b)
 
 
-def fp8_product(rows: int, inner: int, columns: int, device: str) -> float:
+def fp8_product(sizes: tuple[int, int, int], device: str) -> float:
     """As Transformer Engine has cuBLAS do it: both operands in E4M3, the result in BF16."""
+    rows, inner, columns = sizes
     a = torch.randn(rows, inner, device=device).to(torch.float8_e4m3fn)
     b = torch.randn(columns, inner, device=device).to(torch.float8_e4m3fn).t()
     one = torch.ones((), device=device)
@@ -114,10 +116,10 @@ def collectives(tiny: bool, device: str) -> list[list[Any]]:
 def operations(tiny: bool, device: str) -> dict[str, Any]:
     """All but collectives."""
     cut = 64 if tiny else 1
-    sizes = [tuple(max(side // cut, 16) for side in each) for each in PRODUCTS]
+    sizes = [(max(a // cut, 16), max(b // cut, 16), max(c // cut, 16)) for a, b, c in PRODUCTS]
     tokens = 256 if tiny else 32768
     found: dict[str, Any] = {
-        "products": [[*each, product(*each, device)] for each in sizes],
+        "products": [[*each, product(each, device)] for each in sizes],
         "attention": [
             attention(head_size, max(sequence // cut, 16), tokens, device) for head_size, sequence in ATTENTION
         ],
@@ -125,7 +127,7 @@ def operations(tiny: bool, device: str) -> dict[str, Any]:
         "fp8_products": [],
     }
     if device != "cpu":
-        found["fp8_products"] = [[*each, fp8_product(*each, device)] for each in sizes[:3]]
+        found["fp8_products"] = [[*each, fp8_product(each, device)] for each in sizes[:3]]
     return found
 
 

@@ -168,6 +168,8 @@ def settled(job: Job, setting: Setting) -> dict[str, Any]:
     within = job.config.value("expert-tensor-parallel-size")
     if job.config.has_experts and setting.expert_tensor != (within or setting.tensor):
         values["expert-tensor-parallel-size"] = setting.expert_tensor
+    if job.mixture is not None and within not in (None, setting.tensor):
+        values["expert-tensor-parallel-size"] = None
     recomputes = job.config.value("recompute-granularity") == "full"
     if setting.recompute:
         values |= _RECOMPUTE
@@ -209,8 +211,9 @@ def configured(job: Job, setting: Setting) -> Config:
 def setting_of(config: Config, gpus: int) -> Setting:
     """The setting that a configuration has on so many GPUs."""
     tensor, pipeline = config.value("tensor-model-parallel-size"), config.value("pipeline-model-parallel-size")
+    within = config.value("expert-tensor-parallel-size") if config.has_experts else tensor
     return Setting(
         tensor, pipeline, config.value("expert-model-parallel-size"), max(gpus // (tensor * pipeline), 1),
         config.value("micro-batch-size"), config.value("recompute-granularity") == "full",
-        config.value("cuda-graph-impl") == GRAPH, config.value("expert-tensor-parallel-size") or tensor,
+        config.value("cuda-graph-impl") == GRAPH, within or tensor,
     )  # fmt: skip
