@@ -11,8 +11,6 @@ one that runs out of --seconds says what is missing.
 
 import argparse
 import json
-import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -25,6 +23,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import psutil
 import torch
 import yaml
 from planner_fit import Training, fit
@@ -161,18 +160,25 @@ class Measuring:
         environment["CUDA_VISIBLE_DEVICES"] = devices
         until = min(self.until, time.monotonic() + self.options.limit)
         log = self.options.work / f"{time.monotonic_ns()}.log"
-        with log.open("w") as out, subprocess.Popen(
-            command, env=environment, stdout=out, stderr=out, start_new_session=True
-        ) as process:  # fmt: skip
-            steps: list[dict[str, float]] = []
+        steps: list[dict[str, float]] = []
+        with log.open("w") as out, subprocess.Popen(command, env=environment, stdout=out, stderr=out) as process:
             try:
                 while process.poll() is None and len(steps) < self.options.steps and time.monotonic() < until:
                     time.sleep(0.3)
                     steps = _steps(folder / "run")
             finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
+                _end(process)
         return steps[: self.options.steps]
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End a process that we started, with its ranks, which torchrun puts into sessions of their own."""
+    try:
+        started = psutil.Process(process.pid)
+        for one in [*started.children(recursive=True), started]:
+            one.kill()
+    except psutil.NoSuchProcess:
+        pass
 
 
 def _steps(run: Path) -> list[dict[str, float]]:

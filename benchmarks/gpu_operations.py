@@ -126,7 +126,7 @@ def operations(tiny: bool, device: str) -> dict[str, Any]:
         "stream": stream((1 << 28) // cut**2, device),
         "fp8_products": [],
     }
-    if device != "cpu":
+    if device != "cpu" and torch.cuda.get_device_capability() >= (8, 9):
         found["fp8_products"] = [[*each, fp8_product(each, device)] for each in sizes[:3]]
     return found
 

@@ -13,8 +13,9 @@ from cherry_megatron.planner.coefficients import read
 from cherry_megatron.planner.hardware import GPUS
 from cherry_megatron.planner.job import Setting, configured, setting_of, settled
 from cherry_megatron.planner.rates import Rates
+from tests.planner.conftest import DERIVED
 
-H100 = Rates(GPUS["h100"], read("h100"))
+H100 = Rates(GPUS["h100"], read("h100", DERIVED))
 NAMES = ("cherry_227m", "dense_566m", "base_1b", "cherry_1p8b", "layers_227m", "cherry_tiny")
 OPTIONS = (
     "megatron.num-attention-heads=16", "megatron.padded-vocab-size=44550", "mtp.depths=1", "recurrence.loops=3",

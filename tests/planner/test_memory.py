@@ -11,8 +11,9 @@ from cherry_megatron.planner.hardware import GPUS
 from cherry_megatron.planner.job import Setting, job_of, setting_of
 from cherry_megatron.planner.memory import needed, peak, room
 from tests.conftest import run_ranks
+from tests.planner.conftest import DERIVED
 
-H100 = read("h100")
+H100 = read("h100", DERIVED)
 HIDDEN, INNER, TOKENS = 32, 48, 2 * 16  # of tests/model/test_stack.py's model
 
 

@@ -7,8 +7,9 @@ import pytest
 from cherry_megatron.planner.coefficients import read
 from cherry_megatron.planner.hardware import GPUS
 from cherry_megatron.planner.rates import Rates
+from tests.planner.conftest import DERIVED
 
-H100 = Rates(GPUS["h100"], read("h100"))
+H100 = Rates(GPUS["h100"], read("h100", DERIVED))
 
 
 def test_a_large_product_has_the_rate_and_a_thin_one_the_bandwidth(ideal):

@@ -10,8 +10,9 @@ from cherry_megatron.planner.hardware import GPUS
 from cherry_megatron.planner.job import Setting
 from cherry_megatron.planner.rates import Rates
 from cherry_megatron.planner.step import predict, rows_of
+from tests.planner.conftest import DERIVED
 
-H100 = Rates(GPUS["h100"], read("h100"))
+H100 = Rates(GPUS["h100"], read("h100", DERIVED))
 PEAK = 989e12
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from cherry_megatron.errors import CherryError
-from cherry_megatron.planner.coefficients import FILE, read
+from cherry_megatron.planner.coefficients import read
 from cherry_megatron.planner.hardware import GPUS
 from tests.conftest import run_ranks
+from tests.planner.conftest import DERIVED
 
 
 def said(commands: list[list[str]]) -> list[tuple[int, str, str]]:
@@ -50,10 +51,10 @@ def test_coefficients_are_there_for_each_gpu_and_looked_at(tmp_path: Path):
     for gpu in GPUS:
         assert read(gpu).source
     path = tmp_path / "other.yaml"
-    path.write_text(FILE.read_text().replace("  skew: 0.02\n", "  skew: -0.02\n"))
+    path.write_text(DERIVED.read_text().replace("  skew: 0.02\n", "  skew: -0.02\n"))
     with pytest.raises(CherryError, match=r"other\.yaml: skew -0.02 must be"):
         read("h100", path)
-    path.write_text(FILE.read_text().replace("  skew: 0.02\n", ""))
+    path.write_text(DERIVED.read_text().replace("  skew: 0.02\n", ""))
     with pytest.raises(CherryError, match=r"h100\.skew is missing"):
         read("h100", path)
     path.write_text("h100: {}\n")
