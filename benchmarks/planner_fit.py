@@ -133,12 +133,16 @@ def solve(
 
 
 def _products(start: Coefficients, gpu: Gpu, operations: dict[str, Any]) -> Coefficients:
-    """1 / share reached = (1 + small_products / smallest dimension) / products: a straight line."""
+    """1 / share reached = (1 + small_products / smallest dimension) / products: a straight line.
+
+    Where that of the measurements does not rise, shapes do not tell, and the best of them counts.
+    """
     sizes = np.array([each[:3] for each in operations["products"]], dtype=float)
-    seconds = np.array([each[3] for each in operations["products"]])
-    slope, intercept = np.polyfit(1 / sizes.min(axis=1), gpu.bf16 * seconds / (2 * sizes.prod(axis=1)), 1)
-    small = float(max(slope / intercept, 0.0))
-    fitted = replace(start, products=float(1 / intercept), small_products=small)
+    reached = 2 * sizes.prod(axis=1) / np.array([each[3] for each in operations["products"]]) / gpu.bf16
+    slope, intercept = np.polyfit(1 / sizes.min(axis=1), 1 / reached, 1)
+    rises = slope > 0 and intercept > 0
+    small = float(slope / intercept) if rises else 0.0
+    fitted = replace(start, products=float(1 / intercept if rises else reached.max()), small_products=small)
     shares = [
         2 * rows * inner * columns / seconds / gpu.fp8 * (1 + small / min(rows, inner, columns))
         for rows, inner, columns, seconds in operations["fp8_products"]

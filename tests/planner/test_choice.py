@@ -32,7 +32,7 @@ OPTIONS = (
     gpus=st.sampled_from((1, 2, 3, 4, 6, 8, 16, 24, 64, 512)),
     draw=st.randoms(use_true_random=False),
 )
-@settings(max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_setting_that_is_weighed_passes_the_configurations_own_rules(name, options, gpus, draw, job):
     try:
         made = job(name, *options)
