@@ -34,7 +34,7 @@ def train(
         return train_in(Path(folder), configuration, overrides, flags, options, ranks)
 
 
-def train_in(
+def command_of(
     folder: Path,
     configuration: str,
     overrides: list[str],
@@ -42,8 +42,8 @@ def train_in(
     options: argparse.Namespace,
     ranks: int = 1,
     saves: str = NO_SAVES,
-) -> list[dict[str, float]]:
-    """As `train`, in a folder that stays, with Megatron's flags for its saves."""
+) -> tuple[list[str], dict[str, str]]:
+    """The command of a training in a folder, with Megatron's flags for its saves, and its environment."""
     module = ["-m", "cherry_megatron.cli"]
     program = [sys.executable, *module]
     if ranks > 1:
@@ -57,9 +57,21 @@ def train_in(
     )
     environment = {**os.environ, "CHERRY_TOKENIZER": options.tokenizer, "CHERRY_DATA": options.data}
     environment["PYTHONFAULTHANDLER"] = "1"
-    with subprocess.Popen(
-        [*command, "--", *length.split(), *flags], env=environment, stderr=subprocess.PIPE, text=True
-    ) as process:
+    return [*command, "--", *length.split(), *flags], environment
+
+
+def train_in(
+    folder: Path,
+    configuration: str,
+    overrides: list[str],
+    flags: list[str],
+    options: argparse.Namespace,
+    ranks: int = 1,
+    saves: str = NO_SAVES,
+) -> list[dict[str, float]]:
+    """As `train`, in a folder that stays, with Megatron's flags for its saves."""
+    command, environment = command_of(folder, configuration, overrides, flags, options, ranks, saves)
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         try:
             _, errors = process.communicate(timeout=options.limit)
         except subprocess.TimeoutExpired:

@@ -19,6 +19,7 @@ from cherry_megatron.verbs.evaluate import add_evaluate
 from cherry_megatron.verbs.experiment import add_experiment
 from cherry_megatron.verbs.init import add_init
 from cherry_megatron.verbs.job import add_job
+from cherry_megatron.verbs.plan import add_plan
 from cherry_megatron.verbs.report import add_report
 from cherry_megatron.verbs.sgt import add_select
 from cherry_megatron.verbs.status import add_status
@@ -116,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     add_evaluate(verbs)
     add_generate(verbs)
     add_params(verbs)
+    add_plan(verbs)
     add_calibrate(verbs)
     add_compress_depth(verbs)
     add_assemble_moee(verbs)

@@ -166,8 +166,13 @@ def by_flag(path: Path, values: Any) -> dict[str, Any]:
     return found
 
 
-def check(config: "Config") -> None:
-    """Refuse contradictions between keys that would otherwise surface deep inside Megatron."""
+def check(config: "Config", world: int | None = None) -> None:
+    """Refuse contradictions between keys that would otherwise surface deep inside Megatron.
+
+    Args:
+        config: it.
+        world: number of ranks; by default this job's.
+    """
     megatron_keys = names_of(config.flags)
     for key in megatron_keys & set(_DERIVED):
         raise CherryError(f"--{key} follows from `{_DERIVED[key]}`; set that instead")
@@ -185,7 +190,7 @@ def check(config: "Config") -> None:
         _check_tensor_parallel(config)
         _check_loops(config)
         check_sections(config)
-        _check_batch(config)
+        _check_batch(config, int(os.environ.get("WORLD_SIZE", "1")) if world is None else world)
         _check_schedule(config)
 
 
@@ -311,8 +316,7 @@ def _check_loops(config: "Config") -> None:
         )
 
 
-def _check_batch(config: "Config") -> None:
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+def _check_batch(config: "Config", world: int) -> None:
     ranks = config.value("tensor-model-parallel-size") * config.value("pipeline-model-parallel-size")
     if world % ranks and world > 1:
         raise CherryError(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cherry_megatron.errors import CherryError
-from cherry_megatron.model.pattern import MOE, ORDERS, Order, Pattern, parse, unroll
+from cherry_megatron.model.pattern import MOE, ORDERS, Order, Pattern, Visit, parse, unroll
 
 Injection = Literal["none", "add"]
 
@@ -92,6 +92,11 @@ class Recurrence:
     @property
     def parsed(self) -> Pattern:
         return parse(self.pattern)
+
+    def is_cut(self, visit: Visit) -> bool:
+        """Whether a layer's walk lies before the last `backprop_loops` loops, which alone carry the gradient."""
+        last = self.backprop_loops
+        return last is not None and visit.loop is not None and visit.loop < self.loops - last
 
     @property
     def further_loops(self) -> str | None:

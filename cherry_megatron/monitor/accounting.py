@@ -1,12 +1,17 @@
 """Exact parameter, FLOP and memory accounting of unrolled models."""
 
 from dataclasses import dataclass
+from functools import partial
 from math import prod
+from typing import TYPE_CHECKING
 
 from cherry_megatron.model.options import Mixture, Recurrence, room
-from cherry_megatron.model.pattern import ATTENTION, MLP, MOE, Visit, unroll
+from cherry_megatron.model.pattern import AHEAD, ATTENTION, MLP, Visit, unroll
 from cherry_megatron.model.plan import Plan
 from cherry_megatron.model.shape import Shape
+
+if TYPE_CHECKING:
+    from cherry_megatron.config import Config
 
 # H100/H200 SXM, dense BF16, from NVIDIA's datasheet. MFU is against it also for FP8.
 PEAK_BF16 = 989e12
@@ -126,8 +131,12 @@ def _times(part: Part, mixture: Mixture) -> Part:
 
 
 def _router(mixture: Mixture, shape: Shape) -> Part:
-    sizes = {name: prod(size) for name, (size, _) in mixture.router(shape.vocabulary).items()}
+    sizes = _router_sizes(mixture, shape)
     return Part("router", *3 * (sum(sizes.values()),), 6.0 * (sizes["inner"] + sizes["outer"]))
+
+
+def _router_sizes(mixture: Mixture, shape: Shape) -> dict[str, int]:
+    return {name: prod(size) for name, (size, _) in mixture.router(shape.vocabulary).items()}
 
 
 def together(rows: list[Part]) -> Part:
@@ -156,12 +165,14 @@ class Layout:
         tensor, data: parallel sizes.
         micro_batch: sequences a micro-batch.
         sequence: tokens a sequence.
-        bf16: BF16 weights with FP32 master copy, or FP32 throughout.
+        bf16: BF16 (or FP16) weights with FP32 master copy, or FP32 throughout.
         distributed_optimizer: optimizer state divided over data-parallel ranks.
         sequence_parallel: activations divided over tensor-parallel ranks throughout.
         recompute: activations recomputed a loop at a time.
         expert: expert-parallel size.
         expert_tensor: tensor-parallel size of an expert inside a layer.
+        micro_batches: of a step, of which a pipeline stage keeps no more; None if they fill the pipeline.
+        fp8: recipe of the layers' matrix products, if they are in FP8.
     """
 
     tensor: int
@@ -174,64 +185,134 @@ class Layout:
     recompute: bool
     expert: int = 1
     expert_tensor: int = 1
+    micro_batches: int | None = None
+    fp8: str | None = None
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight and of an activation."""
+        return 2 if self.bf16 else 4
+
+
+def layout_of(config: "Config", world: int) -> Layout:
+    """That of a configuration on so many ranks."""
+    tensor = config.value("tensor-model-parallel-size")
+    data = max(world // (tensor * config.value("pipeline-model-parallel-size")), 1)
+    micro, whole = config.value("micro-batch-size"), config.value("global-batch-size")
+    return Layout(
+        tensor=tensor,
+        data=data,
+        micro_batch=micro,
+        sequence=config.value("seq-length"),
+        bf16=bool(config.value("bf16") or config.value("fp16")),
+        # Replicated where there are as many instances as ranks.
+        distributed_optimizer=config.value("num-distributed-optimizer-instances") < max(data, 2),
+        sequence_parallel=bool(config.value("sequence-parallel")),
+        recompute=config.value("recompute-granularity") == "full",
+        expert=config.value("expert-model-parallel-size"),
+        expert_tensor=config.value("expert-tensor-parallel-size") or tensor,
+        micro_batches=max(whole // (micro * data), 1) if whole else None,
+        fp8=config.value("fp8-recipe") if config.value("fp8-format") else None,
+    )
 
 
 def memory(
-    plan: Plan, shape: Shape, layout: Layout, recurrence: Recurrence, mixture: Mixture | None = None
+    plan: Plan,
+    shape: Shape,
+    layout: Layout,
+    recurrence: Recurrence,
+    mixture: Mixture | None = None,
+    walked: tuple[int, int] | None = None,
 ) -> list[dict[str, float]]:
-    """Bytes that a rank of each pipeline stage needs: weights, gradients, optimizer, activations.
+    """Bytes that a rank of each pipeline stage needs: weights, gradients, optimizer, activations, workspace.
 
-    Of a mixture they are those of the experts on a rank, with as many sequences as they have on average; for what
-    they may have, see `most_rows`.
+    Weights and optimizer as in Megatron's own theoretical memory: 6 bytes a parameter, and 12 over the
+    data-parallel ranks.
 
-    Activations are an estimate without Transformer Engine's workspaces: per token and layer, what
-    the backward pass keeps with a fused attention (Korthikanti et al. 2022, equation 1, SwiGLU).
+    Activations are an estimate: per token and layer, what the backward pass keeps with a fused attention
+    (Korthikanti et al. 2022, equation 1, SwiGLU). The workspace is the larger of what is there at one time alone:
+    the logits at the end of the forward pass, the activations of a recomputed segment in the backward pass. Of a
+    mixture the experts are walked one after the other, and keep their probabilities until their turn backward.
+
+    Args:
+        plan, shape, layout, recurrence, mixture: of what.
+        walked: sequences that a mixture's experts on a rank walk in a micro-batch, all together and one alone; by
+            default as many as they have on average. For what they may have, see `most_rows`.
     """
     stages = []
-    width = 2 if layout.bf16 else 4
-    tokens = layout.micro_batch * layout.sequence
     count = len(plan.stages)
+    if walked is None:
+        walked = layout.micro_batch * (mixture.top_k if mixture else 1), layout.micro_batch
+    tokens, of_one = walked[0] * layout.sequence, walked[1] * layout.sequence
     for stage, visits in enumerate(plan.stages):
-        parameters = experts = 0.0
-        for layer in plan.held[stage]:
-            symbols = plan.pattern.layers[layer]
-            routers = shape.router_weights(symbols)  # whole on every rank
-            parameters += (shape.matmul_weights(symbols) - routers) / layout.tensor + routers
-            parameters += shape.norm_weights(symbols)
-            experts += shape.experts * shape.expert_weights(symbols) / (layout.expert_tensor * layout.expert)
-            if plan.is_core_symbol(plan.pattern.first_symbol(layer)):
-                loops = plan.pattern.loops
-                parameters += 2 * loops * shape.hidden * len(symbols) * recurrence.loop_scales
-                # Half of the factors, about, are cut over the ranks.
-                parameters += loops * shape.correction_weights(symbols, recurrence.loop_rank)
-                parameters += (loops - 1) * routers * recurrence.loop_routers
-        if stage == 0 or (shape.tied and stage == count - 1):
-            parameters += shape.vocabulary_weights / layout.tensor
-        if stage == count - 1:
-            parameters += shape.hidden + (0 if shape.tied else shape.vocabulary_weights / layout.tensor)
-            parameters += plan.depths * (shape.depth_matmul_weights / layout.tensor + shape.depth_norm_weights)
-            if plan.depths and stage > 0:  # which embeds what is predicted from
-                parameters += shape.vocabulary_weights / layout.tensor
-        parameters *= mixture.experts // layout.expert if mixture else 1
+        parameters, experts = held_parameters(plan, shape, layout, recurrence, mixture, stage)
         # Whole models as experts lie on as many ranks less; those inside layers have groups of their own.
         whole = layout.data // (layout.expert if mixture else 1)
         inside = layout.data * layout.tensor // (layout.expert_tensor * layout.expert)
         state = 12 if layout.bf16 else 8
-        shards = (whole, inside) if layout.distributed_optimizer else (1, 1)
-        in_flight = min(count - stage, count)
-        depths = plan.depths if stage == count - 1 else 0
-        activations = _activations(plan, shape, layout, list(visits), depths) * tokens * width * in_flight
-        if stage == count - 1:
-            activations += (1 + plan.depths) * tokens * shape.vocabulary / layout.tensor * (width + 4)
+        shards = (whole, inside, layout.data) if layout.distributed_optimizer else (1, 1, 1)
+        in_flight = min(count - stage, layout.micro_batches or count)
+        router = sum(_router_sizes(mixture, shape).values()) if mixture else 0  # whole on every rank
+        last = stage == count - 1
+        learning = [visit for visit in visits if not recurrence.is_cut(visit)]
+        kept, again = _activations(plan, shape, layout, recurrence, learning, plan.depths if last else 0)
+        # In float32 the probabilities take the place of the logits; else they stand beside them for a time.
+        words = last * shape.vocabulary / layout.tensor
+        kept_words = 4 * words * (1 + plan.depths)
+        beside = 0 if layout.width == 4 else layout.width * words
         stages.append(
             {
-                "weights": (parameters + experts) * width,
-                "gradients": (parameters + experts) * 4,
-                "optimizer": state * (parameters / shards[0] + experts / shards[1]),
-                "activations": activations * (mixture.top_k if mixture else 1),
+                "weights": (parameters + experts + router) * layout.width
+                + _fp8_weights(plan, shape, layout, stage),
+                "gradients": (parameters + experts + router) * 4,
+                "optimizer": state * (parameters / shards[0] + experts / shards[1] + router / shards[2]),
+                "activations": kept * tokens * layout.width * in_flight,
+                "workspace": max(
+                    kept_words * tokens + beside * of_one,
+                    kept_words * (tokens - of_one) + again * layout.width * of_one,
+                ),
             }
         )
     return stages
+
+
+def held_parameters(
+    plan: Plan, shape: Shape, layout: Layout, recurrence: Recurrence, mixture: Mixture | None, stage: int
+) -> tuple[float, float]:
+    """Parameters on a rank of a pipeline stage: those of experts inside layers, and before them all others."""
+    parameters = experts = 0.0
+    for layer in plan.held[stage]:
+        symbols = plan.pattern.layers[layer]
+        routers = shape.router_weights(symbols)  # whole on every rank
+        parameters += (shape.matmul_weights(symbols) - routers) / layout.tensor + routers
+        parameters += shape.norm_weights(symbols)
+        experts += shape.experts * shape.expert_weights(symbols) / (layout.expert_tensor * layout.expert)
+        if plan.is_core_symbol(plan.pattern.first_symbol(layer)):
+            loops = plan.pattern.loops
+            parameters += 2 * loops * shape.hidden * len(symbols) * recurrence.loop_scales
+            # Half of the factors, about, are cut over the ranks.
+            parameters += loops * shape.correction_weights(symbols, recurrence.loop_rank)
+            parameters += (loops - 1) * routers * recurrence.loop_routers
+    last = stage == len(plan.stages) - 1
+    if stage == 0 or (shape.tied and last):
+        parameters += shape.vocabulary_weights / layout.tensor
+    if last:
+        parameters += shape.hidden + (0 if shape.tied else shape.vocabulary_weights / layout.tensor)
+        parameters += plan.depths * (shape.depth_matmul_weights / layout.tensor + shape.depth_norm_weights)
+        if plan.depths and stage > 0:  # which embeds what is predicted from
+            parameters += shape.vocabulary_weights / layout.tensor
+    if mixture:
+        parameters *= mixture.experts // layout.expert
+    return parameters, experts
+
+
+def _fp8_weights(plan: Plan, shape: Shape, layout: Layout, stage: int) -> float:
+    """Bytes of the copies of the layers' weights in FP8, which Transformer Engine keeps with their transposes."""
+    if layout.fp8 is None:
+        return 0.0
+    symbols = "".join(plan.pattern.layers[layer] for layer in plan.held[stage])
+    experts = shape.experts * shape.expert_weights(symbols) / (layout.expert_tensor * layout.expert)
+    return 2 * (shape.matmul_weights(symbols) / layout.tensor + experts)
 
 
 def most_rows(mixture: Mixture, layout: Layout, global_batch: int | None) -> int:
@@ -250,30 +331,57 @@ def most_rows(mixture: Mixture, layout: Layout, global_batch: int | None) -> int
     return min(most, here * room(global_batch, mixture.experts, mixture.top_k, mixture.capacity))
 
 
-def _activations(plan: Plan, shape: Shape, layout: Layout, visits: list[Visit], depths: int) -> float:
-    """Values a token that a stage with so many depths keeps for the backward pass of one micro-batch."""
-    shared = 1 / layout.tensor if layout.sequence_parallel else 1.0
-    split = 1 / layout.tensor
-    heads, groups = shape.heads * shape.head_size, shape.groups * shape.head_size
-    attention = 2 * shape.hidden * shared + (2 * heads + 2 * groups) * split  # input, normed; q, k, v, output
-    mlp = 2 * shape.hidden * shared + (3 if shape.gated else 2) * shape.ffn * split
+def _activations(
+    plan: Plan, shape: Shape, layout: Layout, recurrence: Recurrence, visits: list[Visit], depths: int
+) -> tuple[float, float]:
+    """Values a token of a stage with so many depths, of one micro-batch.
 
-    # Each of the top k has its own copy of a token, gathered over the ranks that share the expert.
-    copies = 2 * shape.hidden * shared + (3 if shape.gated else 2) * shape.expert_ffn / layout.expert_tensor
-    moe = 2 * shape.hidden * shared + shape.top_k * copies
-    of = {ATTENTION: attention, MLP: mlp, MOE: moe}
+    Returns:
+        What is kept from the forward to the backward pass, and what is recomputed at a time.
+    """
+    kept_of = partial(_kept, shape, layout)
 
     def kept(visit: Visit) -> float:
-        return sum(of[symbol] for symbol in plan.pattern.layers[visit.layer])
+        symbols = plan.pattern.layers[visit.layer]
+        of_loop = 0.0
+        if visit.loop is not None and plan.is_core_symbol(plan.pattern.first_symbol(visit.layer)):
+            shared = 1 / layout.tensor if layout.sequence_parallel else 1.0
+            # An output before it is scaled, and what a correction has between its factors.
+            of_loop = len(symbols) * shape.hidden * shared * recurrence.loop_scales
+            of_loop += len(shape.linears(symbols)) * recurrence.loop_rank
+        return sum(map(kept_of, symbols)) + of_loop
 
+    shared = 1 / layout.tensor if layout.sequence_parallel else 1.0
     inputs = 2 * shape.hidden * shared  # of a depth, which keeps both normed too
+    ahead = sum(map(kept_of, AHEAD))
     if not layout.recompute:
-        return sum(map(kept, visits)) + depths * (2 * inputs + attention + mlp)
+        return sum(map(kept, visits)) + depths * (2 * inputs + ahead), 0.0
     # As the stack cuts them: a loop at a time, or a layer at a time where there are no loops.
     segments: dict[tuple[int, int | None], float] = {}
     for visit in visits:
         looped = visit.loop is not None and plan.pattern.loops > 1
         key = (-1, visit.loop) if looped else (visit.layer, None)
         segments[key] = segments.get(key, 0.0) + kept(visit)
-    again = max(*segments.values(), (inputs + attention + mlp) * bool(depths))
-    return len(segments) * shape.hidden * shared + depths * inputs + again
+    again = max(0.0, *segments.values(), (inputs + ahead) * bool(depths))
+    return len(segments) * shape.hidden * shared + depths * inputs, again
+
+
+def _kept(shape: Shape, layout: Layout, symbol: str) -> float:
+    """Values a token that a sublayer keeps for its backward pass.
+
+    In FP8 the inputs of its products are kept in half of the bytes. That of the projection behind the attention is
+    the attention's output, which that keeps in BF16: the delayed recipe has a copy (both measured,
+    docs/planner.md).
+    """
+    shared, split = (1 / layout.tensor if layout.sequence_parallel else 1.0), 1 / layout.tensor
+    heads, groups = shape.heads * shape.head_size, shape.groups * shape.head_size
+    given = 1.0 if layout.fp8 is None else 0.5
+    ffn = 2 if shape.gated else 1  # what goes into the activation function
+    if symbol == ATTENTION:  # input, normed; q, k, v, output
+        copy = 0.5 * heads * split if layout.fp8 == "delayed" else 0.0
+        return (1 + given) * shape.hidden * shared + (2 * heads + 2 * groups) * split + copy
+    if symbol == MLP:
+        return (1 + given) * shape.hidden * shared + (ffn + given) * shape.ffn * split
+    # Each of the top k has its own copy of a token, gathered over the ranks that share the expert.
+    copies = (1 + given) * shape.hidden * shared + (ffn + given) * shape.expert_ffn / layout.expert_tensor
+    return 2 * shape.hidden * shared + shape.top_k * copies

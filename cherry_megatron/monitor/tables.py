@@ -3,7 +3,7 @@
 import os
 
 from cherry_megatron.config import Config
-from cherry_megatron.monitor.accounting import Layout, account, memory, most_rows, together
+from cherry_megatron.monitor.accounting import account, layout_of, memory, most_rows, together
 
 _MODEL_PARALLEL = ("tensor-model-parallel-size", "pipeline-model-parallel-size", "context-parallel-size")
 
@@ -66,35 +66,30 @@ def _memory_lines(config: Config) -> list[str]:
         model_parallel *= config.value(flag)
     expert = config.value("expert-model-parallel-size")
     world = max(int(os.environ.get("WORLD_SIZE", "1")), model_parallel * expert)
-    layout = Layout(
-        tensor=config.value("tensor-model-parallel-size"),
-        data=world // model_parallel,
-        micro_batch=config.value("micro-batch-size"),
-        sequence=config.value("seq-length"),
-        bf16=bool(config.value("bf16")),
-        distributed_optimizer=bool(config.value("use-distributed-optimizer")),
-        sequence_parallel=bool(config.value("sequence-parallel")),
-        recompute=config.value("recompute-granularity") == "full",
-        expert=expert,
-        expert_tensor=config.value("expert-tensor-parallel-size") or config.value("tensor-model-parallel-size"),
-    )
+    layout = layout_of(config, world)
     stages = memory(config.plan(), config.shape, layout, config.recurrence, config.moee)
     lines = [
         f"Memory of a rank, GiB (TP={layout.tensor}, PP={len(stages)}, DP={layout.data}, EP={layout.expert}, "
         f"{layout.micro_batch} x {layout.sequence} tokens a micro-batch; WORLD_SIZE sets DP):",
-        f"{'stage':<7}{'weights':>10}{'gradients':>11}{'optimizer':>11}{'activations':>13}{'together':>10}",
+        f"{'stage':<7}{'weights':>10}{'gradients':>11}{'optimizer':>11}{'activations':>13}{'workspace':>11}"
+        f"{'together':>10}",
     ]
     for number, stage in enumerate(stages):
-        cells = [stage[name] / 2**30 for name in ("weights", "gradients", "optimizer", "activations")]
+        cells = [stage[name] / 2**30 for name in ("weights", "gradients", "optimizer", "activations", "workspace")]
         lines.append(
-            f"{number:<7}{cells[0]:>10.2f}{cells[1]:>11.2f}{cells[2]:>11.2f}{cells[3]:>13.2f}{sum(cells):>10.2f}"
+            f"{number:<7}{cells[0]:>10.2f}{cells[1]:>11.2f}{cells[2]:>11.2f}{cells[3]:>13.2f}{cells[4]:>11.2f}"
+            f"{sum(cells):>10.2f}"
         )
-    lines.append("Activations are an estimate, without the workspaces of libraries.")
+    lines.append(
+        "Activations and workspace (the logits, or a recomputed segment if that is more) are estimates, without "
+        "those of libraries."
+    )
     if config.moee is not None:
-        (stage,) = stages
         most = most_rows(config.moee, layout, config.value("global-batch-size"))
         usual = layout.micro_batch * config.moee.top_k
-        worst = sum(stage.values()) + stage["activations"] * (most / usual - 1)
+        walked = most, min(most, layout.expert * layout.micro_batch)
+        (at_worst,) = memory(config.plan(), config.shape, layout, config.recurrence, config.moee, walked)
+        worst = sum(at_worst.values())
         lines.append(
             f"They are of {usual} sequences that a rank's experts walk in a micro-batch on average; at worst it is "
             f"{most}, with {worst / 2**30:.2f} GiB together."

@@ -140,8 +140,8 @@ def test_a_mixture_holds_all_experts_and_walks_its_top_k():
     plan, layout = make_plan(recurrence, SHAPE, 4096, 1), Layout(1, 16, 1, 4096, True, True, False, False)
     (alone,) = memory(plan, SHAPE, layout, recurrence)
     (rank,) = memory(plan, SHAPE, replace(layout, expert=4), recurrence, mixture)
-    assert rank["weights"] == 2 * alone["weights"]
-    assert rank["optimizer"] == 2 * 4 * alone["optimizer"]
+    assert rank["weights"] == 2 * (alone["weights"] + router)  # which is on every rank
+    assert rank["optimizer"] == 2 * 4 * alone["optimizer"] + 12 * router / 16
     assert rank["activations"] == 2 * alone["activations"]
 
 
