@@ -229,11 +229,11 @@ def check_table(
                 continue
             seen[name] = seconds, found["seconds"]
             late = seconds / found["seconds"] - 1
-            more = gib / found["gib"] - 1 if found["gib"] else float("nan")
+            more = gib / found["gib"] - 1 if found["gib"] else None  # a CPU has no peak
             near["s"] += abs(late) <= 0.15
-            near["GiB"] += abs(more) <= 0.10
+            near["GiB"] += more is not None and abs(more) <= 0.10
             times, sizes = f"{seconds:.4f} | {found['seconds']:.4f}", f"{gib:.1f} | {found['gib']:.1f}"
-            lines.append(f"| {name} | {times} | {late:+.1%} | {sizes} | {more:+.1%} |")
+            lines.append(f"| {name} | {times} | {late:+.1%} | {sizes} | {'' if more is None else f'{more:+.1%}'} |")
         if len(seen) > 1:
             chosen = min(seen, key=lambda name: seen[name][0])
             best = min(seen, key=lambda name: seen[name][1])
@@ -256,6 +256,8 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=120, help="seconds that a training may take")
     parser.add_argument("--tiny", action="store_true", help="sizes for a CPU, to see that it runs")
     options = parser.parse_args()
+    if options.tiny and options.output == FILE:
+        parser.error("--tiny needs an --output of its own: what a CPU gives is of no use to the planner")
     options.work.mkdir(parents=True, exist_ok=True)
     gpus = torch.cuda.device_count() or 2
     prepare()
