@@ -42,13 +42,13 @@ def by_rounds(prompts, model):
     """
     from megatron.core import mpu
 
-    from cherry_megatron.inference.generate import _evaluating
+    from cherry_megatron.inference.generate import evaluating
     from cherry_megatron.inference.reader import Reader
 
     draw, texts, found = random.Random(5), [list(prompt) for prompt in prompts], []
     drafts = [[] for _ in texts]
     reader = Reader(model, len(texts), 96, LOOPS, DEPTHS)
-    with _evaluating(model):
+    with evaluating(model):
         for number in range(ROUNDS):
             read = [text + draft for text, draft in zip(texts, drafts, strict=True)]
             reader.logits_after(read, len(drafts[0]) + 1)

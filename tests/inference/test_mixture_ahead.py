@@ -34,7 +34,7 @@ def mixed(write_mixture, train, tmp_path_factory) -> Path:  # noqa: F811
 def said(prompts, model):
     """Texts without and with drafts, how many drafts were taken, and log-probabilities after texts with drafts."""
     from cherry_megatron.inference.draft import Drafting
-    from cherry_megatron.inference.generate import _evaluating
+    from cherry_megatron.inference.generate import evaluating
     from cherry_megatron.inference.mixture import MixtureReader
 
     mixture = sharpen(model)
@@ -47,7 +47,7 @@ def said(prompts, model):
     ]
     reader, found = MixtureReader(mixture, len(prompts), 96, LOOPS, 1), []
     grown = [list(prompt) for prompt in prompts]
-    with _evaluating(model):
+    with evaluating(model):
         reader.logits_after(grown, 1)
         for number in range(2 * (DRAFTED + 1)):
             if number == DRAFTED + 1:  # all drafts are taken, and read
