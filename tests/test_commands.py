@@ -22,14 +22,15 @@ from tests.documented import ROOT, Command, commands, commands_of, paths
 COMMANDS = commands()
 # A placeholder: it stands for a file or number of the reader's.
 STAND_IN = re.compile(r"[A-Z][A-Z0-9_]*(/.*)?|\[.*|.*\]|\.\.\.|…")
+MODULE = "cherry_megatron.cli"  # behind -m, where there is no tools/
 _TOOLS = {path.name: path for path in (ROOT / "tools").glob("*.py")}
 
 
 def verb_of(command: Command) -> list[str] | None:
-    """The words after `cherry`, of that command or of the script that stands for it."""
+    """The words after `cherry`, of that command or of the script or the module that stands for it."""
     words = list(command.words)
-    if words[0] == "torchrun" and "cherry_megatron.cli" in words:
-        return words[words.index("cherry_megatron.cli") + 1 :]
+    if words[0] in ("torchrun", "python") and MODULE in words:
+        return words[words.index(MODULE) + 1 :]
     if words[0] == "torchrun":
         script = next((n for n, word in enumerate(words) if word.endswith(".py")), None)
         assert script is not None, f"{command}: torchrun of no script"
@@ -85,7 +86,7 @@ def test_a_verb_takes_these_arguments(command, words):
 def unknown_options(words: list[str]) -> list[str]:
     """Options that the verb, or the one below it, does not know by their whole name; a verb that is none."""
     parser, rest = _verbs().get(words[0]), words[1:]
-    rest = rest[: rest.index("--")] if "--" in rest else rest  # what follows is Megatron's
+    rest = rest[: rest.index("--")] if "--" in rest else rest  # Megatron's follow
     if parser is None:
         return words[:1]
     below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
@@ -106,7 +107,7 @@ def settings(words: list[str]) -> tuple[str, list[str], list[str]] | None:
     """Configuration, overrides and flags that a command reads; None where the file is the reader's."""
     given = words[: words.index("--")] if "--" in words else words
     files = [after for word, after in pairwise(given) if word == "--config"]
-    if given[0] == "params" and not files:
+    if given[0] in ("params", "plan") and not files:
         files = [word for word in given[1:2] if word.endswith(".yaml")]
     if not files or not files[0].startswith("configs/"):
         return None
@@ -229,7 +230,7 @@ def _refused(asked: list[tuple[str, ...]]) -> list[str]:
 
 
 def test_benchmarks_take_these_arguments(tmp_path):
-    """Those of the commands; of a benchmark that is only named its help, if it is no module of others."""
+    """Those of the commands; of a benchmark that is only named its help, unless it is a part of others."""
     asked = [command.words[1:] for command in of("python") if command.words[1].startswith("benchmarks/")]
     named = sorted({path for _, path in paths() if path.startswith("benchmarks/") and path.endswith(".py")})
     asked += [(path, "--help") for path in named if "__main__" in (ROOT / path).read_text()]

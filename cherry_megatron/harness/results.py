@@ -15,6 +15,7 @@ from cherry_megatron.errors import CherryError
 from cherry_megatron.files import new_folder, read_lines, sync_folder
 
 RESULTS, SAMPLES, FOLDER = "results.json", "samples.jsonl", "tasks"
+_LINE = ("task", "item", "filter", "doc_hash", "prompt", "target", "answers", "metrics")  # what comparing needs
 # Of the harness' results what is kept.
 _KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better")
 type Harness = dict[str, Any]  # what lm_eval.evaluate gives
@@ -41,8 +42,15 @@ class Evaluated:
         return ", ".join([*said, *([] if shots is None else [f"{shots} examples"])])
 
     def samples(self) -> Iterator[dict[str, Any]]:
-        """One item after the other."""
-        yield from read_lines(self.folder / SAMPLES)
+        """One item after the other.
+
+        Raises:
+            CherryError: if one is not what `write` writes.
+        """
+        for number, line in enumerate(read_lines(self.folder / SAMPLES), start=1):
+            if not isinstance(line, dict) or not line.keys() >= set(_LINE):
+                raise CherryError(f"{self.folder / SAMPLES}: line {number} is no item of a task; evaluate again")
+            yield line
 
 
 def write(home: Path, model: dict[str, Any], asked: dict[str, Any], found: Harness) -> Path:
@@ -87,9 +95,9 @@ def read(path: Path) -> Evaluated:
     folder = path if folders == [path] else folders[-1].parent
     try:
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        if not {"model", "asked", "results"} <= results.keys():
+        if not {"model", "asked", "results"} <= results.keys() or "fewshot" not in results["asked"]:
             raise ValueError
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, TypeError):
         raise CherryError(f"{folder / RESULTS} is no record of an evaluation; make it anew") from None
     if not (folder / SAMPLES).is_file():
         raise CherryError(f"{folder} has no {SAMPLES}; evaluate again")

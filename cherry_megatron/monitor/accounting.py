@@ -222,7 +222,7 @@ def memory(
     layout: Layout,
     recurrence: Recurrence,
     mixture: Mixture | None = None,
-    walked: tuple[int, int] | None = None,
+    walked: tuple[float, float] | None = None,
 ) -> list[dict[str, float]]:
     """Bytes that a rank of each pipeline stage needs: weights, gradients, optimizer, activations, workspace.
 
@@ -237,12 +237,13 @@ def memory(
     Args:
         plan, shape, layout, recurrence, mixture: of what.
         walked: sequences that a mixture's experts on a rank walk in a micro-batch, all together and one alone; by
-            default as many as they have on average. For what they may have, see `most_rows`.
+            default as many as they have on average. For what they may have, see `most_walked`.
     """
     stages = []
     count = len(plan.stages)
     if walked is None:
-        walked = layout.micro_batch * (mixture.top_k if mixture else 1), layout.micro_batch
+        rows = layout.micro_batch * (mixture.top_k if mixture else 1)
+        walked = rows, rows / (mixture.experts // layout.expert if mixture else 1)
     tokens, of_one = walked[0] * layout.sequence, walked[1] * layout.sequence
     for stage, visits in enumerate(plan.stages):
         parameters, experts = held_parameters(plan, shape, layout, recurrence, mixture, stage)
@@ -315,10 +316,11 @@ def _fp8_weights(plan: Plan, shape: Shape, layout: Layout, stage: int) -> float:
     return 2 * (shape.matmul_weights(symbols) / layout.tensor + experts)
 
 
-def most_rows(mixture: Mixture, layout: Layout, global_batch: int | None) -> int:
-    """How many sequences the experts of a rank walk in one micro-batch at most.
+def most_walked(mixture: Mixture, layout: Layout, global_batch: int | None) -> tuple[int, int]:
+    """How many sequences the experts of a rank walk in one micro-batch at most, all together and one alone.
 
-    Every rank of the expert-parallel group may send all of its own, as far as there is room in the global batch.
+    Every rank of the expert-parallel group may send all of its own, as far as there is room in the global batch. An
+    expert that no sequence wants walks one that does not count.
 
     Args:
         mixture, layout: as for `memory`.
@@ -326,9 +328,10 @@ def most_rows(mixture: Mixture, layout: Layout, global_batch: int | None) -> int
     """
     here = mixture.experts // layout.expert
     most = layout.expert * layout.micro_batch * min(here, mixture.top_k)
-    if global_batch is None or not mixture.routes:
-        return most
-    return min(most, here * room(global_batch, mixture.experts, mixture.top_k, mixture.capacity))
+    if global_batch is not None and mixture.routes:
+        most = min(most, here * room(global_batch, mixture.experts, mixture.top_k, mixture.capacity))
+    most += max(here - mixture.top_k, 0)
+    return most, min(most, layout.expert * layout.micro_batch)
 
 
 def _activations(

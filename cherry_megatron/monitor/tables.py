@@ -3,7 +3,7 @@
 import os
 
 from cherry_megatron.config import Config
-from cherry_megatron.monitor.accounting import account, layout_of, memory, most_rows, together
+from cherry_megatron.monitor.accounting import account, layout_of, memory, most_walked, together
 
 _MODEL_PARALLEL = ("tensor-model-parallel-size", "pipeline-model-parallel-size", "context-parallel-size")
 
@@ -85,14 +85,13 @@ def _memory_lines(config: Config) -> list[str]:
         "those of libraries."
     )
     if config.moee is not None:
-        most = most_rows(config.moee, layout, config.value("global-batch-size"))
+        walked = most_walked(config.moee, layout, config.value("global-batch-size"))
         usual = layout.micro_batch * config.moee.top_k
-        walked = most, min(most, layout.expert * layout.micro_batch)
         (at_worst,) = memory(config.plan(), config.shape, layout, config.recurrence, config.moee, walked)
         worst = sum(at_worst.values())
         lines.append(
             f"They are of {usual} sequences that a rank's experts walk in a micro-batch on average; at worst it is "
-            f"{most}, with {worst / 2**30:.2f} GiB together."
+            f"{walked[0]}, with {worst / 2**30:.2f} GiB together."
         )
     return lines
 

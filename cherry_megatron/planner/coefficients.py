@@ -12,6 +12,8 @@ from cherry_megatron.sections import section_of
 from cherry_megatron.yaml_files import read_file
 
 FILE = Path(__file__).with_name("coefficients.yaml")
+# What is divided by.
+_POSITIVE = ("products", "fp8_products", "attention_64", "attention_128", "stream", "link", "network")
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class Coefficients:
         for name, value in vars(self).items():
             if isinstance(value, float) and not 0 <= value < float("inf"):
                 raise CherryError(f"{name} {value} must be a finite number that is not negative")
+            if name in _POSITIVE and value == 0:
+                raise CherryError(f"{name} is 0, so nothing would ever end; it must be more")
 
 
 def read(gpu: str, path: Path = FILE) -> Coefficients:

@@ -1,6 +1,6 @@
 """Bytes that a rank needs: the accounting of `cherry params`, with what a mixture needs at worst and libraries."""
 
-from cherry_megatron.monitor.accounting import memory, most_rows
+from cherry_megatron.monitor.accounting import memory, most_walked
 from cherry_megatron.planner.coefficients import Coefficients
 from cherry_megatron.planner.hardware import Gpu
 from cherry_megatron.planner.job import Job, Setting
@@ -12,13 +12,7 @@ def needed(job: Job, setting: Setting, measured: Coefficients) -> list[dict[str,
     A CUDA graph adds nothing: its pool takes the place of what the steps before it had.
     """
     layout = job.layout(setting)
-    walked = None
-    if job.mixture is not None and job.mixture.routes:
-        here = job.mixture.experts // setting.expert
-        most = most_rows(job.mixture, layout, job.batch)
-        # An expert that no sequence wants walks one that does not count.
-        most += max(here - min(here, job.mixture.top_k), 0)
-        walked = most, min(most, setting.expert * setting.micro_batch)
+    walked = None if job.mixture is None else most_walked(job.mixture, layout, job.batch)
     stages = memory(job.plan(setting.pipeline), job.shape, layout, job.recurrence, job.mixture, walked)
     for stage in stages:
         stage["libraries"] = measured.overhead

@@ -100,11 +100,22 @@ def read_sources(paths: Sequence[Path]) -> list[Source]:
             experiments.append(path)
         else:
             raise CherryError(f"there is no {path}; name the folder of a run, or records.jsonl of an experiment")
-    found = [_experiment(path) for path in experiments]
+    experiments = list({path.resolve(): path for path in experiments}.values())  # by its folder and by its file
+    found = [_experiment(path, name) for path, name in zip(experiments, _names(experiments), strict=True)]
     return [*found, *([_runs(runs)] if runs else [])]
 
 
-def _experiment(path: Path) -> Source:
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Of records what a report calls them: their folders, with as much before and behind as tells them apart."""
+    names = [path.absolute().parent.name for path in paths]
+    if len(set(names)) == len(names):
+        return names
+    shared = os.path.commonpath([path.absolute().parent.parent for path in paths])
+    places = [path.absolute().relative_to(shared) for path in paths]
+    return [str(place.parent if place.name == RECORDS else place.with_suffix("")) for place in places]
+
+
+def _experiment(path: Path, name: str) -> Source:
     records = read_records(path)
     stages: dict[str, list[Record]] = {}
     for record in records.values():
@@ -115,7 +126,7 @@ def _experiment(path: Path) -> Source:
     rows = [Row(name, found[0].get("label", name), found) for name, found in stages.items()]
     rows = trained_alike(rows, path)
     facts = {row.name: _facts_of_record(row, records) for row in rows}
-    return Source(path.absolute().parent.name, records, rows, facts, compare(runs_of(rows)))
+    return Source(name, records, rows, facts, compare(runs_of(rows)))
 
 
 def _facts_of_record(row: Row, records: dict[str, Record]) -> Facts:

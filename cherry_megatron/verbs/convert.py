@@ -1,6 +1,7 @@
 """convert-hf."""
 
 import argparse
+import math
 from pathlib import Path
 
 from cherry_megatron.errors import CherryError
@@ -29,11 +30,11 @@ def add_convert_hf(verbs: argparse._SubParsersAction) -> None:
 
             if arguments.config is None:
                 raise CherryError(f"{arguments.load} has no config.json; to convert a run name its --config")
-            shard = SHARD if arguments.shard_size is None else int(arguments.shard_size * GIGABYTE)
-            if shard < 1:
-                raise CherryError(f"--shard-size {arguments.shard_size} must be a positive number of gigabytes")
+            size = SHARD / GIGABYTE if arguments.shard_size is None else arguments.shard_size
+            if not 1 <= size * GIGABYTE < math.inf:
+                raise CherryError(f"--shard-size {size} must be a positive number of gigabytes")
             surgery = plan_export(
-                arguments.load, arguments.config, arguments.set, arguments.save.name, shard,
+                arguments.load, arguments.config, arguments.set, arguments.save.name, int(size * GIGABYTE),
                 not arguments.no_tokenizer,
             )  # fmt: skip
         carry_out(surgery, arguments)

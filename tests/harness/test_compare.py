@@ -120,5 +120,9 @@ def test_what_does_not_compare(two, tmp_path):
     (folder / "results.json").write_text("{")
     assert refused(a, b).startswith(f"{folder}/results.json is no record of an evaluation")
     (folder / "results.json").write_text('{"model": {}, "asked": {}, "results": {}}')
+    assert refused(a, b).startswith(f"{folder}/results.json is no record of an evaluation")
+    (folder / "results.json").write_text('{"model": {}, "asked": {"fewshot": null}, "results": {}}')
+    (folder / "samples.jsonl").write_text('{"task": "one"}\n')
+    assert refused(a, b) == f"{folder}/samples.jsonl: line 1 is no item of a task; evaluate again"
     (folder / "samples.jsonl").unlink()
     assert refused(a, b) == f"{folder} has no samples.jsonl; evaluate again"

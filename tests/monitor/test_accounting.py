@@ -8,7 +8,7 @@ import pytest
 from cherry_megatron.model.options import Mixture, Recurrence
 from cherry_megatron.model.plan import make_plan
 from cherry_megatron.model.shape import Shape
-from cherry_megatron.monitor.accounting import Layout, account, memory, most_rows, together, training_flops
+from cherry_megatron.monitor.accounting import Layout, account, memory, most_walked, together, training_flops
 from tests.conftest import run_ranks
 
 SHAPE = Shape(hidden=1280, ffn=3200, heads=10, groups=10, head_size=128, vocabulary=44544)
@@ -148,17 +148,17 @@ def test_a_mixture_holds_all_experts_and_walks_its_top_k():
 @pytest.mark.parametrize(
     ("experts", "top_k", "ranks", "micro", "batch", "most"),
     [
-        (8, 2, 8, 4, 512, 32),  # every sequence of the group
-        (8, 2, 8, 4, 64, 20),  # room: 1.25 x 2 x 64 / 8
-        (8, 2, 2, 4, 512, 16),  # four experts on a rank, of which two see a sequence
-        (8, 4, 4, 2, 512, 16),
-        (4, 4, 2, 2, 8, 8),  # all experts see all
-        (8, 2, 8, 4, None, 32),
+        (8, 2, 8, 4, 512, (32, 32)),  # every sequence of the group
+        (8, 2, 8, 4, 64, (20, 20)),  # room: 1.25 x 2 x 64 / 8
+        (8, 2, 2, 4, 512, (18, 8)),  # four experts on a rank, of which two see all; the others walk one each
+        (8, 4, 4, 2, 512, (16, 8)),
+        (4, 4, 2, 2, 8, (8, 4)),  # all experts see all
+        (8, 2, 8, 4, None, (32, 32)),
     ],
 )
 def test_sequences_of_a_rank_at_worst(experts, top_k, ranks, micro, batch, most):
     layout = Layout(1, 16, micro, 4096, True, True, False, False, expert=ranks)
-    assert most_rows(Mixture(experts=experts, top_k=top_k), layout, batch) == most
+    assert most_walked(Mixture(experts=experts, top_k=top_k), layout, batch) == most
 
 
 def test_the_shipped_mixture_fits_at_worst(tmp_path: Path):

@@ -54,6 +54,9 @@ def test_coefficients_are_there_for_each_gpu_and_looked_at(tmp_path: Path):
     path.write_text(DERIVED.read_text().replace("  skew: 0.02\n", "  skew: -0.02\n"))
     with pytest.raises(CherryError, match=r"other\.yaml: skew -0.02 must be"):
         read("h100", path)
+    path.write_text(DERIVED.read_text().replace("  link: 0.75\n", "  link: 0.0\n"))
+    with pytest.raises(CherryError, match=r"other\.yaml: link is 0"):
+        read("h100", path)
     path.write_text(DERIVED.read_text().replace("  skew: 0.02\n", ""))
     with pytest.raises(CherryError, match=r"h100\.skew is missing"):
         read("h100", path)

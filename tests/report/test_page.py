@@ -175,6 +175,19 @@ def folder(steps: list[dict[str, Any]]) -> Folder:
     return Folder("one", steps, [], [], [], [], None, "")
 
 
+def test_experiments_of_one_name_keep_their_own_plots(tmp_path):
+    records = RESULTS / "2026-11-30-moee/records.jsonl"
+    for before, name in (("first", "records"), ("second", "records"), ("second", "older")):
+        (tmp_path / before / "moee").mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(records, tmp_path / before / "moee" / f"{name}.jsonl")
+    first, second = tmp_path / "first/moee", tmp_path / "second/moee"
+    names = [source.name for source in read_sources([first, second, second / "older.jsonl"])]
+    assert names == ["first/moee", "second/moee", "second/moee/older"]
+    _, found = report([first, first / "records.jsonl", second])
+    files = [block.file for section in found for block in section.blocks if isinstance(block, Plot)]
+    assert len(files) == len(set(files)) == 2 * sum(file.startswith("first-moee-") for file in files) > 0
+
+
 def test_long_curves_are_means_of_neighbours():
     points = [(float(step), float(step % 2)) for step in range(1, 1001)]
     found = thinned(points, 300)

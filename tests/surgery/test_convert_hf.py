@@ -103,6 +103,8 @@ OUT = {
     "tokenizer": (("--set", "megatron.tokenizer-model=null"), "set megatron.tokenizer-model to the tokenizer's"),
     "no-tokenizer": (("--set", "megatron.tokenizer-model=nowhere"), "cannot read nowhere/tokenizer.json"),
     "shard": (("--shard-size", "0"), "--shard-size 0.0 must be a positive number of gigabytes"),
+    "shard-nan": (("--shard-size", "nan"), "--shard-size nan must be a positive number of gigabytes"),
+    "shard-inf": (("--shard-size", "inf"), "--shard-size inf must be a positive number of gigabytes"),
     "workers": (("--workers", "-1"), "--workers -1 is negative"),
 }  # fmt: skip
 
