@@ -50,11 +50,11 @@ def append_lines(path: Path) -> TextIO:
 
 def read_lines(path: Path) -> Iterator[Any]:
     """The JSON value of each line; what a killed process left half written is skipped."""
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for line in file:
             try:
                 yield json.loads(line)
-            except ValueError:
+            except ValueError:  # what is no UTF-8 too
                 continue
 
 

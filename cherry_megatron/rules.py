@@ -224,7 +224,7 @@ def check_outline(recurrence: Recurrence, given: dict[str, Any]) -> None:
             f"megatron.num-query-groups {groups} does nothing without group-query-attention; set that to true, or "
             "take num-query-groups out"
         )
-    if hidden is not None and recurrence.loop_rank > hidden:
+    if hidden is not None and recurrence.loop_rank > max(hidden, 0):
         raise CherryError(
             f"recurrence.loop_rank {recurrence.loop_rank} is more than megatron.hidden-size {hidden}, the rank of "
             "whole weights; use less"

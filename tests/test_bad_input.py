@@ -14,6 +14,7 @@ from tests.conftest import run_ranks
 CONFIGS = {
     "unknown-section": ({"recurence": {}}, [], "did you mean 'recurrence'"),
     "unknown-key": ({"recurrence": {"patern": "*-"}}, [], "did you mean 'pattern'"),
+    "negative-size": ({"megatron": {"hidden-size": -128}}, [], "set megatron.hidden-size to a positive number"),
     "unknown-flag": ({"megatron": {"hiden-size": 64}}, [], "did you mean 'hidden-size'"),
     "unknown-trailing-flag": ({}, ["--", "--train-itres", "3"], "did you mean 'train-iters'"),
     "bad-pattern": ({"recurrence": {"pattern": "*-[*-"}}, [], "written [layers]xN"),

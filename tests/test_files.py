@@ -7,7 +7,7 @@ import os
 import pytest
 
 from cherry_megatron.errors import CherryError
-from cherry_megatron.files import lock_or_refuse, write_atomically
+from cherry_megatron.files import lock_or_refuse, read_lines, write_atomically
 
 
 def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path):
@@ -15,6 +15,11 @@ def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path):
     for content in ("first", "둘째"):
         write_atomically(path, content)
         assert path.read_text() == content and list(tmp_path.iterdir()) == [path]
+
+
+def test_lines_that_were_torn_are_passed_over(tmp_path):
+    (tmp_path / "lines").write_bytes(b'{"a": 1}\n\x00\xff\xfe\n{"a"\n{"a": 2}\n\x00\x00')
+    assert list(read_lines(tmp_path / "lines")) == [{"a": 1}, {"a": 2}]
 
 
 def test_a_lock_is_held_until_its_file_is_closed(tmp_path):

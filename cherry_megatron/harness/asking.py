@@ -18,6 +18,7 @@ from cherry_megatron.harness.tasks import Loaded, load_tasks
 from cherry_megatron.versions import git_state, installed_version, installed_versions
 
 BOOTSTRAPS = 1000  # of the standard error of a score that is no mean
+EXAMPLES_SEED = 1234  # the harness' own default, so that prompts are those of its command
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,10 @@ def loaded_tasks(asked: Asked) -> Iterator[Loaded]:
 def put(lm: LM, tasks: Loaded, asked: Asked, first: bool, log: TextIO) -> tuple[Any, float]:
     """The harness' results, and how many seconds it took; its own bars go to a log."""
     started = time.perf_counter()
+    for task in tasks[
+        "tasks"
+    ].values():  # anew each time: a second model, or number of loops, gets the same prompts
+        task.set_fewshot_seed(seed=EXAMPLES_SEED)
     os.environ["DISABLE_MULTIPROC"] = "1"  # or the harness would fork a process that talks to others
     with contextlib.redirect_stderr(log):
         found = evaluate(lm, tasks, limit=asked.limit, bootstrap_iters=BOOTSTRAPS if first else 0)

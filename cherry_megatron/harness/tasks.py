@@ -80,10 +80,6 @@ def _give_examples(name: str, task: Any, fewshot: int | None) -> None:
             raise CherryError(f"--fewshot {fewshot}: the task {name} has {there} examples; use fewer")
     elif stated is None:
         task.set_config(key="num_fewshot", value=0)
-    task.set_fewshot_seed(seed=EXAMPLES_SEED)
-
-
-EXAMPLES_SEED = 1234  # the harness' own default, so that prompts are those of its command
 
 
 class LocalTasks(TaskManager):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,18 @@ def test_hugging_faces_form_gets_the_same_scores_from_the_harness_own_model(eval
     assert status == 0, said
     (theirs,) = (llama / "tasks").iterdir()
     _same(ours, theirs)
+
+
+def test_weights_that_are_not_there_are_not_drawn(llama, cherry, tmp_path):
+    """transformers would fill them at random, and the scores would be of nothing."""
+    folder = tmp_path / "cut"
+    shutil.copytree(llama, folder, ignore=shutil.ignore_patterns("tasks"))
+    settings = json.loads((folder / "config.json").read_text())
+    settings["num_hidden_layers"] += 1
+    (folder / "config.json").write_text(json.dumps(settings))
+    status, said = cherry(tmp_path, "evaluate", "--hf", folder, "--tasks", "cherry_ko", "--task-dir", TASKS)
+    assert status == 2 and "the model of its config.json lacks model.layers." in said
+    assert not (folder / "tasks").exists()
 
 
 def _same(ours: Path, theirs: Path) -> None:
