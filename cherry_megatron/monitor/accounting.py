@@ -194,6 +194,11 @@ class Layout:
         return 2 if self.bf16 else 4
 
 
+def is_shared_out(instances: int, data: int) -> bool:
+    """Whether data-parallel ranks share out optimizer state; each has all of it where instances are as many."""
+    return instances < max(data, 2)
+
+
 def layout_of(config: "Config", world: int) -> Layout:
     """That of a configuration on so many ranks."""
     tensor = config.value("tensor-model-parallel-size")
@@ -205,8 +210,7 @@ def layout_of(config: "Config", world: int) -> Layout:
         micro_batch=micro,
         sequence=config.value("seq-length"),
         bf16=bool(config.value("bf16") or config.value("fp16")),
-        # Replicated where there are as many instances as ranks.
-        distributed_optimizer=config.value("num-distributed-optimizer-instances") < max(data, 2),
+        distributed_optimizer=is_shared_out(config.value("num-distributed-optimizer-instances"), data),
         sequence_parallel=bool(config.value("sequence-parallel")),
         recompute=config.value("recompute-granularity") == "full",
         expert=config.value("expert-model-parallel-size"),

@@ -9,7 +9,7 @@ from cherry_megatron.flags import names_of
 from cherry_megatron.model.options import Mixture, Recurrence
 from cherry_megatron.model.plan import Plan, make_plan
 from cherry_megatron.model.shape import Shape
-from cherry_megatron.monitor.accounting import Layout
+from cherry_megatron.monitor.accounting import Layout, is_shared_out
 from cherry_megatron.section_rules import GRAPH
 
 # Megatron's flags that a plan sets.
@@ -68,7 +68,7 @@ class Job:
         half: BF16 or FP16, not FP32.
         fp8: recipe of the layers' products, if they are in FP8.
         overlap: gradients and weights are exchanged beside the passes.
-        replicated: optimizer state is not divided over data-parallel ranks.
+        instances: how often the optimizer's state is there among the data-parallel ranks.
         first_pass: a step begins with a forward pass over all its micro-batches: online selection does so, and the
             load of experts inside layers where there are several.
     """
@@ -83,7 +83,7 @@ class Job:
     half: bool
     fp8: str | None
     overlap: bool
-    replicated: bool
+    instances: int
     first_pass: bool
 
     @property
@@ -109,7 +109,7 @@ class Job:
         """A setting, as far as memory is concerned."""
         return Layout(
             setting.tensor, setting.data, setting.micro_batch, self.sequence, self.half,
-            distributed_optimizer=not self.replicated, sequence_parallel=setting.tensor > 1,
+            distributed_optimizer=is_shared_out(self.instances, setting.data), sequence_parallel=setting.tensor > 1,
             recompute=setting.recompute, expert=setting.expert, expert_tensor=setting.expert_tensor,
             micro_batches=self.micro_batches(setting), fp8=self.fp8,
         )  # fmt: skip
@@ -148,7 +148,7 @@ def job_of(config: Config, batch: int | None = None) -> Job:
         half=half,
         fp8=config.value("fp8-recipe") if config.value("fp8-format") else None,
         overlap=bool(config.value("overlap-grad-reduce")),
-        replicated=config.value("num-distributed-optimizer-instances") > 1,
+        instances=config.value("num-distributed-optimizer-instances"),
         first_pass=bool(config.sgt and config.sgt.top_loss is not None),
     )
 

@@ -205,7 +205,7 @@ def _exchanged(job: Job, setting: Setting, rates: Rates, plan: Plan, number: int
     exposed = 0.0
     for ranks, parameters in groups:
         here = min(ranks, max(rates.gpu.host * ranks // (setting.data * setting.tensor), 1))
-        kind = ("all-reduce", None) if job.replicated else ("reduce-scatter", "all-gather")
+        kind = ("reduce-scatter", "all-gather") if layout.distributed_optimizer else ("all-reduce", None)
         for way, width, beside in zip(
             kind, (_GRADIENT, job.width), (stage.phases[-1], stage.phases[0]), strict=True
         ):
@@ -238,5 +238,5 @@ def _tied(job: Job, setting: Setting, rates: Rates, plan: Plan, number: int) -> 
 def _optimizer(job: Job, setting: Setting, rates: Rates, plan: Plan, number: int) -> float:
     parameters = _held(job, setting, plan, number)
     shards = setting.data // (setting.expert if job.mixture else 1)
-    share = parameters if job.replicated else parameters / shards
+    share = parameters / shards if job.layout(setting).distributed_optimizer else parameters
     return rates.stream(_OF_SHARE * share + _OF_ALL * parameters)

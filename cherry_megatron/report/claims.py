@@ -114,8 +114,9 @@ def _dense(trained: Trained) -> list[Row]:
 
 
 def _single(trained: Trained) -> list[Row]:
-    """Recurrent models without experts."""
-    return _rows(trained.source, {"looped": True, "experts": 0})
+    """Recurrent models without experts, but for those that it was made from."""
+    before = trained.source.facts[trained.row.name]["ancestors"]
+    return [row for row in _rows(trained.source, {"looped": True, "experts": 0}) if row.name not in before]
 
 
 def _full(trained: Trained) -> list[Row]:

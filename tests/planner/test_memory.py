@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from cherry_megatron.model.options import Recurrence
+from cherry_megatron.monitor.accounting import layout_of
 from cherry_megatron.planner.coefficients import read
 from cherry_megatron.planner.hardware import GPUS
 from cherry_megatron.planner.job import Setting, job_of, setting_of
@@ -66,6 +67,17 @@ def test_weights_gradients_and_optimizer_are_a_real_trainings(ranks, overrides, 
         assert found["gradients"] == predicted["gradients"]
     # Ranks of one stage share out the state, not evenly to the byte.
     assert sum(found["optimizer"] for found, _ in both) == sum(predicted["optimizer"] for _, predicted in both)
+
+
+@pytest.mark.parametrize("instances", [1, 2, 4])
+def test_a_configurations_own_setting_is_the_layout_of_cherry_params(instances, job):
+    made = job(
+        "cherry_227m",
+        "megatron.overlap-param-gather=false",
+        f"megatron.num-distributed-optimizer-instances={instances}",
+    )
+    found = made.layout(setting_of(made.config, 4))
+    assert found == layout_of(made.config, 4) and found.distributed_optimizer == (instances < 4)
 
 
 def values_kept(recurrence: Recurrence, recompute: bool) -> float:

@@ -130,6 +130,9 @@ def test_a_mixture_is_held_against_the_best_single_model(tmp_path):
     assert decide(MIXTURE, source(tmp_path, made, both, *singles, layers))[0] == REPRODUCED
     singles[1]["evaluations"][-1]["losses"]["2"] = 1.91
     assert decide(MIXTURE, source(tmp_path, made, both, *singles))[0] == NOT_REPRODUCED
+    # Nor is it held against its own experts, which were trained for less.
+    of_both = {**made, "command": "cherry assemble-moee --load left/seed-1 right/seed-1 --save mixed/seed-1"}
+    assert decide(MIXTURE, source(tmp_path, of_both, both, *singles))[0] == NOT_RUN
     # Of a mixture of another size the active parameters say nothing.
     assert decide(ACTIVE, source(tmp_path, made, both))[0] == NOT_RUN
     assert decide(ACTIVE, source(tmp_path, made, {**both, "parameters": 510_000_000}))[0] == REPRODUCED
