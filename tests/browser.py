@@ -1,6 +1,7 @@
 """A headless browser: what a page says, also within its components, and how it looks."""
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -100,7 +101,8 @@ def browser() -> Iterator[Page]:
     answers, theirs_out = os.pipe()
 
     def place() -> None:  # in the child: it reads commands from 3 and answers on 4
-        copies = os.dup(theirs_in), os.dup(theirs_out)
+        # Copies far from 3 and 4: one that lay there would be overwritten, or closed when the browser starts.
+        copies = fcntl.fcntl(theirs_in, fcntl.F_DUPFD, 10), fcntl.fcntl(theirs_out, fcntl.F_DUPFD, 10)
         os.dup2(copies[0], 3)
         os.dup2(copies[1], 4)
 

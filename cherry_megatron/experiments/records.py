@@ -75,7 +75,9 @@ def results(verb: str, folder: Path) -> Record:
     if verb == "pretrain":
         return _training(folder)
     if verb == "evaluate":
-        return {"evaluations": read_evaluations(folder)}
+        if not (found := read_evaluations(folder)):
+            raise CherryError("its folder does not hold what it should: no evaluation is recorded")
+        return {"evaluations": found}
     if verb in ("compress-depth", "assemble-moee"):
         return _surgery(folder)
     return {}

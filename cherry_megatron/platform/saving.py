@@ -13,6 +13,7 @@ in place of that here:
 Whatever dies on the way leaves a hidden folder, and the checkpoint before it is the newest.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -105,11 +106,18 @@ def _write(transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], 
         results.put(error)
 
 
+def _is_full(folder: Path, tensors: list[Any]) -> bool:
+    """Whether these have no room; torch's writer of single tensors fails without the system's reason."""
+    return shutil.disk_usage(folder).free < sum(tensor.nbytes for tensor in tensors)
+
+
 def _write_bucket(transforms: list[Any], use_msc: bool, bucket: Any) -> list[_Hashed]:
     path, _, (objects, tensors) = bucket
     with ThreadPoolExecutor(THREADS) as threads:  # hash tensors while they are written
         hashes = threads.map(_hash, [tensor for _, tensor in tensors])
         _, found = _write_file(transforms, 0, bucket, None, None, use_fsync=True, use_msc=use_msc)
+        if isinstance(found, RuntimeError) and _is_full(Path(path).parent, [tensor for _, tensor in tensors]):
+            found = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if isinstance(found, OSError):
             raise cannot_write(Path(path), found)
         if isinstance(found, Exception):

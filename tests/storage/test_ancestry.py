@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cherry_megatron.cli import main
 from cherry_megatron.errors import CherryError
-from cherry_megatron.storage.ancestry import _at, _code, _how, describe
+from cherry_megatron.storage.ancestry import _at, _code, describe, how
 from cherry_megatron.storage.lineage import ancestors, chain, read_lineage
 from cherry_megatron.surgery import compress
 from tests.surgery.conftest import model_tensors, save
@@ -55,7 +55,7 @@ def test_the_chain_is_told_newest_first(family, capsys):
     ],
 )
 def test_how_is_told_compactly(entry, says):
-    assert _how(entry) == says
+    assert how(entry) == says
 
 
 def test_the_chain_outlives_the_ancestors(family):
@@ -101,11 +101,11 @@ def test_damage_to_what_is_no_tensor_is_noticed(family, config, capsys):
     for file in (".metadata", "metadata.json", "integrity.json", "__objects.distcp"):
         path = family / "small/iter_0000000" / file
         content = path.read_bytes()
-        for how, damage in DAMAGES.items():
+        for kind, damage in DAMAGES.items():
             damage(path)
             verbs = [["lineage", family / "small"], ["compress-depth", "--load", family / "small", *more]]
             for verb in verbs[: 2 if file in (".metadata", "metadata.json") else 1]:
-                assert main([*map(str, verb)]) == 2, (file, how)
+                assert main([*map(str, verb)]) == 2, (file, kind)
                 said = capsys.readouterr().err
                 assert file in said and said.endswith("; restore the checkpoint\n") and said.count("\n") == 1, said
             path.write_bytes(content)
@@ -255,7 +255,7 @@ def test_whatever_a_record_holds_it_is_told_or_refused(key, value, of_parent):
             entry.get("role", ""),
             _code(entry),
             _at(entry),
-            _how(entry),
+            how(entry),
         ]
         assert all(isinstance(text, str) for text in texts)
         assert _at(entry) == (f" step {entry['iteration']}" if "iteration" in entry else "")
