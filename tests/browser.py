@@ -106,9 +106,10 @@ def browser() -> Iterator[Page]:
         os.dup2(copies[0], 3)
         os.dup2(copies[1], 4)
 
-    with tempfile.TemporaryDirectory(prefix="browser-", ignore_cleanup_errors=True) as profile:
+    # In /tmp whatever TMPDIR says: the browser lays a socket there, whose path may have 107 characters.
+    with tempfile.TemporaryDirectory(prefix="browser-", dir="/tmp", ignore_cleanup_errors=True) as profile:
         process = subprocess.Popen(
-            [program, *_FLAGS, f"--user-data-dir={profile}", "about:blank"],
+            [program, *_FLAGS, f"--user-data-dir={profile}", "about:blank"], env={**os.environ, "TMPDIR": profile},
             preexec_fn=place, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(theirs_in)
