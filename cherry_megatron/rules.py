@@ -78,7 +78,7 @@ _UNSUPPORTED_DEFAULTS = {
 }  # of the others Megatron's default is None or False
 _POSITIVE = (
     "tensor-model-parallel-size", "pipeline-model-parallel-size", "micro-batch-size", "max-position-embeddings",
-    "log-interval", "eval-interval", "eval-iters", "save-interval",
+    "log-interval", "eval-interval", "eval-iters", "save-interval", "num-distributed-optimizer-instances",
 )  # fmt: skip
 _NOT_NEGATIVE = ("lr", "min-lr", "clip-grad", "weight-decay", "lr-warmup-iters")
 # What follows from other keys.
@@ -322,6 +322,12 @@ def _check_batch(config: "Config", world: int) -> None:
         raise CherryError(
             f"{world} ranks cannot hold models of {ranks} ranks each (tensor-model-parallel-size x "
             "pipeline-model-parallel-size); start a multiple of it"
+        )
+    instances = config.value("num-distributed-optimizer-instances")
+    if world > 1 and world // ranks % instances:
+        raise CherryError(
+            f"megatron.num-distributed-optimizer-instances {instances} does not divide the {world // ranks} "
+            "data-parallel ranks; use a number that does"
         )
     micro, whole = config.value("micro-batch-size"), config.value("global-batch-size")
     share = micro * max(world // ranks, 1) if micro else 0

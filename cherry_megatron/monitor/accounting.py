@@ -166,7 +166,7 @@ class Layout:
         micro_batch: sequences a micro-batch.
         sequence: tokens a sequence.
         bf16: BF16 (or FP16) weights with FP32 master copy, or FP32 throughout.
-        distributed_optimizer: optimizer state divided over data-parallel ranks.
+        instances: of the distributed optimizer: how often its state is there among the data-parallel ranks.
         sequence_parallel: activations divided over tensor-parallel ranks throughout.
         recompute: activations recomputed a loop at a time.
         expert: expert-parallel size.
@@ -180,7 +180,7 @@ class Layout:
     micro_batch: int
     sequence: int
     bf16: bool
-    distributed_optimizer: bool
+    instances: int
     sequence_parallel: bool
     recompute: bool
     expert: int = 1
@@ -193,10 +193,24 @@ class Layout:
         """Bytes of a weight and of an activation."""
         return 2 if self.bf16 else 4
 
+    def copies(self, mixture: bool) -> tuple[int, int, int]:
+        """How many ranks hold the same weights.
 
-def is_shared_out(instances: int, data: int) -> bool:
-    """Whether data-parallel ranks share out optimizer state; each has all of it where instances are as many."""
-    return instances < max(data, 2)
+        Whole models as experts lie on as many ranks less; those inside layers have groups of their own.
+
+        Args:
+            mixture: whether the experts are whole models.
+
+        Returns:
+            Of experts inside layers, of the router of a mixture, and before them of all other weights.
+        """
+        inside = self.data * self.tensor // (self.expert_tensor * self.expert)
+        return self.data // (self.expert if mixture else 1), inside, self.data
+
+    def shards(self, mixture: bool) -> tuple[int, int, int]:
+        """Over how many of these ranks their optimizer state is shared out."""
+        whole, inside, everywhere = (max(ranks // self.instances, 1) for ranks in self.copies(mixture))
+        return whole, inside, everywhere
 
 
 def layout_of(config: "Config", world: int) -> Layout:
@@ -210,7 +224,7 @@ def layout_of(config: "Config", world: int) -> Layout:
         micro_batch=micro,
         sequence=config.value("seq-length"),
         bf16=bool(config.value("bf16") or config.value("fp16")),
-        distributed_optimizer=is_shared_out(config.value("num-distributed-optimizer-instances"), data),
+        instances=config.value("num-distributed-optimizer-instances"),
         sequence_parallel=bool(config.value("sequence-parallel")),
         recompute=config.value("recompute-granularity") == "full",
         expert=config.value("expert-model-parallel-size"),
@@ -231,7 +245,7 @@ def memory(
     """Bytes that a rank of each pipeline stage needs: weights, gradients, optimizer, activations, workspace.
 
     Weights and optimizer as in Megatron's own theoretical memory: 6 bytes a parameter, and 12 over the
-    data-parallel ranks.
+    data-parallel ranks of an optimizer instance.
 
     Activations are an estimate: per token and layer, what the backward pass keeps with a fused attention
     (Korthikanti et al. 2022, equation 1, SwiGLU). The workspace is the larger of what is there at one time alone:
@@ -251,11 +265,7 @@ def memory(
     tokens, of_one = walked[0] * layout.sequence, walked[1] * layout.sequence
     for stage, visits in enumerate(plan.stages):
         parameters, experts = held_parameters(plan, shape, layout, recurrence, mixture, stage)
-        # Whole models as experts lie on as many ranks less; those inside layers have groups of their own.
-        whole = layout.data // (layout.expert if mixture else 1)
-        inside = layout.data * layout.tensor // (layout.expert_tensor * layout.expert)
-        state = 12 if layout.bf16 else 8
-        shards = (whole, inside, layout.data) if layout.distributed_optimizer else (1, 1, 1)
+        state, shards = 12 if layout.bf16 else 8, layout.shards(mixture is not None)
         in_flight = min(count - stage, layout.micro_batches or count)
         router = sum(_router_sizes(mixture, shape).values()) if mixture else 0  # whole on every rank
         last = stage == count - 1

@@ -23,7 +23,7 @@ def candidates(job: Job, gpus: int, host: int) -> Iterator[Setting]:
         if gpus % (tensor * pipeline) or not _cuts(job, tensor) or not _stages(job, pipeline):
             continue
         data = gpus // (tensor * pipeline)
-        if job.batch % data:
+        if job.batch % data or data % job.instances:
             continue
         for (expert, within), recompute, graph in product(
             _experts(job, tensor, pipeline, data), (False, True), (False, True)

@@ -75,13 +75,19 @@ def choose(job: Job, gpus: int, rates: Rates) -> Choice:
     """
     found = [weigh(job, setting, rates) for setting in candidates(job, gpus, rates.gpu.host)]
     if not found:
+        several = job.instances > 1
         raise CherryError(
-            f"{job.config.source}: no layout shares out {job.batch} sequences a step over {gpus} GPUs; use a "
-            f"number of GPUs that divides them, or set megatron.global-batch-size to a multiple of {gpus}"
+            f"{job.config.source}: no layout shares out {job.batch} sequences a step over {gpus} GPUs"
+            + f" with {job.instances} num-distributed-optimizer-instances" * several
+            + "; use a number of GPUs that divides them"
+            + " and that the instances divide" * several
+            + f", or set megatron.global-batch-size to a multiple of {gpus}"
         )
     most = room(rates.gpu, rates.measured)
     fitting = sorted((one for one in found if one.peak <= most), key=lambda one: one.step.seconds)
     best = _plainest(job, fitting)
+    if best is None and fitting:
+        raise CherryError(allowed(job, fitting[0].setting))  # what `candidates` does not know of
     if best is None:
         raise CherryError(_what_would_fit(job, gpus, rates, min(found, key=lambda one: one.peak)))
     return Choice(job, rates, best, _others(job, found, best, most), (len(found), len(fitting)))

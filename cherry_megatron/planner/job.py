@@ -9,7 +9,7 @@ from cherry_megatron.flags import names_of
 from cherry_megatron.model.options import Mixture, Recurrence
 from cherry_megatron.model.plan import Plan, make_plan
 from cherry_megatron.model.shape import Shape
-from cherry_megatron.monitor.accounting import Layout, is_shared_out
+from cherry_megatron.monitor.accounting import Layout
 from cherry_megatron.section_rules import GRAPH
 
 # Megatron's flags that a plan sets.
@@ -109,7 +109,7 @@ class Job:
         """A setting, as far as memory is concerned."""
         return Layout(
             setting.tensor, setting.data, setting.micro_batch, self.sequence, self.half,
-            distributed_optimizer=is_shared_out(self.instances, setting.data), sequence_parallel=setting.tensor > 1,
+            instances=self.instances, sequence_parallel=setting.tensor > 1,
             recompute=setting.recompute, expert=setting.expert, expert_tensor=setting.expert_tensor,
             micro_batches=self.micro_batches(setting), fp8=self.fp8,
         )  # fmt: skip

@@ -196,22 +196,23 @@ def _exchanged(job: Job, setting: Setting, rates: Rates, plan: Plan, number: int
     likewise of the weights, which the first loop needs all.
     """
     layout = job.layout(setting)
-    others, experts = held_parameters(plan, job.shape, layout, job.recurrence, job.mixture, number)
-    groups = (
-        (setting.data // (setting.expert if job.mixture else 1), others),
-        (setting.data * setting.tensor // (setting.expert_tensor * setting.expert), experts),
-    )
+    held = held_parameters(plan, job.shape, layout, job.recurrence, job.mixture, number)
     late = _late(job, plan, number)
     exposed = 0.0
-    for ranks, parameters in groups:
-        here = min(ranks, max(rates.gpu.host * ranks // (setting.data * setting.tensor), 1))
-        kind = ("reduce-scatter", "all-gather") if layout.distributed_optimizer else ("all-reduce", None)
-        for way, width, beside in zip(
-            kind, (_GRADIENT, job.width), (stage.phases[-1], stage.phases[0]), strict=True
-        ):
-            seconds = rates.exchange(way, parameters * width, ranks, here) if way and parameters else 0.0
-            hidden = min(seconds * (1 - late), beside.gpu) if job.overlap else 0.0
-            exposed += seconds - hidden
+    for ranks, parameters in zip(layout.copies(job.mixture is not None), held, strict=False):
+        if not parameters:
+            continue
+        shards = max(ranks // layout.instances, 1)
+        here = max(rates.gpu.host * ranks // (setting.data * setting.tensor), 1)
+        # Gradients are summed over an instance of the optimizer, then a rank's share of them over the instances.
+        summed = rates.exchange("reduce-scatter", parameters * _GRADIENT, shards, min(shards, here))
+        others = ranks // shards
+        summed += rates.exchange(
+            "all-reduce", parameters * _GRADIENT / shards, others, min(others, max(here // shards, 1))
+        )
+        gathered = rates.exchange("all-gather", parameters * job.width, shards, min(shards, here))
+        for seconds, beside in ((summed, stage.phases[-1]), (gathered, stage.phases[0])):
+            exposed += seconds - (min(seconds * (1 - late), beside.gpu) if job.overlap else 0.0)
     return exposed + _tied(job, setting, rates, plan, number)
 
 
@@ -236,7 +237,7 @@ def _tied(job: Job, setting: Setting, rates: Rates, plan: Plan, number: int) -> 
 
 
 def _optimizer(job: Job, setting: Setting, rates: Rates, plan: Plan, number: int) -> float:
-    parameters = _held(job, setting, plan, number)
-    shards = setting.data // (setting.expert if job.mixture else 1)
-    share = parameters / shards if job.layout(setting).distributed_optimizer else parameters
-    return rates.stream(_OF_SHARE * share + _OF_ALL * parameters)
+    layout = job.layout(setting)
+    held = held_parameters(plan, job.shape, layout, job.recurrence, job.mixture, number)
+    share = sum(each / ranks for each, ranks in zip(held, layout.shards(job.mixture is not None), strict=False))
+    return rates.stream(_OF_SHARE * share + _OF_ALL * sum(held))

@@ -105,7 +105,7 @@ def test_one_expert_costs_what_an_mlp_does():
     shape = replace(SHAPE, experts=1, top_k=1, expert_ffn=3200)
     more = training_flops(routed, shape, 4096) - training_flops(plain, SHAPE, 4096)
     assert more == 6 * 34 * 1280
-    layout = Layout(1, 1, 1, 4096, True, True, False, False)
+    layout = Layout(1, 1, 1, 4096, True, 1, False, False)
     found, plain_found = (
         memory(make_plan(r, shape, 4096, 1), shape, layout, r)[0]["weights"] for r in (routed, plain)
     )
@@ -115,7 +115,7 @@ def test_one_expert_costs_what_an_mlp_does():
 def test_experts_are_shared_out_over_ranks():
     recurrence, shape = Recurrence("[(*E)x2]x2"), replace(SHAPE, experts=8, top_k=2, expert_ffn=3200)
     plan = make_plan(recurrence, shape, 4096, 1)
-    one = Layout(1, 4, 1, 4096, True, True, False, False)
+    one = Layout(1, 4, 1, 4096, True, 1, False, False)
     (whole,), (shared,) = (memory(plan, shape, layout, recurrence) for layout in (one, replace(one, expert=4)))
     experts = 2 * 8 * 3 * 1280 * 3200
     assert whole["weights"] - shared["weights"] == pytest.approx(2 * experts * 3 / 4)
@@ -137,7 +137,7 @@ def test_a_mixture_holds_all_experts_and_walks_its_top_k():
     assert all_.stored == 8 * one.stored + router
     assert all_.active == 2 * one.active + router
     assert all_.flops == 2 * one.flops + 6 * inner
-    plan, layout = make_plan(recurrence, SHAPE, 4096, 1), Layout(1, 16, 1, 4096, True, True, False, False)
+    plan, layout = make_plan(recurrence, SHAPE, 4096, 1), Layout(1, 16, 1, 4096, True, 1, False, False)
     (alone,) = memory(plan, SHAPE, layout, recurrence)
     (rank,) = memory(plan, SHAPE, replace(layout, expert=4), recurrence, mixture)
     assert rank["weights"] == 2 * (alone["weights"] + router)  # which is on every rank
@@ -157,7 +157,7 @@ def test_a_mixture_holds_all_experts_and_walks_its_top_k():
     ],
 )
 def test_sequences_of_a_rank_at_worst(experts, top_k, ranks, micro, batch, most):
-    layout = Layout(1, 16, micro, 4096, True, True, False, False, expert=ranks)
+    layout = Layout(1, 16, micro, 4096, True, 1, False, False, expert=ranks)
     assert most_walked(Mixture(experts=experts, top_k=top_k), layout, batch) == most
 
 
@@ -194,9 +194,17 @@ def test_account_of_a_mixture_is_the_models_own_count(tmp_path: Path):
 def test_memory_counts_copies_of_the_core_on_each_stage():
     recurrence = Recurrence("*-[(*-)x4]x8*-")
     plan = make_plan(recurrence, SHAPE, 4096, 2)
-    layout = Layout(1, 4, 1, 4096, True, True, False, False)
+    layout = Layout(1, 4, 1, 4096, True, 1, False, False)
     first, last = memory(plan, SHAPE, layout, recurrence)
     layer = 4 * 1280**2 + 3 * 1280 * 3200 + 2 * 1280
     assert first["weights"] == 2 * (5 * layer + 1280 * 44544)
     assert last["weights"] == 2 * (5 * layer + 1280 + 1280 * 44544)
     assert first["optimizer"] == first["weights"] / 2 * 12 / 4
+
+
+@pytest.mark.parametrize(("instances", "ranks"), [(1, 4), (2, 2), (4, 1)])
+def test_optimizer_state_is_shared_out_within_an_instance(instances, ranks):
+    recurrence = Recurrence("*-[(*-)x4]x8*-")
+    plan, layout = make_plan(recurrence, SHAPE, 4096, 1), Layout(1, 4, 1, 4096, True, instances, False, False)
+    (rank,) = memory(plan, SHAPE, layout, recurrence)
+    assert rank["optimizer"] == rank["weights"] / 2 * 12 / ranks

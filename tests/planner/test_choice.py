@@ -23,6 +23,7 @@ OPTIONS = (
     "megatron.cuda-graph-impl=full_iteration",
     "megatron.pipeline-model-parallel-size=2", "megatron.untie-embeddings-and-output-weights=false",
     "megatron.rampup-batch-size=[8,8,64]", "moee.top_k=0", "megatron.seq-length=96", "recurrence.stages=[17,17]",
+    "megatron.num-distributed-optimizer-instances=2",
 )  # fmt: skip
 
 
@@ -118,3 +119,13 @@ def test_a_model_that_fits_nowhere_is_told_what_would(job):
         choose(wide, 1, H100)
     with pytest.raises(CherryError, match="no layout shares out 512 sequences a step over 37 GPUs"):
         choose(job("cherry_227m"), 37, H100)
+    instances = "megatron.num-distributed-optimizer-instances=3"
+    with pytest.raises(CherryError, match="over 8 GPUs with 3 num-distributed-optimizer-instances; use"):
+        choose(job("cherry_227m", instances), 8, H100)
+    assert "3 does not divide the 8 data-parallel ranks" in allowed(job("cherry_227m", instances), Setting(data=8))
+
+
+def test_what_only_the_rules_know_is_told_as_they_tell_it(job, monkeypatch):
+    monkeypatch.setattr("cherry_megatron.planner.choice.allowed", lambda job, setting: "a key does not go with it")
+    with pytest.raises(CherryError, match="^a key does not go with it$"):
+        choose(job("cherry_227m", batch=8), 1, H100)

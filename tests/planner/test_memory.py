@@ -56,6 +56,7 @@ def bytes_of_a_training(path: Path, overrides: list[str]) -> tuple[dict[str, int
         (2, []),
         (2, ["megatron.tensor-model-parallel-size=2", "megatron.sequence-parallel=true"]),
         (2, ["megatron.pipeline-model-parallel-size=2"]),
+        (4, ["megatron.num-distributed-optimizer-instances=2", "megatron.overlap-param-gather=false"]),
     ],
 )
 def test_weights_gradients_and_optimizer_are_a_real_trainings(ranks, overrides, tmp_path: Path, write_config):
@@ -77,7 +78,8 @@ def test_a_configurations_own_setting_is_the_layout_of_cherry_params(instances, 
         f"megatron.num-distributed-optimizer-instances={instances}",
     )
     found = made.layout(setting_of(made.config, 4))
-    assert found == layout_of(made.config, 4) and found.distributed_optimizer == (instances < 4)
+    assert found == layout_of(made.config, 4)
+    assert found.shards(mixture=False)[0] == 4 // instances
 
 
 def values_kept(recurrence: Recurrence, recompute: bool) -> float:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from cherry_megatron.monitor.accounting import account, training_flops
+from cherry_megatron.monitor.accounting import account, held_parameters, training_flops
 from cherry_megatron.planner.coefficients import read
 from cherry_megatron.planner.hardware import GPUS
 from cherry_megatron.planner.job import Setting
@@ -83,6 +83,37 @@ def test_a_looped_core_is_exchanged_when_the_pass_is_over(ideal, job):
     assert step.parts["gradients and weights"] == pytest.approx(seconds - hidden, rel=0.02)
     without = predict(job("cherry_227m", "megatron.overlap-grad-reduce=false", batch=2), Setting(data=2), rates)
     assert without.parts["gradients and weights"] == pytest.approx(seconds, rel=1e-6)
+
+
+def test_instances_of_the_optimizer_sum_their_shares(ideal, job):
+    """Two of two ranks: gradients over an instance, half of them over both, weights over an instance."""
+    rates = Rates(replace(ideal.gpu, link=1e9, bandwidth=1e12), ideal.measured)
+    options = ("megatron.overlap-grad-reduce=false", "megatron.overlap-param-gather=false")
+    setting = Setting(data=4)
+    one, two, four = (
+        predict(
+            job("cherry_227m", *options, f"megatron.num-distributed-optimizer-instances={n}", batch=4),
+            setting,
+            rates,
+        )
+        for n in (1, 2, 4)
+    )
+    stored = 6 * (4 * 1280**2 + 3 * 1280 * 3200 + 2 * 1280) + 2 * 1280 * 44544 + 1280
+    exchanged = {1: 3 / 4 * 4 + 3 / 4 * 2, 2: 1 / 2 * 4 + 1 / 2 * 2 * 1 / 2 * 4 + 1 / 2 * 2, 4: 2 * 3 / 4 * 4}
+    for found, (instances, each) in zip((one, two, four), exchanged.items(), strict=True):
+        assert found.parts["gradients and weights"] == pytest.approx(stored * each / 1e9)
+        assert found.parts["optimizer"] == pytest.approx(stored * (40 * instances / 4 + 4) / 1e12)
+
+
+def test_state_of_experts_inside_layers_lies_on_fewer_ranks(ideal, job):
+    """Eight ranks with an eighth of the experts each: the state of these is shared out over nobody."""
+    rates = Rates(replace(ideal.gpu, bandwidth=1e12), ideal.measured)
+    given, setting = job("layers_227m", batch=8), Setting(data=8, expert=8)
+    rest, experts = held_parameters(
+        given.plan(1), given.shape, given.layout(setting), given.recurrence, given.mixture, 0
+    )
+    seconds = (40 * (rest / 8 + experts) + 4 * (rest + experts)) / 1e12
+    assert experts > rest / 8 and predict(given, setting, rates).parts["optimizer"] == pytest.approx(seconds)
 
 
 def test_python_waits_or_is_waited_for(ideal, job):
