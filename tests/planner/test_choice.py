@@ -127,5 +127,5 @@ def test_a_model_that_fits_nowhere_is_told_what_would(job):
 
 def test_what_only_the_rules_know_is_told_as_they_tell_it(job, monkeypatch):
     monkeypatch.setattr("cherry_megatron.planner.choice.allowed", lambda job, setting: "a key does not go with it")
-    with pytest.raises(CherryError, match="^a key does not go with it$"):
+    with pytest.raises(CherryError, match=r"^a key does not go with it$"):
         choose(job("cherry_227m", batch=8), 1, H100)
