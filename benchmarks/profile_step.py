@@ -65,6 +65,8 @@ def report(events: list[dict[str, Any]], steps: int) -> list[str]:
         steps: that were traced.
     """
     found = [event for event in events if event.get("ph") == "X" and event.get("cat") in GPU_EVENTS]
+    if not found:
+        return ["Nothing of a GPU was traced."]
     spans = [(event["ts"], event["ts"] + event["dur"]) for event in found]
     whole = max(end for _, end in spans) - min(begin for begin, _ in spans)
     total, gaps = busy(spans)

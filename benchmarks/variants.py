@@ -13,13 +13,18 @@ import argparse
 import contextlib
 import copy
 import gc
+import importlib.util
 import io
 import json
+import os
+import shlex
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +37,6 @@ from cherry_megatron.platform.machine import prepare
 from cherry_megatron.versions import git_state
 
 WARM_UP, REPEATS, TRACED = 3, 8, 2
-BF16: dict[str, Any] = {"bf16": True, "params_dtype": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -42,33 +46,34 @@ class Variant:
     Attributes:
         args: Megatron's arguments, by their names in its own namespace.
         config: fields of the transformer configuration, of which there is no argument.
+        fused_gradients: Transformer Engine's products add their weights' gradients to main_grad themselves.
         residual_norm: norms whose backward pass adds the residual stream's gradient (Transformer Engine's ops).
     """
 
     args: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    fused_gradients: bool = False
     residual_norm: bool = False
 
 
 _LOSS = {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te"}
 _ROPE = {"fused_single_qkv_rope": True}
-_GRADIENTS = {"gradient_accumulation_fusion": True}
 _DELAYED, _TENSORWISE = ({"fp8": "hybrid", "fp8_recipe": recipe} for recipe in ("delayed", "tensorwise"))
 VARIANTS = {
     "as configured": Variant(),
     "fused cross-entropy": Variant(_LOSS),
     "rotary positions on unsplit qkv": Variant(config=_ROPE),
     "residual norms": Variant(config={"fused_residual_rmsnorm": True}, residual_norm=True),
-    "weight gradients into main_grad": Variant(_GRADIENTS),
+    "weight gradients into main_grad": Variant(fused_gradients=True),
     "attention by flash-attention": Variant({"attention_backend": "flash"}),
     "loss, qkv": Variant(_LOSS, _ROPE),
-    "loss, qkv, gradients": Variant({**_LOSS, **_GRADIENTS}, _ROPE),
+    "loss, qkv, gradients": Variant(_LOSS, _ROPE, fused_gradients=True),
     "loss, qkv, gradients, norms": Variant(
-        {**_LOSS, **_GRADIENTS}, {**_ROPE, "fused_residual_rmsnorm": True}, residual_norm=True
+        _LOSS, {**_ROPE, "fused_residual_rmsnorm": True}, fused_gradients=True, residual_norm=True
     ),
     "FP8 delayed": Variant(_DELAYED),
-    "FP8 delayed, loss, qkv, gradients": Variant({**_DELAYED, **_LOSS, **_GRADIENTS}, _ROPE),
-    "FP8 tensorwise, loss, qkv, gradients": Variant({**_TENSORWISE, **_LOSS, **_GRADIENTS}, _ROPE),
+    "FP8 delayed, loss, qkv, gradients": Variant({**_DELAYED, **_LOSS}, _ROPE, fused_gradients=True),
+    "FP8 tensorwise, loss, qkv, gradients": Variant({**_TENSORWISE, **_LOSS}, _ROPE, fused_gradients=True),
 }
 
 
@@ -118,6 +123,7 @@ class Bench:
     def build(self, variant: Variant) -> Any:
         """The model in Megatron's wrapper that keeps gradients in float32."""
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+        from megatron.core.full_cuda_graph import get_shared_capture_stream
         from megatron.core.process_groups_config import ProcessGroupCollection
         from megatron.core.transformer.module import Float16Module
         from megatron.training.arguments import core_transformer_config_from_args
@@ -126,7 +132,8 @@ class Bench:
 
         args = copy.copy(self.args)
         for name, value in variant.args.items():
-            setattr(args, name, value)
+            kind = type(getattr(args, name))
+            setattr(args, name, kind[value] if issubclass(kind, Enum) else value)
         config = build.prepare_config(core_transformer_config_from_args(args), self.config.recurrence)
         for name, value in variant.config.items():
             setattr(config, name, value)
@@ -141,17 +148,27 @@ class Bench:
             )  # fmt: skip
         finally:
             build.stack_submodules = specs
-        if config.gradient_accumulation_fusion:  # the output layer is no layer of Transformer Engine
-            model.output_layer.gradient_accumulation_fusion = False
+        # Not by the configuration: the output layer, which is Megatron's own, would ask for apex.
+        for module in model.modules():
+            if variant.fused_gradients and hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = True
         model = model.cuda(torch.cuda.current_device())
         if args.bf16:
             model = Float16Module(config, model)
-        return DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+        # As in Megatron: what autograd keeps of the parameters belongs to the stream that a graph is recorded on.
+        stream = get_shared_capture_stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            ours = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+            wrapped = DistributedDataParallel(config, ours, model)
+        torch.cuda.current_stream().wait_stream(stream)
+        return wrapped
 
     def measure(self, variant: Variant) -> Found:
         has_gpu = torch.cuda.is_available()
         if has_gpu:
             torch.cuda.reset_peak_memory_stats()
+        _forget()
         model = self.build(variant)
 
         def run() -> Tensor:
@@ -166,9 +183,21 @@ class Bench:
         if has_gpu:
             replay, loss = _recorded(run)
             graph, kernels = _seconds(replay, 1), _kernels(replay)
-        gradients = torch.cat([parameter.main_grad.flatten() for parameter in model.parameters()])
         peak = torch.cuda.max_memory_allocated() / 2**30 if has_gpu else 0.0
-        return Found(eager, graph, peak, float(loss), gradients.clone(), kernels)
+        gradients = torch.cat([parameter.main_grad.flatten().cpu() for parameter in model.parameters()])
+        return Found(eager, graph, peak, float(loss), gradients, kernels)
+
+
+def _forget() -> None:
+    """Let go of what the variant before has decided for the whole process: attention, and scales of FP8."""
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        os.environ.pop(name, None)
+    if torch.cuda.is_available() and importlib.util.find_spec("transformer_engine"):
+        from transformer_engine.pytorch.attention.dot_product_attention import _attention_backends
+        from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+        _attention_backends["backend_selection_requires_update"] = True
+        FP8GlobalStateManager.reset()
 
 
 def _seconds(run: Callable[[], Any], warm_up: int) -> float:
@@ -186,7 +215,10 @@ def _seconds(run: Callable[[], Any], warm_up: int) -> float:
 
 def _recorded(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     """A CUDA graph of it, recorded as Megatron records a step, and where its result lies."""
-    stream = torch.cuda.Stream()
+    from megatron.core.full_cuda_graph import get_shared_capture_stream
+    from megatron.core.tensor_parallel.random import get_all_rng_states
+
+    stream = get_shared_capture_stream()
     if hasattr(torch.autograd.graph, "set_override_stale_capture_stream"):
         torch.autograd.graph.set_override_stale_capture_stream(True)
     stream.wait_stream(torch.cuda.current_stream())
@@ -194,6 +226,8 @@ def _recorded(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
+    for state in get_all_rng_states().values():
+        graph.register_generator_state(state)
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         total = run()
     return graph.replay, total
@@ -240,6 +274,12 @@ def row(name: str, found: Found, first: Found, tokens: int) -> str:
     return f"| {name} | {graph} | {found.eager * 1e3:.1f} | {found.peak_gib:.1f} | {loss:.1e} | {gradient:.1e} |"
 
 
+def failed(name: str, error: Exception) -> str:
+    """A line of the table for a variant that does not run here."""
+    says = (str(error).splitlines() or [""])[0][:120].replace("|", "/")
+    return f"| {name} | {type(error).__name__}: {says} | | | | | |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
@@ -255,7 +295,7 @@ def main() -> None:
     head = [
         "# Forward and backward pass by variant",
         "",
-        f"`python benchmarks/variants.py --config {options.config} --micro-batch {options.micro_batch}` on one "
+        f"`python {shlex.join(sys.argv)}` on one "
         f"{device}, torch {torch.__version__}, commit {git_state().get('commit', 'unknown')}. Differences are from "
         "the first row.",
         "",
@@ -267,7 +307,7 @@ def main() -> None:
         try:
             found = at.measure(VARIANTS[name])
         except Exception as error:  # one that does not run must not end the others
-            rows.append(f"| {name} | {type(error).__name__}: {str(error).splitlines()[0][:120]} | | | | | |")
+            rows.append(failed(name, error))
         else:
             first = first or found
             rows.append(row(name, found, first, tokens))

@@ -1,5 +1,6 @@
 """Variants are built and compared: equal weights and tokens, and a difference where there is one."""
 
+import os
 import sys
 
 from tests.benchmarks.conftest import FOLDER
@@ -37,3 +38,28 @@ def test_variants_are_compared(tmp_path, write_config):
     loss, gradient = found["other"]  # its gradient is rounded to BF16
     assert loss <= 1e-5
     assert 1e-4 < gradient < 1e-2
+
+
+def backends(path):
+    sys.path.insert(0, str(FOLDER))
+    import variants
+
+    from cherry_megatron.config import load
+
+    at, found = variants.bench(load(path, []), 2), []
+    for name in ("flash", "auto"):
+        variants._forget()
+        model = at.build(variants.Variant({"attention_backend": name}))
+        found.append((model.config.attention_backend.name, os.environ["NVTE_FUSED_ATTN"]))
+    return found
+
+
+def test_each_variant_chooses_its_attention_anew(tmp_path, write_config):
+    (found,) = run_ranks(tmp_path, 1, backends, write_config(tmp_path))
+    assert found == [("flash", "0"), ("auto", "1")]
+
+
+def test_a_variant_that_does_not_run_is_a_row(benchmark_script):
+    failed = benchmark_script("variants").failed
+    assert failed("one", AssertionError()) == "| one | AssertionError:  | | | | | |"
+    assert failed("two", ValueError("a | b\nmore")) == "| two | ValueError: a / b | | | | | |"
