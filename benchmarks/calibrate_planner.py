@@ -11,9 +11,9 @@ one that runs out of --seconds says what is missing.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +27,7 @@ import psutil
 import torch
 import yaml
 from planner_fit import Training, fit
-from pretraining import FP8, GRAPH, command_of
+from pretraining import FP8, GRAPH, command_of, program
 
 from cherry_megatron.planner.coefficients import FILE, Coefficients, read
 from cherry_megatron.planner.hardware import GPUS
@@ -102,6 +102,8 @@ class Measuring:
 
     def __init__(self, options: argparse.Namespace, gpus: int) -> None:
         self.options, self.gpus = options, gpus
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
+        self.devices = given.split(",") if given else [str(number) for number in range(gpus)]
         self.until = time.monotonic() + options.seconds
         self.kept = options.work / "trainings.json"
         self.found: dict[str, dict[str, float]] = json.loads(self.kept.read_text()) if self.kept.exists() else {}
@@ -112,22 +114,22 @@ class Measuring:
         left = {
             name: each for name, each in trainings.items() if name not in self.found and each.ranks <= self.gpus
         }
-        lanes: SimpleQueue[int] = SimpleQueue()
-        for lane in range(self.gpus):
-            lanes.put(lane)
+        lanes: SimpleQueue[str] = SimpleQueue()
+        for device in self.devices:
+            lanes.put(device)
 
         def alone(name: str) -> None:
-            lane = lanes.get()
+            device = lanes.get()
             try:
-                self._measure(name, left[name], str(lane))
+                self._measure(name, left[name], device)
             finally:
-                lanes.put(lane)
+                lanes.put(device)
 
         with ThreadPoolExecutor(self.gpus) as pool:
             list(pool.map(alone, [name for name, each in left.items() if each.ranks == 1]))
         for name, each in left.items():
             if each.ranks > 1:
-                self._measure(name, each, ",".join(map(str, range(each.ranks))))
+                self._measure(name, each, ",".join(self.devices[: each.ranks]))
 
     def _measure(self, name: str, training: Training, devices: str) -> None:
         if self.until - time.monotonic() < STARTING:
@@ -189,16 +191,23 @@ def _steps(run: Path) -> list[dict[str, float]]:
 
 
 def operations(options: argparse.Namespace, gpus: int) -> dict[str, Any]:
-    """Of gpu_operations.py, once."""
+    """Of gpu_operations.py, once.
+
+    Raises:
+        SystemExit: if it has failed before the collectives; without these the links stay as they were.
+    """
     path = options.work / "operations.json"
     if not path.exists():
         script = [str(Path(__file__).with_name("gpu_operations.py")), "--output", str(path)]
-        ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(min(gpus, 2))]
-        subprocess.run(
-            [sys.executable, *(ranks if gpus > 1 else []), *script, *(["--tiny"] if options.tiny else [])],
-            check=True,
-            timeout=180,
-        )
+        with subprocess.Popen([*program(min(gpus, 2)), *script, *(["--tiny"] if options.tiny else [])]) as process:
+            try:
+                process.wait(timeout=180)
+            except subprocess.TimeoutExpired:
+                print("gpu_operations.py: not done in 180 s", flush=True)
+            finally:
+                _end(process)
+        if not path.exists():
+            raise SystemExit("gpu_operations.py has failed: see above")
     found: dict[str, Any] = json.loads(path.read_text())
     return found
 
@@ -274,10 +283,15 @@ def main() -> None:
     else:
         found = operations(options, gpus)
         measuring.run(calibrated)
+        measured = {name: each for name, each in measuring.found.items() if name in calibrated}
+        if not measured:
+            raise SystemExit(f"none of the trainings ran; see {options.work}/*.log")
+        missing = [name for name in calibrated if name not in measured]
+        missing += ["collectives"] if gpus > 1 and not found["collectives"] else []
         commit = git_state().get("commit", "unknown")[:7]
         source = f"calibrate_planner.py on {gpus} {device}, {datetime.now(UTC):%Y-%m-%d}, commit {commit}"
-        start = replace(read(kind), source=source, calibrated=True)
-        measured = {name: each for name, each in measuring.found.items() if name in calibrated}
+        source += f", without {' and '.join(missing)}" if missing else ""
+        start = replace(read(kind), source=source, calibrated=not missing)
         fitted = fit(start, GPUS[kind], found, calibrated, measured)
         write(options.output, kind, fitted)
     print(yaml.safe_dump(asdict(fitted), sort_keys=False))

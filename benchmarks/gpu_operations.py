@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node GPUS benchmarks/gpu_operations.py --output RESULT.json [--tiny]
 
-Each operation runs some twenty times after as many to warm up; the median counts. The first rank writes the file.
+Each operation runs some twenty times after as many to warm up; the median counts. The first rank writes the file,
+before the collectives too, lest these take the rest along.
 """
 
 import argparse
@@ -27,24 +28,33 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce")
 
 
 def seconds_of(run: Callable[[], Any], repeats: int = 20) -> float:
-    """The median time of an operation."""
-    on_gpu = torch.cuda.is_available()
+    """The median time of an operation, of a GPU without what the host takes to launch it."""
     for _ in range(repeats):
         run()
+    return statistics.median(_on_gpu(run, repeats) if torch.cuda.is_available() else _on_cpu(run, repeats))
+
+
+def _on_gpu(run: Callable[[], Any], repeats: int) -> list[float]:
+    """Each call is queued behind a write of its own, in whose time the host launches it."""
+    written = torch.empty(1 << 28, device="cuda", dtype=torch.uint8)
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    torch.cuda.synchronize()
+    for began, ended in marks:
+        written.zero_()
+        began.record()
+        run()
+        ended.record()
+    torch.cuda.synchronize()
+    return [began.elapsed_time(ended) / 1e3 for began, ended in marks]
+
+
+def _on_cpu(run: Callable[[], Any], repeats: int) -> list[float]:
     found = []
     for _ in range(repeats):
-        if on_gpu:
-            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            began.record()
-            run()
-            ended.record()
-            ended.synchronize()
-            found.append(began.elapsed_time(ended) / 1e3)
-        else:
-            start = time.perf_counter()
-            run()
-            found.append(time.perf_counter() - start)
-    return statistics.median(found)
+        start = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - start)
+    return found
 
 
 def product(sizes: tuple[int, int, int], device: str) -> float:
@@ -142,12 +152,13 @@ def main() -> None:
     found = operations(options.tiny, device)
     found["gpu"] = torch.cuda.get_device_name() if device != "cpu" else "CPU"
     found["collectives"] = []
+    if os.environ.get("RANK", "0") == "0":
+        options.output.write_text(json.dumps(found) + "\n")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         torch.distributed.init_process_group("nccl" if device != "cpu" else "gloo")
         found["collectives"] = collectives(options.tiny, device)
-    if os.environ.get("RANK", "0") == "0":
-        options.output.write_text(json.dumps(found) + "\n")
-    if torch.distributed.is_initialized():
+        if torch.distributed.get_rank() == 0:
+            options.output.write_text(json.dumps(found) + "\n")
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 

@@ -167,13 +167,6 @@ def main() -> None:
     if options.loader:
         print(json.dumps(measure(options)))
         return
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in ROWS}
-    for _ in range(options.turns):
-        for name, (loader, workers) in ROWS.items():
-            if loader == "torch" or dali().usable:
-                turn = {**alone(loader, workers, options), **training(loader, workers, options)}
-                found[name].append(turn)
-                print(name, json.dumps(turn), flush=True)
     length = load(Path(f"configs/{options.config}.yaml"), [*options.set, "run=x"]).value("seq-length")
     devices = (
         torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"{len(os.sched_getaffinity(0))} CPU cores"
@@ -183,10 +176,17 @@ def main() -> None:
         f"DALI {dali().version or dali().note}, commit {git_state().get('commit', 'unknown')}.",
         "",
     ]
-    lines = [*head, *table(found, SEQUENCES * length)]
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in ROWS}
+    for _ in range(options.turns):
+        for name, (loader, workers) in ROWS.items():
+            if loader == "torch" or dali().usable:
+                turn = {**alone(loader, workers, options), **training(loader, workers, options)}
+                found[name].append(turn)
+                print(name, json.dumps(turn), flush=True)
+            lines = [*head, *table(found, SEQUENCES * length)]
+            if options.output:  # after every row, lest a later one take all along
+                options.output.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    if options.output:
-        options.output.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import os
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,17 @@ GRAPH = "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"
 def median_seconds(steps: list[dict[str, float]]) -> float:
     """Of a step, without the first third."""
     return statistics.median(step["seconds"] for step in steps[len(steps) // 3 :])
+
+
+def program(ranks: int) -> list[str]:
+    """Python on so many ranks of this host, which meet at a port that nobody has."""
+    if ranks == 1:
+        return [sys.executable]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranked = ["--nproc-per-node", str(ranks), "--master-port", str(port)]
+    return [sys.executable, "-m", "torch.distributed.run", *ranked]
 
 
 def train(
@@ -44,11 +56,14 @@ def command_of(
     saves: str = NO_SAVES,
 ) -> tuple[list[str], dict[str, str]]:
     """The command of a training in a folder, with Megatron's flags for its saves, and its environment."""
-    module = ["-m", "cherry_megatron.cli"]
-    program = [sys.executable, *module]
-    if ranks > 1:
-        program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *module]
-    command = [*program, "pretrain", "--config", f"configs/{configuration}.yaml"]
+    command = [
+        *program(ranks),
+        "-m",
+        "cherry_megatron.cli",
+        "pretrain",
+        "--config",
+        f"configs/{configuration}.yaml",
+    ]
     for override in [f"run={folder}", *overrides]:
         command += ["--set", override]
     length = (
