@@ -15,7 +15,8 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .modeling_cherry import CherryConfig, CherryForCausalLM, CherryPreTrainedModel, kept, positions_of
+from .configuration_cherry import CherryConfig
+from .modeling_cherry import CherryForCausalLM, CherryPreTrainedModel, kept, positions_of
 
 
 class CherryMixtureConfig(CherryConfig):

@@ -32,11 +32,8 @@ from cherry_megatron.surgery.hf_tokenizer import special_tokens, tokenizer_files
 from cherry_megatron.surgery.jobs import Recut, Step
 from cherry_megatron.surgery.writing import Job, Report, Spec, manifest_of, run_jobs, write_flushed
 
-CODE = {
-    "llama": (),
-    "cherry": ("modeling_cherry.py",),
-    "cherry_mixture": ("modeling_cherry.py", "modeling_cherry_mixture.py"),
-}
+_ONE = ("configuration_cherry.py", "modeling_cherry.py")
+CODE = {"llama": (), "cherry": _ONE, "cherry_mixture": (*_ONE, "modeling_cherry_mixture.py")}
 SHARD = 5_000_000_000
 
 

@@ -22,11 +22,14 @@ Kind = Literal["llama", "cherry", "cherry_mixture"]
 # What of FUNCTION the forms have; the rest must be as Megatron has it by default.
 _HAVE = ("rotary-base", "norm-epsilon", "squared-relu")
 _ROUTER_TYPES = {"fp32": "float32", "fp64": "float64", None: None}
-# The classes, by which transformers finds the code beside the weights.
+# Of a kind the class, and where transformers finds configuration and model in the code beside the weights.
 _CLASSES = {
     "llama": ("LlamaForCausalLM", None),
-    "cherry": ("CherryForCausalLM", "modeling_cherry.CherryConfig"),
-    "cherry_mixture": ("CherryMixtureForCausalLM", "modeling_cherry_mixture.CherryMixtureConfig"),
+    "cherry": ("CherryForCausalLM", ("configuration_cherry.CherryConfig", "modeling_cherry")),
+    "cherry_mixture": (
+        "CherryMixtureForCausalLM",
+        ("modeling_cherry_mixture.CherryMixtureConfig", "modeling_cherry_mixture"),
+    ),
 }
 
 
@@ -139,9 +142,9 @@ def config_json(form: Form, dtype: str, special: Mapping[str, int | None]) -> di
         dtype: torch's name of the weights' type.
         special: ids of special tokens: bos, eos, pad.
     """
-    name, config = _CLASSES[form.kind]
-    code = {} if config is None else {
-        "auto_map": {"AutoConfig": config, "AutoModelForCausalLM": f"{config.partition('.')[0]}.{name}"}
+    name, places = _CLASSES[form.kind]
+    code = {} if places is None else {
+        "auto_map": {"AutoConfig": places[0], "AutoModelForCausalLM": f"{places[1]}.{name}"}
     }  # fmt: skip
     shape, sizes = form.shape, _sizes(form)
     found = {

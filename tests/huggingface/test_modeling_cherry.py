@@ -110,12 +110,18 @@ def test_what_comes_back_is_what_went_out(name, made, capsys):
 
 @pytest.mark.parametrize("name", ["dense-tied", "all"])
 def test_what_transformers_saves_comes_in(name, made, tmp_path):
-    """As after a training there."""
-    folder, _ = made
-    model = loaded(export(folder / name, write_config(folder / name, CASES[name])))
+    """As after a training there; and whoever gets it has all of its code."""
+    folder, found = made
+    target = export(folder / name, write_config(folder / name, CASES[name]))
+    model = loaded(target)
     with torch.no_grad():
         model.model.norm.weight.mul_(2)
     model.save_pretrained(tmp_path / "tuned")
+    code, saved = ({path.name for path in at.glob("*.py")} for at in (target, tmp_path / "tuned"))
+    assert saved == code == (set() if name == "dense-tied" else {"configuration_cherry.py", "modeling_cherry.py"})
+    tokens = torch.tensor(found[name]["tokens"])
+    with torch.no_grad():
+        assert loaded(tmp_path / "tuned")(tokens).logits.equal(model(tokens).logits)
     assert main(["convert-hf", "--load", str(tmp_path / "tuned"), "--save", str(tmp_path / "ours")]) == 0
     before, after = open_checkpoint(folder / name / "run"), open_checkpoint(tmp_path / "ours")
     assert before.model.keys() == after.tensors.keys()

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cherry_megatron.huggingface.modeling_cherry import CherryConfig, CherryForCausalLM
+from cherry_megatron.huggingface.configuration_cherry import CherryConfig
+from cherry_megatron.huggingface.modeling_cherry import CherryForCausalLM
 from cherry_megatron.huggingface.modeling_cherry_mixture import CherryMixtureConfig, CherryMixtureForCausalLM
 from cherry_megatron.model.options import Mixture, Recurrence
 from cherry_megatron.model.pattern import parse
