@@ -6,9 +6,6 @@ from typing import Any
 import transformers.models.auto.tokenization_auto  # noqa: F401
 from megatron.training.argument_utils import ArgumentGroupFactory
 
-import cherry_megatron.data.prepare
-import cherry_megatron.pretrain
-import cherry_megatron.report.look  # noqa: F401
 from cherry_megatron import flags
 
 _read = ArgumentGroupFactory._get_field_docstrings

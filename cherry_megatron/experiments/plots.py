@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from cherry_megatron.experiments.report import Row, short
-from cherry_megatron.report.look import LOSS, figure, line, look, svg
+from cherry_megatron.monitor.look import LOSS, figure, line, look, svg
 from cherry_megatron.sgt.pairs import Pair
 from cherry_megatron.sgt.report import Row as SelectiveRow
 

@@ -9,7 +9,7 @@ from cherry_megatron.errors import CherryError
 from cherry_megatron.experiments.plan import Experiment, Stage, find, read
 from cherry_megatron.experiments.records import Record, read_records
 from cherry_megatron.files import make_folder, write_atomically
-from cherry_megatron.report.document import Block, Section, Table, markdown_page
+from cherry_megatron.monitor.document import Block, Section, Table, markdown_page
 from cherry_megatron.sgt.pairs import Run
 from cherry_megatron.sgt.report import Compared, compare, spread, tables
 

@@ -21,7 +21,7 @@ def loss_by_loops(evaluations: dict[int, dict[int, float]]) -> "Figure | None":
     Args:
         evaluations: step -> loss by number of loops, the newest last.
     """
-    from cherry_megatron.report.look import LOSS, figure
+    from cherry_megatron.monitor.look import LOSS, figure
 
     def plot(axes: "Axes", found: list[tuple[int, dict[int, float]]]) -> None:
         for place, (step, losses) in enumerate(found):
@@ -52,7 +52,7 @@ def expert_shares(further: dict[str, float], of_layers: dict[str, float]) -> "Fi
     table = shares_of_models(of_section(MOEE, further)) or shares_of_layers(of_layers)
     if not table:
         return None
-    from cherry_megatron.report.look import figure, shares
+    from cherry_megatron.monitor.look import figure, shares
 
     def plot(axes: "Axes", rows: list[tuple[str, list[float]]]) -> None:
         shares(axes, dict(rows), "expert")

@@ -134,7 +134,7 @@ class Progress:
     def picture(self, tag: str, draw: Callable[[], Any], iteration: int) -> None:
         """Write one of our own pictures; `draw` makes a matplotlib figure, or None, where there is a writer."""
         if self._writer is not None and (drawn := draw()) is not None:
-            from cherry_megatron.report.look import pixels  # a second that a training without pictures saves
+            from cherry_megatron.monitor.look import pixels  # a second that a training without pictures saves
 
             self._writer.add_image(f"{OURS}{tag}", pixels(drawn), iteration, dataformats="HWC")
 

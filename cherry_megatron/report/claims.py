@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cherry_megatron.experiments.report import Row, short
-from cherry_megatron.report.document import Block, Table
+from cherry_megatron.monitor.document import Block, Table
 from cherry_megatron.report.sources import Facts, Source, task_of
 from cherry_megatron.sgt.pairs import Pair
 from cherry_megatron.sgt.report import ANCHOR, spread

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from cherry_megatron.report.document import Plot
-from cherry_megatron.report.look import darkest, figure, strokes, svg
+from cherry_megatron.monitor.document import Plot
+from cherry_megatron.monitor.look import darkest, figure, strokes, svg
 from cherry_megatron.report.sources import Folder
 
 _POINTS = 300  # of a curve at most; more are means of several steps

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from cherry_megatron.errors import CherryError
 from cherry_megatron.files import cannot_write, make_folder, write_atomically
+from cherry_megatron.monitor.document import Block, Heading, Plot, Section, html_page, markdown_page
 from cherry_megatron.report import sections
 from cherry_megatron.report.claims import claims
-from cherry_megatron.report.document import Block, Heading, Plot, Section, html_page, markdown_page
 from cherry_megatron.report.sources import Source, read_sources
-from cherry_megatron.sgt.report import TITLE, comparison
+from cherry_megatron.sgt.report import comparison
 
 HTML, MARKDOWN = "report.html", "report.md"
 _PARTS: dict[str, Callable[[Source, Sequence[str] | None], list[Block]]] = {
@@ -68,7 +68,7 @@ def _named(blocks: Sequence[Block], source: Source) -> list[Block]:
 
 def selective_report(folders: Sequence[Path]) -> tuple[str, list[Section]]:
     """The same of selective runs and the full ones that they pair with alone; what does not pair is refused."""
-    return TITLE, [Section("", comparison(folders))]
+    return "Selective runs", [Section("", comparison(folders))]
 
 
 def write(out: Path, title: str, found: Sequence[Section]) -> list[Path]:

@@ -10,7 +10,7 @@ from typing import Any
 from cherry_megatron.experiments.records import Record
 from cherry_megatron.experiments.report import Row, losses_table, made_by, mixtures_table, short
 from cherry_megatron.monitor.accounting import PEAK_BF16
-from cherry_megatron.report.document import Block, Listing, Plot, Table
+from cherry_megatron.monitor.document import Block, Listing, Plot, Table
 from cherry_megatron.report.sources import Folder, Source, keys_of, needs, task_of
 from cherry_megatron.sgt.report import spread, tables
 from cherry_megatron.storage.ancestry import how

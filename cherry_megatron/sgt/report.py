@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cherry_megatron.errors import CherryError
-from cherry_megatron.report.document import Block, Listing, Section, Table, markdown_page
+from cherry_megatron.monitor.document import Block, Listing, Table
 from cherry_megatron.sgt.pairs import Pair, Run, differing, pair, read_run
 
-TITLE = "Selective runs"
 _RECOVERED = (
     "", "alpha", "rho", "loss at step 0", "lowest loss", "at step", "recovered", "efficiency",
     "recovered at equal steps", "efficiency at equal steps", "step",
@@ -82,11 +81,6 @@ class Compared:
 
     rows: list[Row]
     problems: list[str]
-
-
-def report(folders: Sequence[Path]) -> str:
-    """The comparison of runs as Markdown, see `comparison`."""
-    return markdown_page(TITLE, [Section("", comparison(folders))])
 
 
 def comparison(folders: Sequence[Path]) -> list[Block]:

@@ -9,7 +9,7 @@ from cherry_megatron.verbs.common import add_verb
 def add_report(verbs: argparse._SubParsersAction) -> None:
     def run(arguments: argparse.Namespace) -> None:
         from cherry_megatron.errors import CherryError
-        from cherry_megatron.report.document import markdown_page
+        from cherry_megatron.monitor.document import markdown_page
         from cherry_megatron.report.page import report, selective_report, write
 
         if arguments.sgt and arguments.plot:

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cherry_megatron.report.document import (
+from cherry_megatron.monitor.document import (
     Heading,
     Listing,
     Plot,

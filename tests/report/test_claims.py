@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from cherry_megatron.monitor.document import markdown
 from cherry_megatron.report.claims import CLAIMS, NOT_REPRODUCED, NOT_RUN, REPRODUCED, claims, decide
-from cherry_megatron.report.document import markdown
 from cherry_megatron.report.sources import Source, read_sources
 from tests.experiments.test_report import evaluated, trained
 

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
+from cherry_megatron.monitor.document import markdown
 from cherry_megatron.report.claims import claims
-from cherry_megatron.report.document import markdown
 from cherry_megatron.report.sources import read_sources
 
 ROOT = Path(__file__).parents[2]

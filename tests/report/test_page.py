@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
+import cherry_megatron
 from cherry_megatron.cli import main
 from cherry_megatron.errors import CherryError
-from cherry_megatron.report.document import Plot, markdown_page
+from cherry_megatron.monitor.document import Plot, markdown_page
 from cherry_megatron.report.figures import expert_map, over_steps, thinned
 from cherry_megatron.report.page import report, write
 from cherry_megatron.report.sources import Folder, read_sources
@@ -297,3 +298,10 @@ def test_the_page_in_a_browser(runs, tmp_path):
     assert 0.5 < found[255, 255, 255] / whole < 0.99 and len(found) > 100
     # The first colours of the plots: curves were drawn.
     assert all(found.get(colour, 0) > 50 for colour in ((0, 114, 178), (213, 94, 0)))
+
+
+def test_nothing_but_the_command_line_knows_of_reports():
+    """What they are made with, tables and plots, lies below: in `monitor`, where other rooms may have it too."""
+    package = Path(cherry_megatron.__file__).parent
+    users = [path.parent.name for path in package.rglob("*.py") if "cherry_megatron.report" in path.read_text()]
+    assert {*users} == {"report", "verbs"}

@@ -13,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cherry_megatron.errors import CherryError
+from cherry_megatron.monitor.document import markdown_page
+from cherry_megatron.report.page import selective_report
 from cherry_megatron.sgt.options import Selective
 from cherry_megatron.sgt.pairs import Pair, Run, base_hash
-from cherry_megatron.sgt.report import compare, report
+from cherry_megatron.sgt.report import compare
 
 SGT = {key: getattr(Selective(marks="semantic"), key) for key in Selective.__dataclass_fields__}
 # Gains of 4 after 20 steps, where it is lowest, and of 3 after 40.
@@ -80,6 +82,11 @@ def runs(tmp_path: Path) -> list[Path]:
     )
     made.append(make_run(tmp_path / "most-1", 1, {0: 8.0, 20: 4.4, 40: 4.4}, {"alpha": 0.7}, 0.125))
     return made
+
+
+def report(folders: list[Path]) -> str:
+    """What `cherry report --sgt` prints."""
+    return markdown_page(*selective_report(folders))
 
 
 def cells(text: str, label: str) -> list[list[str]]:
