@@ -1,6 +1,6 @@
 """The chain of stages from a dense parent to an evaluated mixture, and what of it is left to do."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cherry_megatron.config import outline
@@ -66,7 +66,9 @@ def chain(base: Path, branches: Path, mixture: Path, selective: Path | None = No
     if selective is not None:
         tuned = stage_of("pretrain", selective, parent=mixture)
         links.append(_link("sgt", "sgt_finetune.sh", selective, tuned, mixture))
-    links.append(_link("evaluate", "evaluate.sh", last, stage_of("evaluate", last)))
+    evaluation = _link("evaluate", "evaluate.sh", last, stage_of("evaluate", last))
+    # What was evaluated on the way is not what the training ends with, and makes no stage needless.
+    links.append(evaluation if links[-1].state == FINISHED else replace(evaluation, state=LEFT))
     return _needed(links)
 
 
@@ -90,7 +92,7 @@ def _needed(links: list[Link]) -> list[Link]:
     after = LEFT
     for link in reversed(links):
         if link.state == LEFT and after != LEFT:
-            link = Link(**{**vars(link), "state": NOT_NEEDED})
+            link = replace(link, state=NOT_NEEDED)
         found.append(link)
         after = link.state
     return found[::-1]

@@ -11,6 +11,7 @@ from cherry_megatron.versions import git_difference, git_state
 
 # Variables whose values are nobody's business.
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE|COOKIE|AUTH", re.IGNORECASE)
+_IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # user and password
 _NO_SECRET = ("CHERRY_TOKENIZER", "TOKENIZERS_PARALLELISM")
 
 
@@ -20,7 +21,7 @@ def keep(folder: Path, config: str, environment: Mapping[str, str] = os.environ)
     Args:
         folder: to write them to; made if need be.
         config: the resolved configuration, as YAML.
-        environment: values of variables that look like secrets are left out.
+        environment: values of variables that look like secrets are left out, and passwords in addresses.
 
     Raises:
         CherryError: if they cannot be written.
@@ -41,4 +42,6 @@ def keep(folder: Path, config: str, environment: Mapping[str, str] = os.environ)
 
 
 def _shown(name: str, value: str) -> str:
-    return "(left out)" if _SECRET.search(name) and name not in _NO_SECRET else value
+    if _SECRET.search(name) and name not in _NO_SECRET:
+        return "(left out)"
+    return _IN_ADDRESS.sub("(left out)", value)

@@ -104,6 +104,13 @@ def test_assembly(tmp_path: Path) -> None:
         stage_of("assemble-moee", MIXTURE, parent=BASE)
 
 
+def evaluated_at(step: int) -> None:
+    """A job of evaluate.sh that has ended well."""
+    run, job = Path("runs/cherry_1p8b"), str(step)
+    attempt = attempts.begin(run, "evaluate", job, 0, "n", step)
+    attempts.end(run, attempt, attempts.Ranks(0), step, None, False)
+
+
 def test_chain(tmp_path: Path) -> None:
     """What is finished, what is not needed for anything, and the branches that are left."""
     short = tmp_path / "branch.yaml"
@@ -126,15 +133,17 @@ def test_chain(tmp_path: Path) -> None:
     assert (base.state, compress.state) == ("not needed", "finished")
     assert (recover.state, recover.branches) == ("left", "2,4,5,6,7")
     assert recover.output == "runs/branch/0 .. runs/branch/7"
+    saved("runs/cherry_1p8b/checkpoints", 100)
+    evaluated_at(100)
+    *_, mixture, evaluate = chain(BASE, short, MIXTURE)
+    assert (mixture.state, evaluate.state) == ("left", "left"), "evaluated on the way"
     saved("runs/cherry_1p8b/checkpoints", 20000)
     states = {link.name: link.state for link in chain(BASE, short, MIXTURE)}
     assert states == {
         "base": "not needed", "compress": "finished", "recover": "not needed", "assemble": "not needed",
         "mixture": "finished", "evaluate": "left",
     }  # fmt: skip
-    attempts.begin(Path("runs/cherry_1p8b"), "evaluate", "1", 0, "n", 20000)
-    (attempt,) = attempts.read_attempts(Path("runs/cherry_1p8b"))
-    attempts.end(Path("runs/cherry_1p8b"), attempt, attempts.Ranks(0), 20000, None, False)
+    evaluated_at(20000)
     assert chain(BASE, short, MIXTURE)[-1].state == "finished"
     links = chain(BASE, short, MIXTURE, CONFIGS / "sgt_1p8b.yaml")
     assert [(link.name, link.parent) for link in links] == [
@@ -155,13 +164,15 @@ def test_a_job_asks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     assert "there is no SLURM_JOB_ID" in capsys.readouterr().err
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     monkeypatch.setenv("WANDB_API_KEY", "hidden value")
+    monkeypatch.setenv("https_proxy", "http://me:hidden@proxy:3128")
     assert main([*begin, "--load", "a", "--", "--lr", "1e-4"]) == 0
     assert capsys.readouterr().out.split() == ["--set", "megatron.load=a", "--set", "megatron.finetune=true"]
     kept = {file.name: file.read_text() for file in Path("records").iterdir()}
     assert sorted(kept) == ["code.diff", "code.txt", "config.yaml", "environment.txt", "packages.txt"]
     resolved = yaml.safe_load(kept["config.yaml"])
     assert (resolved["megatron"]["train-iters"], resolved["flags"]) == (10, ["--lr", "1e-4"])
-    assert "SLURM_JOB_ID=5\n" in kept["environment.txt"] and "hidden value" not in kept["environment.txt"]
+    assert "SLURM_JOB_ID=5\n" in kept["environment.txt"] and "hidden" not in kept["environment.txt"]
+    assert "https_proxy=http://(left out)@proxy:3128\n" in kept["environment.txt"]
     assert "torch==" in kept["packages.txt"]
     (tmp_path / "srun.err").write_text("srun: error: n2: task 3: Exited with exit code 7\n")
     assert main([*end, "--status", "143"]) == 10
