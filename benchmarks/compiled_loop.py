@@ -13,6 +13,7 @@ import contextlib
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,10 +101,14 @@ def build(config: Config) -> LoopedModel:
     return LoopedModel(shape, walk, config.value("rotary-base"), config.value("seq-length"))
 
 
+def attention_by(tuned: bool) -> contextlib.AbstractContextManager[Any]:
+    """What a forward pass runs in; torch's is good for one alone."""
+    return sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if tuned else contextlib.nullcontext()
+
+
 def train(model: LoopedModel, config: Config, options: argparse.Namespace) -> list[float]:
     """Seconds of each step, the first of which compiles."""
     compiled = torch.compile(model, mode="max-autotune-no-cudagraphs" if options.tuned else None)
-    kernel = sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if options.tuned else contextlib.nullcontext()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-4, (0.9, 0.95), weight_decay=0.1, fused=True)
     size = (options.micro_batch, config.value("seq-length"))
     parts = options.sequences // options.micro_batch
@@ -113,7 +118,7 @@ def train(model: LoopedModel, config: Config, options: argparse.Namespace) -> li
         began = time.perf_counter()
         for _ in range(parts):
             tokens = torch.randint(config.shape.vocabulary, size, device="cuda")
-            with torch.autocast("cuda", torch.bfloat16), kernel:
+            with torch.autocast("cuda", torch.bfloat16), attention_by(options.tuned):
                 loss = compiled(tokens, tokens.roll(-1, 1))
             (loss / parts).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,5 +1,7 @@
 """The baseline that speed is compared with computes the same function."""
 
+import argparse
+import contextlib
 from pathlib import Path
 
 import torch
@@ -52,3 +54,22 @@ def test_baseline_is_the_same_function(benchmark_script):
     labels = tokens.roll(-1, 1)
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
     torch.testing.assert_close(model(tokens, labels), expected, rtol=1e-5, atol=0)
+
+
+def test_each_pass_chooses_its_attention(benchmark_script, monkeypatch):
+    """With what torch gives for one pass alone, the second of a tuned model would fail."""
+    script = benchmark_script("compiled_loop")
+    seen = []
+
+    class Model(torch.nn.Linear):
+        def forward(self, tokens, labels):
+            seen.append(torch.backends.cuda.flash_sdp_enabled())
+            return self.weight.sum()
+
+    monkeypatch.setattr(torch, "compile", lambda model, mode: model)
+    monkeypatch.setattr(torch, "autocast", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch, "randint", lambda most, size, device: torch.zeros(size, dtype=torch.long))
+    options = argparse.Namespace(tuned=True, micro_batch=1, sequences=2, steps=2)
+    assert len(script.train(Model(1, 1), load(HERE / "configs/cherry_227m.yaml"), options)) == 2
+    assert seen == [False] * 4
