@@ -105,7 +105,7 @@ def forced():
 
 
 def test_forced_balance(tmp_path: Path):
-    """Any four rows in succession load four experts alike, whatever the router wants, which is told all the same."""
+    """Any four rows in succession load four experts alike, whatever the router wants; that is still its load."""
     ((chosen, load),) = run_ranks(tmp_path, 1, forced)
     assert [[expert for expert, sees in enumerate(row) if sees] for row in chosen] == [
         [0, 1], [1, 2], [2, 3], [0, 3], [0, 1], [1, 2],
