@@ -1,5 +1,6 @@
 """A training ends, whatever of it is still alive."""
 
+import io
 import os
 import signal
 import sys
@@ -48,6 +49,35 @@ def test_a_training_that_is_over_does_not_stay(name, tmp_path, write_config):
     process.kill()
     assert ended == status
     assert text in (tmp_path / "said").read_text()
+
+
+def _interrupt_twice(said: Path) -> None:
+    """Once in a verb, and again while that is told."""
+    from cherry_megatron import cli
+    from cherry_megatron.monitor import status
+
+    class Told(io.StringIO):
+        def write(self, text: str) -> int:
+            with said.open("a") as out:
+                out.write(text)
+            signal.raise_signal(signal.SIGINT)
+            return len(text)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    status.status = lambda *_: signal.raise_signal(signal.SIGINT)  # type: ignore[assignment]
+    threading.Thread(target=threading.Event().wait).start()
+    sys.stderr = Told()
+    cli.program(["status", "run"])
+
+
+def test_two_interrupts_are_one_line(tmp_path):
+    process = _CONTEXT.Process(target=_interrupt_twice, args=(tmp_path / "said",))
+    process.start()
+    process.join(60)
+    ended = process.exitcode
+    process.kill()
+    assert ended == 130
+    assert (tmp_path / "said").read_text().strip() == "cherry status: interrupted"
 
 
 def test_user_signal_is_a_request_to_end():
