@@ -108,8 +108,8 @@ def source_layers(
         checkpoint: it.
         looped: whether parameters of each loop may be there.
         experts: whether experts inside layers may be there.
-        pattern: how the sublayers make layers, if they are its: a part of it may begin with an MLP. Otherwise a layer
-            begins at each attention.
+        pattern: how the sublayers make layers, if they are its: a part of it may begin with an MLP. Otherwise a
+            layer begins at each attention.
 
     Raises:
         CherryError: on a missing or an unknown tensor, by its name.
