@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
 INTERRUPTED = 130  # the exit status after Ctrl-C, as of shells
@@ -25,7 +26,8 @@ def leave(status: int) -> NoReturn:
     distributed = sys.modules.get("torch.distributed")
     if status == INTERRUPTED or (distributed is not None and distributed.is_initialized()):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # who read it may have ended by the same Ctrl-C
+                stream.flush()
         os._exit(status)
     sys.exit(status)

@@ -52,7 +52,7 @@ def test_a_training_that_is_over_does_not_stay(name, tmp_path, write_config):
 
 
 def _interrupt_twice(said: Path) -> None:
-    """Once in a verb, and again while that is told."""
+    """Once in a verb, again while that is told, and again when what the verb has open is taken apart."""
     from cherry_megatron import cli
     from cherry_megatron.monitor import status
 
@@ -63,10 +63,23 @@ def _interrupt_twice(said: Path) -> None:
             signal.raise_signal(signal.SIGINT)
             return len(text)
 
+    class Loader:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def interrupted(*_: object) -> None:
+        opened = Loader()
+        signal.raise_signal(signal.SIGINT)
+        del opened
+
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    status.status = lambda *_: signal.raise_signal(signal.SIGINT)  # type: ignore[assignment]
+    status.status = interrupted  # type: ignore[assignment]
     threading.Thread(target=threading.Event().wait).start()
-    sys.stderr = Told()
+    reading, writing = os.pipe()
+    os.close(reading)  # by the same Ctrl-C
+    sys.unraisablehook = lambda found: said.write_text(str(found))
+    sys.stdout, sys.stderr = os.fdopen(writing, "w"), Told()
+    print("to be read")
     cli.program(["status", "run"])
 
 
