@@ -1,8 +1,9 @@
 #!/bin/sh
 # What a host with two GPUs can measure of this repository, in order of weight:
-#   sh benchmarks/two_gpus.sh TOKENIZER DATA OUT
-# Parts of one GPU run side by side, one a GPU; those of two GPUs have the host to themselves. Each part leaves OUT/NAME.md
-# and OUT/NAME.log; one that has ended well leaves OUT/NAME.done too, and another start goes on behind it.
+#   [CHERRY_SHARDS=DIR/] sh benchmarks/two_gpus.sh TOKENIZER DATA OUT
+# Parts of one GPU run side by side, one a GPU; those of two have the host to themselves. Each leaves OUT/NAME.md and
+# OUT/NAME.log; one that has ended well leaves OUT/NAME.done too, and another start goes on behind it. With CHERRY_SHARDS, the
+# text of configs/experiments/moee.yaml (TOKENIZER then is of it), heads of experts are compared with a shared one.
 set -u
 tokenizer=$1 data=$2 out=$3
 python=${PYTHON:-python3}
@@ -35,10 +36,17 @@ graph="--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"
     export CUDA_VISIBLE_DEVICES=1
     measure save-cost 240 save_cost.py
     part guards 300 -m pytest tests/gpu/test_guards.py -q -p no:cacheprovider
-    measure precision 900 precision.py
+    [ -z "${CHERRY_SHARDS:-}" ] && exit
+    export CHERRY_TOKENIZER="$tokenizer"
+    pair=models-2-mtp/seed-1
+    part heads-own 600 -m cherry_megatron.cli experiment run moee --out "$out/work/heads" --only models-2-mtp --gpus 1
+    part heads-shared 300 benchmarks/shared_depths.py --config "$out/work/heads/$pair/config.yaml" --set "run=$out/work/shared"
+    cp "$out/work/heads/$pair/evaluations.jsonl" "$out/heads-own.jsonl"
+    cp "$out/work/shared/evaluations.jsonl" "$out/heads-shared.jsonl"
 ) &
 wait
 measure moee-parallel 240 moee_speed.py --only full parallel --steps 12 --limit 110
 part planner 600 benchmarks/calibrate_planner.py --tokenizer "$tokenizer" --data "$data" --work "$out/work/planner" \
     --check "$out/planner.md" --seconds 560
+measure precision 900 precision.py
 measure scaling 600 scaling.py --work "$out/work/scaling" --seconds 570

@@ -21,11 +21,12 @@ def test_parts_and_going_on(tmp_path: Path):
     def start() -> list[str]:
         seen.unlink(missing_ok=True)
         command = ["sh", str(FOLDER / "two_gpus.sh"), "tokenizer", "data", str(tmp_path / "out")]
-        subprocess.run(command, check=True, env={**os.environ, "PYTHON": str(stub), "SEEN": str(seen)}, timeout=60)
+        given = {"PYTHON": str(stub), "SEEN": str(seen), "CHERRY_SHARDS": "shards/"}
+        subprocess.run(command, check=True, env={**os.environ, **given}, timeout=60)
         return seen.read_text().splitlines()
 
     calls = start()
-    assert len(calls) == 10
+    assert len(calls) == 12
     for call in calls:
         program, *arguments = call.split()
         if program == "-m":
