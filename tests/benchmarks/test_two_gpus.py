@@ -32,6 +32,8 @@ def test_parts_and_going_on(tmp_path: Path):
         if program == "-m":
             continue
         source = (FOLDER.parent / program).read_text()
+        if "sys.argv[1:]" in source:  # they are handed on to cherry
+            continue
         flags = [one for one in arguments[:-1] if one.startswith("--") and one not in _megatron(arguments)]
         assert all(f'"{flag}"' in source for flag in flags), call
     assert [call.split()[0] for call in start()] == ["benchmarks/moee_speed.py"], "only what failed is run again"
