@@ -132,23 +132,31 @@ class Measuring:
                 self._measure(name, each, ",".join(self.devices[: each.ranks]))
 
     def _measure(self, name: str, training: Training, devices: str) -> None:
-        if self.until - time.monotonic() < STARTING:
-            self._say(f"{name}: not run, no time left")
+        if self.left < STARTING:
+            self.say(f"{name}: not run, no time left")
             return
         with tempfile.TemporaryDirectory() as folder:
             steps = self._train(Path(folder), training, devices)
         if len(steps) < self.options.steps:
-            self._say(f"{name}: {len(steps)} of {self.options.steps} steps; see {self.options.work}/*.log")
+            self.say(f"{name}: {len(steps)} of {self.options.steps} steps; see {self.options.work}/*.log")
             return
-        late = steps[len(steps) // 2 :]
-        self.found[name] = {
-            "seconds": statistics.median(step["seconds"] for step in late),
-            "gib": float(steps[-1].get("peak_gib", 0.0)),
-        }
-        self.kept.write_text(json.dumps(self.found, indent=1) + "\n")
-        self._say(f"{name}: {self.found[name]}")
+        self.keep(name, [step["seconds"] for step in steps], float(steps[-1].get("peak_gib", 0.0)))
 
-    def _say(self, line: str) -> None:
+    def keep(self, name: str, seconds: list[float], gib: float) -> None:
+        """What a training's steps took, of which the later half counts."""
+        self.store(name, {"seconds": statistics.median(seconds[len(seconds) // 2 :]), "gib": gib})
+
+    def store(self, name: str, found: dict[str, float]) -> None:
+        self.found[name] = found
+        self.kept.write_text(json.dumps(self.found, indent=1) + "\n")
+        self.say(f"{name}: {found}")
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.until - time.monotonic()
+
+    def say(self, line: str) -> None:
         print(line, flush=True)
         self.said.append(line)
 

@@ -1,7 +1,7 @@
 """Bytes that a rank sends in a training step, by collective and group, beside the formulas of docs/moee.md.
 
     torchrun --nproc-per-node 2 benchmarks/exchanged_bytes.py --config configs/tiny_moee.yaml
-        --set megatron.expert-model-parallel-size=2 [--set KEY=VALUE ...]
+        --set megatron.expert-model-parallel-size=2 [--set KEY=VALUE ...] [--output RESULT.json]
 
 Counts the calls of torch.distributed within the steps, on a CPU as on GPUs: an all-to-all sends all but a rank's
 own part, an all-gather its part to every other, a reduce-scatter all but its own part, an all-reduce twice that.
@@ -9,6 +9,7 @@ Set the micro-batch to all sequences of a rank: an extra pass over several (docs
 """
 
 import argparse
+import json
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -120,6 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--output", type=Path, help="the table as JSON, bytes a step by group and collective")
     options = parser.parse_args()
     prepare()
     count = Count()
@@ -137,9 +139,11 @@ def main() -> None:
         f"{formula(config)} a token"
     )
     print("| group | collective | bytes a step | a token |\n|---|---|---|---|")
-    for (group, name), sent in sorted(count.sent.items()):
-        each = sent / count.steps
-        print(f"| {group} | {name} | {each:,.0f} | {each / tokens:,.3f} |")
+    found = {f"{group}, {name}": sent / count.steps for (group, name), sent in sorted(count.sent.items())}
+    for name, each in found.items():
+        print(f"| {name.replace(', ', ' | ')} | {each:,.0f} | {each / tokens:,.3f} |")
+    if options.output is not None:
+        options.output.write_text(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

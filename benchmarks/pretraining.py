@@ -70,9 +70,13 @@ def command_of(
         f"--train-iters {options.steps} --lr-warmup-iters 2 --global-batch-size {SEQUENCES * ranks} "
         f"--eval-iters 4 --eval-interval 1000 --split 98,1,1 {saves}"
     )
-    environment = {**os.environ, "CHERRY_TOKENIZER": options.tokenizer, "CHERRY_DATA": options.data}
-    environment["PYTHONFAULTHANDLER"] = "1"
-    return [*command, "--", *length.split(), *flags], environment
+    return [*command, "--", *length.split(), *flags], environment_of(options)
+
+
+def environment_of(options: argparse.Namespace) -> dict[str, str]:
+    """With the text that the configurations read."""
+    text = {"CHERRY_TOKENIZER": options.tokenizer, "CHERRY_DATA": options.data}
+    return {**os.environ, **text, "PYTHONFAULTHANDLER": "1"}
 
 
 def train_in(

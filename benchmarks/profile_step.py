@@ -22,10 +22,11 @@ from pretraining import train_in
 from cherry_megatron.versions import git_state
 
 FIRST, LAST = 12, 15  # steps that are traced
+COMMUNICATION = "communication"
 GPU_EVENTS = ("kernel", "gpu_memcpy", "gpu_memset")
 # The first that matches a kernel's name.
 CLASSES = {
-    "communication": r"nccl",
+    COMMUNICATION: r"nccl",
     "attention": r"flash|fmha|sdpa|attention|attn",
     "optimizer": r"adam|multi_tensor|l2norm",
     "matrix products": r"gemm|nvjet|cutlass|xmma|cublas|splitk",
@@ -57,6 +58,37 @@ def busy(spans: Iterable[tuple[float, float]]) -> tuple[float, list[float]]:
     return total, gaps
 
 
+def read(run: Path) -> list[dict[str, Any]]:
+    """The events of a run's trace."""
+    with gzip.open(run / "torch_profile" / "rank-0.json.gz", "rt") as file:
+        events: list[dict[str, Any]] = json.load(file)["traceEvents"]
+    return events
+
+
+def exposed(events: list[dict[str, Any]]) -> float:
+    """Share of the time of a trace in which a GPU exchanges and does nothing else.
+
+    Args:
+        events: of a Chrome trace.
+    """
+    found = _of_gpu(events)
+    everything, _ = busy(_span(event) for event in found)
+    others, _ = busy(_span(event) for event in found if class_of(event["name"]) != COMMUNICATION)
+    return (everything - others) / _whole(found)
+
+
+def _of_gpu(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [event for event in events if event.get("ph") == "X" and event.get("cat") in GPU_EVENTS]
+
+
+def _span(event: dict[str, Any]) -> tuple[float, float]:
+    return event["ts"], event["ts"] + event["dur"]
+
+
+def _whole(found: list[dict[str, Any]]) -> float:
+    return max(_span(event)[1] for event in found) - min(_span(event)[0] for event in found)
+
+
 def report(events: list[dict[str, Any]], steps: int) -> list[str]:
     """Lines of Markdown.
 
@@ -64,12 +96,11 @@ def report(events: list[dict[str, Any]], steps: int) -> list[str]:
         events: of a Chrome trace; times in microseconds.
         steps: that were traced.
     """
-    found = [event for event in events if event.get("ph") == "X" and event.get("cat") in GPU_EVENTS]
+    found = _of_gpu(events)
     if not found:
         return ["Nothing of a GPU was traced."]
-    spans = [(event["ts"], event["ts"] + event["dur"]) for event in found]
-    whole = max(end for _, end in spans) - min(begin for begin, _ in spans)
-    total, gaps = busy(spans)
+    whole = _whole(found)
+    total, gaps = busy(map(_span, found))
     classes: dict[str, list[float]] = {}
     kernels: dict[str, list[float]] = {}
     for event in found:
@@ -110,8 +141,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         train_in(run, options.config, options.set, f"{options.flags} {profile}".split(), options)
-        with gzip.open(run / "torch_profile" / "rank-0.json.gz", "rt") as file:
-            events = json.load(file)["traceEvents"]
+        events = read(run)
     overrides = "".join(f" --set {override}" for override in options.set)
     command = f"python benchmarks/profile_step.py --config {options.config}{overrides} --flags '{options.flags}'"
     head = [

@@ -11,7 +11,7 @@ from typing import NoReturn
 from cherry_megatron import __version__
 from cherry_megatron.errors import CherryError
 from cherry_megatron.monitor.console import hide_warnings
-from cherry_megatron.platform.leaving import leave
+from cherry_megatron.platform.leaving import INTERRUPTED, leave
 from cherry_megatron.verbs.board import add_board
 from cherry_megatron.verbs.convert import add_convert_hf
 from cherry_megatron.verbs.data import add_data, add_tokenizer
@@ -35,6 +35,8 @@ def program(argv: Sequence[str] | None = None) -> NoReturn:
         if not isinstance(stop.code, int | None):
             print(stop.code, file=sys.stderr)
         status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        leave(INTERRUPTED)  # here, where what the verb had is not yet taken apart: a second one would end in that
     except BaseException:  # a failed checkpoint is no Exception
         sys.excepthook(*sys.exc_info())  # torch's names the rank
         status = 1
@@ -42,7 +44,7 @@ def program(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Bad input is one sentence on stderr and status 2."""
+    """Run one verb. Bad input is one sentence on stderr and status 2, Ctrl-C a line and raised again."""
     argv = list(sys.argv[1:] if argv is None else argv)
     argv, flags = _split_flags(argv)
     arguments = _parser().parse_args(argv)
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(f"cherry {arguments.verb}: interrupted", file=sys.stderr)
-        return 130
+        raise
     except BrokenPipeError:
         # Who read the output has seen enough (`| head -1`); at its end Python would write the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -40,6 +40,9 @@ from cherry_megatron.storage.options import Checkpoints
 from cherry_megatron.yaml_files import read_file, set_value
 
 Loader = Literal["torch", "dali"]
+# The mean over so many global batches is surer than the digits that are printed of it. Their samples are laid out
+# before the first step, and every evaluation reads them all: more would seem to hang.
+MOST_BATCHES = 10_000
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class Evaluation:
     def __post_init__(self) -> None:
         if self.batches < 1 or any(n < 1 for n in self.loops):
             raise CherryError("evaluation.loops and evaluation.batches must be positive")
+        if self.batches > MOST_BATCHES:
+            raise CherryError(f"evaluation.batches {self.batches} is more than {MOST_BATCHES}; use fewer")
 
     def loop_counts(self, trained: int) -> list[int]:
         """The numbers of loops to evaluate, ascending."""

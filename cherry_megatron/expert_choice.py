@@ -11,7 +11,7 @@ from megatron.training import get_args
 from torch import Tensor
 
 from cherry_megatron.data.batches import EXPERTS, Rows
-from cherry_megatron.model.choice import assign, top
+from cherry_megatron.model.choice import assign, evenly, top
 from cherry_megatron.model.mixture import MixtureModel
 
 
@@ -48,7 +48,10 @@ def choose_experts(mixture: MixtureModel, rows: Rows) -> None:
     wanted = top(together.flatten(0, 2), options.top_k).float().mean(0)
     # After capacity the load is nearly even however uneven the router: its loss would teach nothing.
     mixture.load.copy_(wanted / wanted.sum())
-    chosen = assign(together.flatten(0, 2), options.top_k, options.capacity)
+    if get_args().moe_router_force_load_balancing:
+        chosen = evenly(together[..., 0].numel(), options.experts, options.top_k).to(together.device)
+    else:
+        chosen = assign(together.flatten(0, 2), options.top_k, options.capacity)
     if rows is not None:
         ours = chosen.view_as(together)[:, mpu.get_data_parallel_rank()].float()
         for row, experts in zip(rows, ours, strict=True):

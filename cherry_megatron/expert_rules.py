@@ -16,11 +16,12 @@ EXPERT_DEFAULTS: dict[str, Any] = {
     "moe-router-dtype": "fp32",
     "moe-token-dispatcher-type": "alltoall",
 }
+FORCED = "moe-router-force-load-balancing"  # for benchmarks
 # What else Megatron has of them is not built in.
 _KNOWN = {
     "num-experts", "moe-ffn-hidden-size", "moe-router-topk", "moe-router-pre-softmax", "moe-router-dtype",
     "moe-router-load-balancing-type", "moe-aux-loss-coeff", "moe-token-dispatcher-type", "moe-permute-fusion",
-    "moe-router-padding-for-fp8", "moe-router-padding-for-quantization",
+    "moe-router-padding-for-fp8", "moe-router-padding-for-quantization", FORCED,
 }  # fmt: skip
 
 
@@ -90,6 +91,8 @@ def check_layer_experts(config: "Config") -> None:
 def _given(config: "Config") -> list[str]:
     """The flags of experts inside layers that have another value than Megatron's default."""
     named = ["num-experts", *flags_starting("moe-")]
+    if config.moee is not None and config.moee.routes:
+        named.remove(FORCED)  # it is also of sequences that choose
     return [flag for flag in named if config.value(flag) != action_of(flag).default]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
@@ -40,7 +41,8 @@ def worker_processes(count: int, prepare: Callable[..., Callable[..., Any]], *ar
             for _ in range(count):
                 ours, theirs = context.Pipe()
                 process = context.Process(target=_serve, args=(theirs, prepare, arguments), daemon=True)
-                process.start()
+                with _without_interrupts():
+                    process.start()
                 theirs.close()  # the process has the only one, so that its end is the pipe's end
                 processes.append(process)
                 idle.put(ours)
@@ -50,6 +52,17 @@ def worker_processes(count: int, prepare: Callable[..., Callable[..., Any]], *ar
             for process in processes:
                 process.kill()
                 process.join()
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ctrl-C waits, and for ever in a process that is started here: its imports would end in a traceback."""
+    resource_tracker.ensure_running()  # or the first start would, and let Ctrl-C through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _ask(idle: SimpleQueue[Connection], *request: Any) -> Any:

@@ -36,7 +36,8 @@ def read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise CherryError(f"cannot read the configuration {path}: {error.strerror}{hint(path)}") from None
+        what_to_do = hint(path) or "; correct the name"
+        raise CherryError(f"cannot read the configuration {path}: {error.strerror}{what_to_do}") from None
     except UnicodeDecodeError:
         raise CherryError(f"{path} is not a UTF-8 text file") from None
     try:

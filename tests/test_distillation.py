@@ -238,7 +238,7 @@ def test_the_teachers_own_settings_hold_for_it(tmp_path, write_config, train):
         ({"weight": 2.0}, "distillation.weight 2.0 is not from 0 to 1"),
         ({"temperature": 0.0}, "distillation.temperature 0.0 must be positive"),
         ({"config": "nowhere.yaml"}, "distillation.config: cannot read the configuration nowhere.yaml"),
-        ({"load": "nowhere"}, "distillation.load: nowhere: no checkpoint there"),
+        ({"load": "nowhere"}, "distillation.load: nowhere does not exist; correct the path"),
         ({"wait": 1}, "unknown key distillation.wait"),
     ],
 )

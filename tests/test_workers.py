@@ -38,6 +38,17 @@ def test_answers_come_back_and_refusals_are_raised():
     assert not multiprocessing.active_children()
 
 
+def masked() -> Callable[[], bool]:
+    return lambda: signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_ctrl_c_does_not_reach_a_worker_even_while_it_imports():
+    """Its imports would end in a traceback; it has what the process that started it had blocked."""
+    with workers.worker_processes(2, masked) as submit:
+        assert [submit().result() for _ in range(4)] == [True] * 4
+        assert not masked()()
+
+
 def test_a_worker_that_cannot_begin_says_why():
     with workers.worker_processes(1, refuser) as submit, pytest.raises(CherryError, match="nothing to work with"):
         submit().result()

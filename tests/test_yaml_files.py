@@ -26,6 +26,11 @@ def test_a_parent_that_cannot_be_is_said_of_its_file(named, says, tmp_path):
     assert str(found.value).startswith(f"{path}: ")
 
 
+def test_a_file_that_is_not_there_is_to_be_named_right(tmp_path):
+    with pytest.raises(CherryError, match=r"none\.yaml: No such file or directory; correct the name$"):
+        read_file(tmp_path / "none.yaml")
+
+
 def test_a_file_wins_over_what_it_extends(tmp_path):
     (tmp_path / "base.yaml").write_text("run: a\nmegatron: {lr: 1, seed: 2}\n")
     (tmp_path / "it.yaml").write_text("extends: base.yaml\nmegatron: {lr: 3}\n")

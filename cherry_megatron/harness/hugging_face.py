@@ -14,6 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cherry_megatron.errors import CherryError
 from cherry_megatron.harness.asking import Asked, keep, loaded_tasks, put
+from cherry_megatron.storage.ancestry import verify_whole
+from cherry_megatron.storage.lineage import MANIFEST
+from cherry_megatron.storage.weights import Weights
 
 BATCH = 8  # texts at once
 
@@ -24,12 +27,16 @@ def evaluate_hf(folder: Path, asked: Asked) -> Path:
     Code that is shipped with the weights is run.
 
     Raises:
-        CherryError: if it is no such model, or a task or its data are not there.
+        CherryError: if it is no such model, or not what its manifest says was saved, or if a task or its data are
+            not there.
     """
     if not (folder / "config.json").is_file():
-        raise CherryError(f"--hf {folder} holds no config.json; name a folder with a model in Hugging Face's form")
+        why = "holds no config.json" if folder.exists() else "does not exist"
+        raise CherryError(f"--hf {folder} {why}; name a folder with a model in Hugging Face's form")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise CherryError("--hf runs as one process; start it without torchrun or srun")
+    if (folder / MANIFEST).is_file():
+        verify_whole(Weights(folder))
     with loaded_tasks(asked) as tasks:
         try:
             lm = HFLM(pretrained=_opened(folder), tokenizer=_tokenizer(folder), batch_size=BATCH)

@@ -3,6 +3,7 @@
 A task names its data as a hub does, `HAERAE-HUB/KMMLU` and `Accounting`: a path in the folder of --task-dir.
 """
 
+import difflib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,6 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 
 from cherry_megatron.errors import CherryError
-from cherry_megatron.flags import nearest
 
 SHIPPED = Path(lm_eval.__file__).parent / "tasks"
 # Ending of a file -> the builder of `datasets` that reads it; the first there is is taken.
@@ -64,9 +64,18 @@ def _manager(names: Sequence[str], folder: Path, cache: Path) -> TaskManager:
         if not unknown:
             return manager
     raise CherryError(
-        f"--tasks: {unknown[0]} is neither in {folder} nor among the harness' own tasks"
-        f"{nearest(unknown[0], manager.all_tasks)}"
+        f"--tasks: {unknown[0]} is neither in {folder} nor among the harness' own tasks; "
+        f"{_instead(unknown[0], manager, folder)}"
     )
+
+
+def _instead(unknown: str, manager: TaskManager, folder: Path) -> str:
+    """What may be meant by a name, else the folder's own tasks; the harness' are thousands."""
+    if near := difflib.get_close_matches(unknown, manager.all_tasks, n=3):
+        return f"did you mean {', '.join(map(repr, near))}? `lm-eval ls tasks` lists the harness' own"
+    files = {name: entry.yaml_path for name, entry in manager.task_index.items() if entry.yaml_path}
+    own = sorted(name for name, file in files.items() if folder in file.parents)
+    return f"{folder} has {', '.join(own) or 'none'}, and `lm-eval ls tasks` lists the harness' own"
 
 
 def _give_examples(name: str, task: Any, fewshot: int | None) -> None:

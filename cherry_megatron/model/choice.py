@@ -24,6 +24,22 @@ def top(scores: Tensor, top_k: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
 
 
+def evenly(rows: int, experts: int, top_k: int) -> Tensor:
+    """Row i to the experts i to i + k - 1, counted round: as many rows in succession as there are experts load all
+    of them alike.
+
+    Args:
+        rows: of a global batch.
+        experts: of the mixture.
+        top_k: how many experts a row is to have.
+
+    Returns:
+        [rows, experts], true where the expert sees the row; on the CPU.
+    """
+    steps_from_row = (torch.arange(experts) - torch.arange(rows).unsqueeze(1)) % experts
+    return steps_from_row < top_k
+
+
 def assign(scores: Tensor, top_k: int, capacity: float) -> Tensor:
     """Share rows out over the experts.
 

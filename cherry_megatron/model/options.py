@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cherry_megatron.errors import CherryError
-from cherry_megatron.model.pattern import MOE, ORDERS, Order, Pattern, Visit, parse, unroll
+from cherry_megatron.model.pattern import MOE, MOST_LAYERS, ORDERS, Order, Pattern, Visit, parse, unroll
 
 Injection = Literal["none", "add"]
 
@@ -67,6 +67,11 @@ class Recurrence:
             raise CherryError(
                 f"recurrence.loops is {self.loops}, but recurrence.pattern {self.pattern!r} has no loop; "
                 "write the core as [layers]xN"
+            )
+        if (effective := pattern.effective(self.loops)) > MOST_LAYERS:
+            raise CherryError(
+                f"recurrence.loops is {self.loops}, which makes {effective} effective layers, more than "
+                f"{MOST_LAYERS}; use fewer loops"
             )
         if self.order == "sequence" and (self.injection == "add" or self.backprop_loops is not None):
             raise CherryError(

@@ -24,6 +24,9 @@ ATTENTION, MLP, MOE = "*", "-", "E"
 AHEAD = ATTENTION + MLP  # the sublayers of each depth of multi-token prediction
 SYMBOLS = {ATTENTION: "attention", MLP: "MLP", MOE: "mixture of experts"}
 _GROUP = re.compile(r"\(([^()\[\]]*)\)x(\d+)")
+# Effective layers: twice those of the deepest Transformers (Wang et al. 2022, DeepNet, arXiv 2203.00555). Balancing
+# stages takes the square of their number: more would seem to hang.
+MOST_LAYERS = 2000
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,10 @@ class Pattern:
     def layers(self) -> tuple[str, ...]:
         """The stored layers, in order."""
         return self.prelude + self.core + self.coda
+
+    def effective(self, loops: int) -> int:
+        """How many layers a forward pass walks with so many loops."""
+        return len(self.prelude) + loops * len(self.core) + len(self.coda)
 
     @property
     def symbols(self) -> str:
@@ -69,8 +76,8 @@ def parse(text: str) -> Pattern:
         return CherryError(f"recurrence.pattern {text!r}: {why}")
 
     def expand(match: re.Match[str]) -> str:
-        if int(match[2]) < 1:
-            raise fail(f"{match[0]!r} repeats a group {match[2]} times; use 1 or more")
+        if not 1 <= int(match[2]) <= MOST_LAYERS:
+            raise fail(f"{match[0]!r} repeats a group {match[2]} times; use 1 to {MOST_LAYERS}")
         return match[1] * int(match[2])
 
     flat = _GROUP.sub(expand, text.replace(" ", ""))
@@ -94,7 +101,10 @@ def parse(text: str) -> Pattern:
         raise fail("it holds no layers" if not prelude + coda else "the loop holds no layers")
     if int(loops) < 1:
         raise fail(f"the loop is walked {loops} times; use 1 or more")
-    return Pattern(_layers(prelude), _layers(core), _layers(coda), int(loops))
+    pattern = Pattern(_layers(prelude), _layers(core), _layers(coda), int(loops))
+    if (effective := pattern.effective(pattern.loops)) > MOST_LAYERS:
+        raise fail(f"{effective} effective layers are more than {MOST_LAYERS}; use fewer layers or loops")
+    return pattern
 
 
 def _layers(symbols: str) -> tuple[str, ...]:

@@ -72,8 +72,13 @@ class Progress:
 
     @property
     def under_way(self) -> bool:
-        """Whether enough was learned to tell what the model does: a tenth of the training, and 100 steps."""
-        return bool(self._args.skip_train) or self.iteration >= max(self._args.train_iters / 10, 100)
+        """Whether enough was learned to tell what the model does: a tenth of the training, and 100 steps.
+
+        Of an evaluation by itself too, of the steps of the checkpoint that it has loaded.
+        """
+        args = self._args
+        last = args.train_iters or args.train_samples // args.global_batch_size  # not yet known where none trains
+        return self.iteration >= max(last / 10, 100)
 
     def ends_interval(self, iteration: int) -> bool:
         """Whether a line is printed after a step."""

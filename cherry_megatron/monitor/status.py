@@ -52,7 +52,8 @@ def status(run: Path, verify: bool = False) -> list[str]:
 def _no_training(run: Path) -> str:
     """What a folder is that no training has written to."""
     if saved_folder(run) is None and not (run / ".metadata").is_file():
-        raise CherryError(f"{run} is no run's folder: it has no config.yaml yet; name the `run` of a configuration")
+        why = "has no config.yaml yet" if run.exists() else "does not exist"
+        raise CherryError(f"{run} is no run's folder: it {why}; name the `run` of a configuration")
     made = read_lineage(open_checkpoint(run).folder) or {}
     by = f"by cherry {made['operation']}, {_ago(made.get('time'))}" if "operation" in made else "elsewhere"
     return f"{run} is a checkpoint made {by}, and nothing has trained in it; `cherry lineage {run}` tells more"

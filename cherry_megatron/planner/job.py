@@ -5,6 +5,7 @@ from typing import Any
 
 from cherry_megatron import rules
 from cherry_megatron.config import Config
+from cherry_megatron.expert_rules import FORCED
 from cherry_megatron.flags import names_of
 from cherry_megatron.model.options import Mixture, Recurrence
 from cherry_megatron.model.plan import Plan, make_plan
@@ -71,6 +72,7 @@ class Job:
         instances: how often the optimizer's state is there among the data-parallel ranks.
         first_pass: a step begins with a forward pass over all its micro-batches: online selection does so, and the
             load of experts inside layers where there are several.
+        balanced: all experts are forced to see as much.
     """
 
     config: Config
@@ -85,6 +87,7 @@ class Job:
     overlap: bool
     instances: int
     first_pass: bool
+    balanced: bool
 
     @property
     def width(self) -> int:
@@ -150,6 +153,7 @@ def job_of(config: Config, batch: int | None = None) -> Job:
         overlap=bool(config.value("overlap-grad-reduce")),
         instances=config.value("num-distributed-optimizer-instances"),
         first_pass=bool(config.sgt and config.sgt.top_loss is not None),
+        balanced=bool(config.value(FORCED)),
     )
 
 

@@ -153,7 +153,7 @@ def rows_of(job: Job, setting: Setting) -> float:
     """Sequences that an expert of the busiest rank walks in a micro-batch; of a single model, the micro-batch.
 
     Where sequences choose, the busiest of n ranks has about sqrt(2 ln n) standard deviations more than its share,
-    and the others wait for it.
+    and the others wait for it; not if all are forced to be alike.
     """
     mixture = job.mixture
     if mixture is None:
@@ -162,10 +162,9 @@ def rows_of(job: Job, setting: Setting) -> float:
     here = mixture.experts // setting.expert
     share = mixture.top_k / mixture.experts
     mean, spread = here * sequences * share, (here * sequences * share * (1 - share)) ** 0.5
-    busiest = mean + spread * (2 * log(setting.expert)) ** 0.5
-    return max(
-        min(busiest, here * sequences) / here, 1.0
-    )  # an expert without a sequence walks one that does not count
+    busiest = mean if job.balanced else mean + spread * (2 * log(setting.expert)) ** 0.5
+    # An expert without a sequence walks one that does not count.
+    return max(min(busiest, here * sequences) / here, 1.0)
 
 
 def _sent(job: Job, setting: Setting, rates: Rates, number: int) -> Pass:

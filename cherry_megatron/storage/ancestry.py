@@ -97,7 +97,7 @@ def describe(path: Path, verify: bool) -> list[str]:
     if identity(checkpoint.manifest) != lineage["identity"]:
         raise CherryError(f"{checkpoint.folder}: {MANIFEST} and {LINEAGE} do not belong together; restore them")
     if verify:
-        _verify(checkpoint)
+        verify_whole(checkpoint)
     lines = []
     for depth, entry in chain(lineage):
         known = str(checkpoint.folder) if depth == 0 else entry["path"]
@@ -133,7 +133,12 @@ def _code(entry: dict[str, Any]) -> str:
     return f"{entry.get('time', 'at an unknown time')}  code {code[:10]}{modified}"
 
 
-def _verify(checkpoint: Checkpoint) -> None:
+def verify_whole(checkpoint: Checkpoint) -> None:
+    """Read every tensor of a checkpoint that has a manifest, and compare; of Megatron's form every file too.
+
+    Raises:
+        CherryError: naming the first that is not what was saved.
+    """
     assert checkpoint.manifest is not None
     missing = sorted(checkpoint.manifest.keys() ^ checkpoint.tensors.keys())
     if missing:

@@ -75,10 +75,13 @@ class Checkpoint:
         objects: what is no tensor, by name.
         manifest: hashes written when it was saved, or None.
         read_hashes: hashes of the chunks read so far, by tensor and chunk.
+        described_in: what says where a file's tensors lie.
 
     Raises:
         CherryError: if it is none.
     """
+
+    described_in = ".metadata"
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -157,7 +160,8 @@ class Checkpoint:
             raise CherryError(f"{path} is missing; restore the checkpoint")
         if (size := path.stat().st_size) < end:
             raise CherryError(
-                f"{path} is truncated: it has {size} bytes, and at least {end} by .metadata; restore the checkpoint"
+                f"{path} is truncated: it has {size} bytes, and at least {end} by {self.described_in}; restore the "
+                "checkpoint"
             )
         return path
 

@@ -59,7 +59,8 @@ def check_model(
     Raises:
         CherryError: naming the first that differs.
     """
-    layers = source_layers(source, looped=True, experts=MOE in recurrence.parsed.symbols)
+    pattern = recurrence.parsed
+    layers = source_layers(source, looped=True, experts=MOE in pattern.symbols, pattern=pattern)
     check_fit(source, layers, config, megatron)
     check_layers(source, layers, recurrence, config)
     check_trained(source, recurrence, config, megatron, walk, changed)

@@ -7,6 +7,7 @@ GPTModel (a number a layer, or all layers stacked in one tensor).
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from cherry_megatron.errors import CherryError
 from cherry_megatron.model.pattern import AHEAD, ATTENTION, MLP, MOE, Pattern
@@ -98,13 +99,17 @@ def sublayer_prefixes(pattern: Pattern) -> list[list[tuple[str, str]]]:
     return found
 
 
-def source_layers(checkpoint: Checkpoint, looped: bool = False, experts: bool = False) -> Source:
+def source_layers(
+    checkpoint: Checkpoint, looped: bool = False, experts: bool = False, pattern: Pattern | None = None
+) -> Source:
     """Find a checkpoint's layers.
 
     Args:
         checkpoint: it.
         looped: whether parameters of each loop may be there.
         experts: whether experts inside layers may be there.
+        pattern: how the sublayers make layers, if they are its: a part of it may begin with an MLP. Otherwise a
+            layer begins at each attention.
 
     Raises:
         CherryError: on a missing or an unknown tensor, by its name.
@@ -136,7 +141,7 @@ def source_layers(checkpoint: Checkpoint, looped: bool = False, experts: bool = 
                     f"{checkpoint.folder}: the tensor {role} is missing from a layer that has "
                     f"{sorted(sublayer.names)}"
                 )
-    return Source(tuple(_group(sublayers)), top)
+    return Source(tuple(_group(sublayers, pattern)), top)
 
 
 def _symbol(checkpoint: Checkpoint, role: str, name: str, feed_forward: str, looped: bool) -> str:
@@ -165,8 +170,12 @@ def _check_top(checkpoint: Checkpoint, top: dict[str, str]) -> None:
         raise CherryError(f"{checkpoint.folder}: the tensor {name} is not known")
 
 
-def _group(sublayers: list[Sublayer]) -> Iterator[tuple[Sublayer, ...]]:
-    """A layer is an attention with the MLPs behind it, as in pattern.py."""
+def _group(sublayers: list[Sublayer], pattern: Pattern | None) -> Iterator[tuple[Sublayer, ...]]:
+    """The layers of a pattern of these sublayers, or else each attention with the MLPs behind it."""
+    if pattern is not None and pattern.symbols == "".join(sublayer.symbol for sublayer in sublayers):
+        rest = iter(sublayers)
+        yield from (tuple(islice(rest, len(symbols))) for symbols in pattern.layers)
+        return
     layer: list[Sublayer] = []
     for sublayer in sublayers:
         if sublayer.symbol == ATTENTION and layer:

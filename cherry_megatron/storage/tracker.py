@@ -15,6 +15,8 @@ def saved_folder(path: Path) -> Path | None:
 
 def why_none(path: Path) -> str:
     """Why there is no checkpoint in a folder that is not one that Megatron saved to, and what to do."""
+    if not path.exists():
+        return f"{path} does not exist; correct the path"
     places = (path, path / "checkpoints")
     left = [found for folder in places for found in ended(folder)]
     if left:

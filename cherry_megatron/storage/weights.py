@@ -44,6 +44,8 @@ class Weights(Checkpoint):
         CherryError: if files are missing or damaged, naming the first.
     """
 
+    described_in = "its header"
+
     def __init__(self, folder: Path) -> None:
         self.folder, self.objects, self.read_hashes = folder, {}, {}
         self.manifest = read_manifest(folder)
@@ -53,10 +55,14 @@ class Weights(Checkpoint):
             found = _tensors(folder / file)
             for name in names if names is not None else found:
                 if name not in found:
-                    raise CherryError(f"{folder / file} lacks the tensor {name}, which {INDEX} says it has")
+                    raise CherryError(
+                        f"{folder / file} lacks the tensor {name}, which {INDEX} says it has; restore it"
+                    )
                 self.tensors[name] = found[name]
         for name in sorted((self.manifest or {}).keys() ^ self.tensors.keys() if self.manifest else ()):
-            raise CherryError(f"{folder}: the tensor {name} is not both in manifest.json and in the weights")
+            raise CherryError(
+                f"{folder}: the tensor {name} is not both in manifest.json and in the weights; restore them"
+            )
 
     def _stored(self, file: BinaryIO, tensor: Tensor, chunk: Chunk) -> tuple[str, Array]:
         values: Array = np.empty(chunk.sizes, DTYPES[tensor.dtype][1])

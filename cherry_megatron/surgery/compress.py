@@ -282,7 +282,7 @@ def plan_expansion(load: Path, config: Path, overrides: Sequence[str]) -> Surger
     wanted = _one_model(config, overrides)
     recurrence, megatron, depths = wanted.recurrence, wanted.megatron, wanted.depths
     source = open_checkpoint(load)
-    layers = source_layers(source, looped=True)
+    layers = source_layers(source, looped=True, pattern=recurrence.parsed)
     check_fit(source, layers, config, megatron)
     _check_depths(source, layers, config, depths, layers.depths == depths)
     dense, jobs = expansion(source, layers, recurrence, config)

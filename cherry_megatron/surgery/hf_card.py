@@ -57,7 +57,7 @@ def _what(form: Form) -> Iterator[str]:
 
 def _sizes(form: Form, dtype: str, parameters: int) -> Iterator[str]:
     recurrence, shape, pattern = form.recurrence, form.shape, form.recurrence.parsed
-    effective = len(pattern.prelude) + recurrence.loops * len(pattern.core) + len(pattern.coda)
+    effective = pattern.effective(recurrence.loops)
     yield f"| parameters | {parameters:,}, {dtype} |"
     if form.moee is not None:
         yield f"| models | {form.moee.experts}, of which {form.moee.top_k} read a text |"

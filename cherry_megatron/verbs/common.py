@@ -6,6 +6,8 @@ from pathlib import Path
 
 from cherry_megatron.errors import CherryError
 
+WORKERS = "processes (default 0, all cores)"  # of --workers, where it says so many
+
 
 def add_verb(verbs: argparse._SubParsersAction, name: str, text: str, run: Callable) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text)

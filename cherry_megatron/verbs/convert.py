@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 from cherry_megatron.errors import CherryError
-from cherry_megatron.verbs.common import add_config, add_verb
+from cherry_megatron.verbs.common import WORKERS, add_config, add_verb
 from cherry_megatron.verbs.surgery import carry_out, check_common, new_folder_name
 
 GIGABYTE = 1_000_000_000
@@ -13,6 +13,7 @@ GIGABYTE = 1_000_000_000
 
 def add_convert_hf(verbs: argparse._SubParsersAction) -> None:
     def run(arguments: argparse.Namespace) -> None:
+        from cherry_megatron.storage.tracker import why_none
         from cherry_megatron.storage.weights import is_weights
 
         check_common(arguments.workers, arguments.save, [arguments.load])
@@ -28,6 +29,8 @@ def add_convert_hf(verbs: argparse._SubParsersAction) -> None:
         else:
             from cherry_megatron.surgery.hf_export import SHARD, plan_export
 
+            if not arguments.load.exists():
+                raise CherryError(why_none(arguments.load))
             if arguments.config is None:
                 raise CherryError(f"{arguments.load} has no config.json; to convert a run name its --config")
             size = SHARD / GIGABYTE if arguments.shard_size is None else arguments.shard_size
@@ -49,6 +52,6 @@ def add_convert_hf(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--save", type=new_folder_name, required=True, help="folder to write, of the other form")
     parser.add_argument("--shard-size", type=float, metavar="GB", help="of a file of weights (default 5)")
     parser.add_argument("--no-tokenizer", action="store_true", help="write the weights without one")
-    parser.add_argument("--workers", type=int, default=0, help="processes (default: all cores)")
+    parser.add_argument("--workers", type=int, default=0, help=WORKERS)
     parser.add_argument("--dry-run", action="store_true", help="print the plan, sizes and memory, and stop")
     add_config(parser, required=False, flags=False)

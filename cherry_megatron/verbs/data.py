@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from cherry_megatron.verbs.common import add_verb
+from cherry_megatron.verbs.common import WORKERS, add_verb
 
 
 def add_tokenizer(verbs: argparse._SubParsersAction) -> None:
@@ -17,6 +17,11 @@ def add_tokenizer(verbs: argparse._SubParsersAction) -> None:
         size = trained.get_vocab_size()
         padded = -(-size // 128) * 128
         print(f"{arguments.output}: {size} tokens; megatron.padded-vocab-size must be at least that, e.g. {padded}")
+        if size < arguments.vocab_size:
+            print(
+                f"these are fewer than --vocab-size {arguments.vocab_size}: the text that was read yields no more; "
+                "give more of it (--input, --limit-mb), or go on with these"
+            )
         for line in left_out:
             print(line)
 
@@ -54,7 +59,7 @@ def add_data(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--input", type=Path, nargs="+", required=True, help="text files or folders")
     parser.add_argument("--output", required=True, help="path prefix of the .bin and .idx files")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder made by `cherry tokenizer`")
-    parser.add_argument("--workers", type=int, default=0, help="processes (default: all cores)")
+    parser.add_argument("--workers", type=int, default=0, help=WORKERS)
     parser.add_argument("--key", default="text", help="key of the text in .jsonl lines (default text)")
     parser.add_argument(
         "--max-malformed",

@@ -45,7 +45,7 @@ def add_select(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--rho", type=float, default=0.15, help="share of the tokens to mark (default 0.15)")
     parser.add_argument("--name", help="of the marks, PREFIX.NAME.* (default the selector)")
     parser.add_argument("--tokenizer", type=Path, help="folder made by `cherry tokenizer`; for semantic and --show")
-    parser.add_argument("--workers", type=int, help="processes of semantic and random (default: all cores)")
+    parser.add_argument("--workers", type=int, help="processes of semantic and random (default 0, all cores)")
     parser.add_argument("--seed", type=int, help="of random (default 0)")
     parser.add_argument("--triggers", type=Path, help="of semantic: expressions, one a line, instead of ours")
     parser.add_argument(

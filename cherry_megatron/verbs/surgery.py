@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cherry_megatron.errors import CherryError
-from cherry_megatron.verbs.common import add_config, add_verb, load_config
+from cherry_megatron.verbs.common import WORKERS, add_config, add_verb, load_config
 
 if TYPE_CHECKING:
     from cherry_megatron.surgery.compress import Surgery
@@ -75,7 +75,7 @@ def add_compress_depth(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--calibration", type=Path, help="made by `cherry calibrate`, for --align activations")
     parser.add_argument("--optimizer", choices=("drop", "average"), default="drop", help="its state (default drop)")
     parser.add_argument("--expand", action="store_true", help="the reverse: write the unrolled, dense equivalent")
-    parser.add_argument("--workers", type=int, default=0, help="processes (default: all cores)")
+    parser.add_argument("--workers", type=int, default=0, help=WORKERS)
     parser.add_argument("--dry-run", action="store_true", help="print the plan, sizes and memory, and stop")
     add_config(parser, flags=False)
 
@@ -116,7 +116,7 @@ def add_assemble_moee(verbs: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--seed", type=int, help="of the router's first weights (default 0)")
     parser.add_argument("--extract", type=int, metavar="E", help="the reverse: write expert E as a single model")
-    parser.add_argument("--workers", type=int, default=0, help="processes (default: all cores)")
+    parser.add_argument("--workers", type=int, default=0, help=WORKERS)
     parser.add_argument("--dry-run", action="store_true", help="print the plan, sizes and memory, and stop")
     add_config(parser, flags=False)
 
@@ -136,13 +136,16 @@ def check_common(workers: int, save: Path, loads: list[Path]) -> None:
 
 
 def carry_out(surgery: "Surgery", arguments: argparse.Namespace) -> None:
-    """Print the plan; write the checkpoint, or with `--dry-run` say whether there is something in its place."""
+    """Print the plan and write the checkpoint; with `--dry-run` say behind the plan whether its place is taken."""
     from cherry_megatron.files import refuse_taken
     from cherry_megatron.surgery.compress import summary
 
-    print(summary(surgery, arguments.workers))
-    refuse_taken(arguments.save)
     if not arguments.dry_run:
+        refuse_taken(arguments.save)
+    print(summary(surgery, arguments.workers))
+    if arguments.dry_run:
+        refuse_taken(arguments.save)
+    else:
         print(f"written     {surgery.run(arguments.save, arguments.workers)}")
 
 

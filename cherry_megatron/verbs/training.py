@@ -19,12 +19,16 @@ def add_doctor(verbs: argparse._SubParsersAction) -> None:
         config = load_config(arguments)
         from cherry_megatron.checks import obstacles
         from cherry_megatron.data.paths import data_prefixes
-        from cherry_megatron.data.verify import changed
+        from cherry_megatron.data.verify import changed, verified
 
-        problems = obstacles(found, config)
+        problems, lines = obstacles(found, config), []
         if arguments.verify:
-            problems += [why for _, prefix in data_prefixes(config) for why in changed(prefix)]
-        for line in problems or ["can run here", doctor.reads_by(config), *doctor.how_to_start(config)]:
+            prefixes = list(dict.fromkeys(prefix for _, prefix in data_prefixes(config)))
+            damage = [why for prefix in prefixes for why in changed(prefix)]
+            problems += damage
+            lines = [] if damage else [verified(prefixes)]
+        lines += problems or ["can run here", doctor.reads_by(config), *doctor.how_to_start(config)]
+        for line in lines:
             print(f"{config.source}: {line}")
         return 1 if problems else 0
 

@@ -41,6 +41,10 @@ def _write_and_read(
     return run(folder, output, workers=workers), contents(output), read_back(output)
 
 
+def test_what_no_workers_mean_is_documented():
+    assert "processes (default 0, all cores)" in " ".join(cli._verbs()["data"].format_help().split())
+
+
 def test_documents_in_order_whatever_the_number_of_workers(folder, tmp_path):
     report, written, ids = run_ranks(tmp_path, 1, _write_and_read, folder, tmp_path / "one", 1)[0]
     tokenizer = tokenizers.load(folder / "tokenizer")

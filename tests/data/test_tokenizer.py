@@ -104,10 +104,20 @@ def test_files_of_other_kinds_are_counted(tmp_path, capsys):
     (tmp_path / "in/a.txt").write_text("some text")
     (tmp_path / "in/b.json").touch()
     arguments = ["tokenizer", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "in/made")]
-    assert main([*arguments, "--vocab-size", "300"]) == 0
+    assert main([*arguments, "--vocab-size", "260"]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == [
         f"files of other kinds that were left out: 1, e.g. {tmp_path / 'in/b.json'}"
     ]
+
+
+def test_fewer_tokens_than_were_asked_for_are_told(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("some text, some text")
+    arguments = ["tokenizer", "--input", str(tmp_path / "a.txt"), "--output", str(tmp_path / "made")]
+    assert main([*arguments, "--vocab-size", "32000"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    size = tokenizers.size(tokenizers.load(tmp_path / "made"))
+    assert 258 < size < 300 and f"made: {size} tokens; " in first
+    assert second.startswith("these are fewer than --vocab-size 32000: the text that was read yields no more; give")
 
 
 def test_a_run_that_is_killed_leaves_no_folder(folder, tmp_path):

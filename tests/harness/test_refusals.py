@@ -34,7 +34,8 @@ OPTIONS = {
         ["--hf", "x", "--tasks", "a", "--task-dir", ".", "--fewshot", "-1"],
         "--fewshot -1 must not be neg",
     ),
-    "no-model": (["--hf", "x", "--tasks", "a", "--task-dir", "."], "--hf x holds no config.json"),
+    "no-model": (["--hf", "x", "--tasks", "a", "--task-dir", "."], "--hf x does not exist; name a folder with a"),
+    "other-folder": (["--hf", ".", "--tasks", "a", "--task-dir", "."], "--hf . holds no config.json; name a fold"),
 }
 
 

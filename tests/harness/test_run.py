@@ -9,6 +9,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from cherry_megatron.storage.ancestry import hash_all
+from cherry_megatron.storage.lineage import MANIFEST, manifest_text
+from cherry_megatron.storage.weights import WHOLE, Weights
 from tests.conftest import TINY, run_ranks
 from tests.harness.conftest import LOOPS, TASKS, samples
 from tests.harness.llama import save_as_llama, walk
@@ -138,6 +141,19 @@ def test_weights_that_are_not_there_are_not_drawn(llama, cherry, tmp_path):
     (folder / "config.json").write_text(json.dumps(settings))
     status, said = cherry(tmp_path, "evaluate", "--hf", folder, "--tasks", "cherry_ko", "--task-dir", TASKS)
     assert status == 2 and "the model of its config.json lacks model.layers." in said
+    assert not (folder / "tasks").exists()
+
+
+def test_weights_that_are_not_those_of_their_manifest_are_not_asked(llama, cherry, tmp_path):
+    folder = tmp_path / "changed"
+    shutil.copytree(llama, folder, ignore=shutil.ignore_patterns("tasks"))
+    source = Weights(folder)
+    (folder / MANIFEST).write_text(manifest_text(hash_all(source, source.tensors)))
+    values = bytearray((folder / WHOLE).read_bytes())
+    values[-1] ^= 1
+    (folder / WHOLE).write_bytes(values)
+    status, said = cherry(tmp_path, "evaluate", "--hf", folder, "--tasks", "cherry_ko", "--task-dir", TASKS)
+    assert status == 2 and "is not what was saved (SHA-256); restore the checkpoint" in said
     assert not (folder / "tasks").exists()
 
 

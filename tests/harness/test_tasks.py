@@ -138,6 +138,14 @@ def test_unknown_tasks_and_folders(folder, monkeypatch):
     monkeypatch.setattr(tasks, "SHIPPED", tasks.SHIPPED / "haerae")  # all of them take 12 s to read
     with pytest.raises(CherryError, match=r"cherry_kk is neither in .*; did you mean 'cherry_ko'"):
         load(["cherry_kk"], TASKS)
+    with pytest.raises(CherryError) as refused:
+        load(["xyzzy"], TASKS)
+    assert str(refused.value) == (
+        f"--tasks: xyzzy is neither in {TASKS} nor among the harness' own tasks; {TASKS} has cherry_ko, "
+        "cherry_ko_speak, cherry_ko_text, and `lm-eval ls tasks` lists the harness' own"
+    )
+    with pytest.raises(CherryError, match=rf"xyzzy is neither.*; {folder} has none, and `lm-eval ls tasks` lists"):
+        load(["xyzzy"], folder)
     with pytest.raises(CherryError, match=r"--task-dir .*nowhere is no folder"):
         load(["cherry_ko"], folder / "nowhere")
     with pytest.raises(CherryError, match=r"the harness cannot load them: Duplicate task 'haerae_history'"):

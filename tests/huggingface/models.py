@@ -22,6 +22,7 @@ CASES: dict[str, dict[str, Any]] = {
     "other-layers": {"pattern": "*--[*-*--]x2*", "loop_rank": 2},
     "experts": {"pattern": "*-[*E*-]x3*E", "loop_routers": True, "loop_scales": True, "experts": True},
     "experts-shared": {"pattern": "*-[*E]x2*-", "experts": True, "pre_softmax": True, "depths": 1},
+    "begins-with-mlp": {"pattern": "*-[-*-]x2-", "loop_scales": True},
     "plain-mlp": {"pattern": "*-[*-]x2*-", "gated": False},
     "squared": {"pattern": "*-[*-]x2*-", "gated": False, "squared": True},
 }  # fmt: skip

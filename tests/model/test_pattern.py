@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cherry_megatron.errors import CherryError
-from cherry_megatron.model.pattern import Visit, balance, parse, unroll
+from cherry_megatron.model.pattern import MOST_LAYERS, Visit, balance, parse, unroll
 
 layer_rows = st.lists(st.sampled_from(["*-", "*", "*E", "*--"]), max_size=4)
 
@@ -19,6 +19,10 @@ def test_the_papers_model():
     visits = unroll(pattern, 8, "cycle")
     assert len(visits) == 34
     assert [v.layer for v in visits] == [0, *[1, 2, 3, 4] * 8, 5]
+
+
+def test_as_many_layers_as_there_may_be():
+    assert parse("*-[*-]x1999").effective(1999) == MOST_LAYERS == len(parse(f"(*-)x{MOST_LAYERS}").layers)
 
 
 def test_sequence_order_walks_each_layer_through_all_loops():
@@ -68,6 +72,9 @@ def test_any_text_is_a_pattern_or_a_clear_error(text):
         ("*-|*-", "recurrence.stages"),
         ("*-Q", "'Q' is not a layer"),
         ("((*-)x2)x2", "without another group"),
+        ("(*-)x999999999", "'(*-)x999999999' repeats a group 999999999 times; use 1 to 2000"),
+        ("*-[*-]x999999999", "1000000000 effective layers are more than 2000; use fewer layers or loops"),
+        ("(*-)x1999*-*-", "2001 effective layers are more than 2000"),
     ],
 )
 def test_errors_say_what_is_wrong(text, says):

@@ -12,11 +12,12 @@ from tests.model.test_mixture import build, run
 ROWS, EXPERTS, TOP_K = 256, 8, 2
 
 
-def choose(mixture, tokens, first=False, reads=True):
+def choose(mixture, tokens, first=False, reads=True, forced=False):
     """What is found before a step of one micro-batch of rows, or before the first one."""
     from cherry_megatron import expert_choice
 
-    expert_choice.get_args = lambda: SimpleNamespace(micro_batch_size=len(tokens))
+    args = SimpleNamespace(micro_batch_size=len(tokens), moe_router_force_load_balancing=forced)
+    expert_choice.get_args = lambda: args
     expert_choice.get_num_microbatches = lambda: 1
     rows = [{"tokens": tokens}] if reads else None
     if first:
@@ -88,6 +89,28 @@ def test_capacity_does_not_hide_that_all_want_one_expert(tmp_path: Path):
     gates = [math.exp(1), math.exp(-0.5), math.exp(-0.5)]
     best, *others = (gate / sum(gates) for gate in gates)
     assert gradient == pytest.approx([27 * best * (1 - best), *(-27 * best * other for other in others)], rel=1e-4)
+
+
+def forced():
+    """Chosen and load where every row wants expert 0, and all experts have to see as many."""
+    import torch
+
+    from cherry_megatron.model.options import Mixture
+
+    model = build(Mixture(experts=4, top_k=2, prefix=4, capacity=4.0))
+    model.router.outer.data.zero_()
+    model.router.centre.copy_(torch.tensor([-1.0, 0.0, 0.5, 0.5]))
+    tokens = torch.randint(0, 32, (6, 16), generator=torch.Generator().manual_seed(1)).cuda()
+    return choose(model, tokens, forced=True).tolist(), model.load.tolist()
+
+
+def test_forced_balance(tmp_path: Path):
+    """Any four rows in succession load four experts alike, whatever the router wants; that is still its load."""
+    ((chosen, load),) = run_ranks(tmp_path, 1, forced)
+    assert [[expert for expert, sees in enumerate(row) if sees] for row in chosen] == [
+        [0, 1], [1, 2], [2, 3], [0, 3], [0, 1], [1, 2],
+    ]  # fmt: skip
+    assert load == [0.5, 0.5, 0, 0]
 
 
 def disagreeing():

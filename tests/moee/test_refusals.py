@@ -56,6 +56,11 @@ CONFIGS = {
         [],
         "set megatron.fp8-recipe to tensorwise",
     ),
+    "balance-forced-where-nothing-is-chosen": (
+        {"moee": {"experts": 2, "prefix": 8}, "megatron": {"moe-router-force-load-balancing": True}},
+        [],
+        "megatron.moe-router-force-load-balancing is of experts inside layers",
+    ),
     **{
         f"megatron-{flag}": (
             {"moee": {"experts": 2, "prefix": 8}, "megatron": {flag: value}},

@@ -104,5 +104,7 @@ def test_what_no_training_wrote_is_one_sentence(saved, tmp_path):
     record.write_text(json.dumps({**json.loads(record.read_text()), "operation": "compress-depth"}))
     (line,) = status(tmp_path / "small")
     assert f"{tmp_path}/small is a checkpoint made by cherry compress-depth, " in line and "cherry lineage" in line
-    with pytest.raises(CherryError, match="is no run's folder"):
+    with pytest.raises(CherryError, match=r"is no run's folder: it has no config\.yaml yet"):
         status(tmp_path)
+    with pytest.raises(CherryError, match="none is no run's folder: it does not exist"):
+        status(tmp_path / "none")

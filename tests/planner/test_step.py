@@ -130,6 +130,8 @@ def test_the_busiest_of_the_experts_ranks_sets_the_pace(job):
     assert rows_of(given, Setting(expert=1, data=8, micro_batch=4)) == 1  # 4 x 2 / 8
     alone = rows_of(given, Setting(expert=8, data=8, micro_batch=4))
     assert 8 < alone <= 32  # its even share, and all there are
+    forced = job("cherry_1p8b", "megatron.moe-router-force-load-balancing=true", batch=64)
+    assert rows_of(forced, Setting(expert=8, data=8, micro_batch=4)) == 8
     everyone = job("cherry_1p8b", "moee.top_k=0", batch=64)
     assert rows_of(everyone, Setting(expert=8, data=8, micro_batch=4)) == 32
 

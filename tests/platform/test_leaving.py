@@ -1,5 +1,6 @@
 """A training ends, whatever of it is still alive."""
 
+import io
 import os
 import signal
 import sys
@@ -48,6 +49,48 @@ def test_a_training_that_is_over_does_not_stay(name, tmp_path, write_config):
     process.kill()
     assert ended == status
     assert text in (tmp_path / "said").read_text()
+
+
+def _interrupt_twice(said: Path) -> None:
+    """Once in a verb, again while that is told, and again when what the verb has open is taken apart."""
+    from cherry_megatron import cli
+    from cherry_megatron.monitor import status
+
+    class Told(io.StringIO):
+        def write(self, text: str) -> int:
+            with said.open("a") as out:
+                out.write(text)
+            signal.raise_signal(signal.SIGINT)
+            return len(text)
+
+    class Loader:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def interrupted(*_: object) -> None:
+        opened = Loader()
+        signal.raise_signal(signal.SIGINT)
+        del opened
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    status.status = interrupted  # type: ignore[assignment]
+    threading.Thread(target=threading.Event().wait).start()
+    reading, writing = os.pipe()
+    os.close(reading)  # by the same Ctrl-C
+    sys.unraisablehook = lambda found: said.write_text(str(found))
+    sys.stdout, sys.stderr = os.fdopen(writing, "w"), Told()
+    print("to be read")
+    cli.program(["status", "run"])
+
+
+def test_two_interrupts_are_one_line(tmp_path):
+    process = _CONTEXT.Process(target=_interrupt_twice, args=(tmp_path / "said",))
+    process.start()
+    process.join(60)
+    ended = process.exitcode
+    process.kill()
+    assert ended == 130
+    assert (tmp_path / "said").read_text().strip() == "cherry status: interrupted"
 
 
 def test_user_signal_is_a_request_to_end():

@@ -97,6 +97,9 @@ def test_doctor_compares_the_hashes_of_data(tmp_path: Path, write_config, data):
     path = write_config(tmp_path, megatron={"data-path": [str(tmp_path / "text")]})
     ((whole, changed, unlooked),) = run_ranks(tmp_path / "output", 1, doctor_twice, path, tmp_path / "text")
     assert (whole[0], unlooked[0]) == (0, 0) and "can run here" in whole[1]
+    size = sum((data / f"text.{end}").stat().st_size for end in ("bin", "idx"))
+    assert f"verified: 2 files of data, {size:,} bytes, are what was written\n" in whole[1]
+    assert "verified" not in changed[1] + unlooked[1]
     assert changed[0] == 1 and f"{tmp_path}/text.bin is not what was written: text.json has another" in changed[1]
     report = tmp_path / "text.json"
     report.write_text(json.dumps({k: v for k, v in json.loads(report.read_text()).items() if k != "sha256"}))

@@ -115,5 +115,8 @@ def test_what_is_missing_around_a_checkpoint_is_named(tmp_path):
     for path in (run, saved, saved / "iter_0000007"):
         with pytest.raises(CherryError, match=r"iter_0000007/\.metadata is missing; restore the checkpoint$"):
             open_checkpoint(path)
+    with pytest.raises(CherryError, match="none does not exist; correct the path"):
+        open_checkpoint(tmp_path / "none")
+    (tmp_path / "none").mkdir()
     with pytest.raises(CherryError, match="none: no checkpoint there"):
         open_checkpoint(tmp_path / "none")

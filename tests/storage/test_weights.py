@@ -104,7 +104,7 @@ def _other_names(folder):
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (_cut, "is truncated"),
+        (_cut, r"model.safetensors is truncated: it has \d+ bytes, and at least \d+ by its header; restore"),
         (_header, r"model.safetensors is no safetensors file"),
         (_long, "its header would have"),
         (_none, "pytorch_model.bin, which is a pickle"),

@@ -154,7 +154,7 @@ REFUSED = {
     "hidden": (None, ("run0", "run1"), ("--set", "megatron.hidden-size=25"), "megatron.hidden-size is 25"),
     "function": (None, ("run0", "run1"), ("--set", "megatron.rotary-base=500"), "was trained with 10000"),
     "damaged": (_cut, ("run0", "run1"), (), "is truncated"),
-    "nothing": (None, ("run0", "none"), (), "no checkpoint there"),
+    "nothing": (None, ("run0", "none"), (), "none does not exist; correct the path"),
     "seed": (None, ("run0", "run1"), ("--seed", "-1"), "--seed -1 is negative"),
     "workers": (None, ("run0", "run1"), ("--workers", "-1"), "--workers -1 is negative"),
     "extract-two": (None, ("run0", "run1"), ("--extract", "0"), "--extract takes one mixture"),

@@ -84,6 +84,19 @@ def test_a_dry_run_writes_nothing(run, tmp_path, capsys):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_target_that_is_taken_is_refused_without_a_plan(run, tmp_path, capsys):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/mine").touch()
+    assert convert(run, tmp_path / "hf", config=tmp_path / "config.yaml") == 2
+    said = capsys.readouterr()
+    assert "hf exists and is not empty; choose another folder" in said.err and not said.out
+
+
+def test_a_source_that_does_not_exist_is_said_to(tmp_path, capsys):
+    assert convert(tmp_path / "none", tmp_path / "hf") == 2
+    assert f"{tmp_path}/none does not exist; correct the path" in capsys.readouterr().err
+
+
 def test_damaged_tensors_are_not_converted(run, tmp_path, capsys):
     """Whatever is damaged by its manifest ends the conversion, and nothing is left."""
     assert convert(run, tmp_path / "hf", config=tmp_path / "config.yaml") == 0

@@ -215,7 +215,7 @@ def test_a_shard_that_is_gone_is_named(deep, capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--load", "nowhere"], "no checkpoint there"),
+        (["--load", "nowhere"], "nowhere does not exist; correct the path"),
         (["--groups", "0-1,2-3"], "names 2 groups"),
         (["--method", "median"], "--method median is not one of average, weighted, select"),
         (["--method", "weighted", "--weights", "1,2,3"], "names 3 weights, but a group has 2 layers"),

@@ -1,0 +1,52 @@
+#!/bin/sh
+# What a host with two GPUs can measure of this repository, in order of weight:
+#   [CHERRY_SHARDS=DIR/] sh benchmarks/two_gpus.sh TOKENIZER DATA OUT
+# Parts of one GPU run side by side, one a GPU; those of two have the host to themselves. Each leaves OUT/NAME.md and
+# OUT/NAME.log; one that has ended well leaves OUT/NAME.done too, and another start goes on behind it. With CHERRY_SHARDS, the
+# text of configs/experiments/moee.yaml (TOKENIZER then is of it), heads of experts are compared with a shared one.
+set -u
+tokenizer=$1 data=$2 out=$3
+python=${PYTHON:-python3}
+mkdir -p "$out/work"
+part() { # NAME SECONDS PROGRAM ARGUMENTS...
+    name=$1 seconds=$2
+    shift 2
+    [ -e "$out/$name.done" ] && return
+    echo "$(date +%T) $name begins"
+    if timeout "$seconds" "$python" "$@" >"$out/$name.log" 2>&1; then
+        touch "$out/$name.done"
+    fi
+    echo "$(date +%T) $name ends"
+}
+measure() { # NAME SECONDS SCRIPT ARGUMENTS...
+    name=$1 seconds=$2 script=$3
+    shift 3
+    part "$name" "$seconds" "benchmarks/$script" --tokenizer "$tokenizer" --data "$data" --output "$out/$name.md" "$@"
+}
+graph="--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"
+(
+    export CUDA_VISIBLE_DEVICES=0
+    part variants 240 benchmarks/variants.py --output "$out/variants.md"
+    measure profile-bf16 120 profile_step.py --set megatron.micro-batch-size=8 --flags "$graph"
+    measure profile-fp8 120 profile_step.py --set megatron.micro-batch-size=8 \
+        --flags "$graph --fp8-format hybrid --fp8-recipe delayed"
+    measure train-speed 480 train_speed.py --heads 10 --steps 20
+) &
+(
+    export CUDA_VISIBLE_DEVICES=1
+    measure save-cost 240 save_cost.py
+    part guards 300 -m pytest tests/gpu/test_guards.py -q -p no:cacheprovider
+    [ -z "${CHERRY_SHARDS:-}" ] && exit
+    export CHERRY_TOKENIZER="$tokenizer"
+    pair=models-2-mtp/seed-1
+    part heads-own 600 -m cherry_megatron.cli experiment run moee --out "$out/work/heads" --only models-2-mtp --gpus 1
+    part heads-shared 300 benchmarks/shared_depths.py --config "$out/work/heads/$pair/config.yaml" --set "run=$out/work/shared"
+    cp "$out/work/heads/$pair/evaluations.jsonl" "$out/heads-own.jsonl"
+    cp "$out/work/shared/evaluations.jsonl" "$out/heads-shared.jsonl"
+) &
+wait
+measure moee-parallel 240 moee_speed.py --only full parallel --steps 12 --limit 110
+part planner 600 benchmarks/calibrate_planner.py --tokenizer "$tokenizer" --data "$data" --work "$out/work/planner" \
+    --check "$out/planner.md" --seconds 560
+measure precision 900 precision.py
+measure scaling 600 scaling.py --work "$out/work/scaling" --seconds 570
