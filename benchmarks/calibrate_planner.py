@@ -107,7 +107,7 @@ class Measuring:
         self.until = time.monotonic() + options.seconds
         self.kept = options.work / "trainings.json"
         self.found: dict[str, dict[str, float]] = json.loads(self.kept.read_text()) if self.kept.exists() else {}
-        self.said: list[str] = []
+        self.missed: list[str] = []
 
     def run(self, trainings: dict[str, Training]) -> None:
         """Those that are not there yet: first those of one GPU, side by side."""
@@ -133,12 +133,12 @@ class Measuring:
 
     def _measure(self, name: str, training: Training, devices: str) -> None:
         if self.left < STARTING:
-            self.say(f"{name}: not run, no time left")
+            self.miss(f"{name}: not run, no time left")
             return
         with tempfile.TemporaryDirectory() as folder:
             steps = self._train(Path(folder), training, devices)
         if len(steps) < self.options.steps:
-            self.say(f"{name}: {len(steps)} of {self.options.steps} steps; see {self.options.work}/*.log")
+            self.miss(f"{name}: {len(steps)} of {self.options.steps} steps; see {self.options.work}/*.log")
             return
         self.keep(name, [step["seconds"] for step in steps], float(steps[-1].get("peak_gib", 0.0)))
 
@@ -149,16 +149,17 @@ class Measuring:
     def store(self, name: str, found: dict[str, float]) -> None:
         self.found[name] = found
         self.kept.write_text(json.dumps(self.found, indent=1) + "\n")
-        self.say(f"{name}: {found}")
+        print(f"{name}: {found}", flush=True)
 
     @property
     def left(self) -> float:
         """Seconds."""
         return self.until - time.monotonic()
 
-    def say(self, line: str) -> None:
+    def miss(self, line: str) -> None:
+        """Tell of a training that was not measured."""
         print(line, flush=True)
-        self.said.append(line)
+        self.missed.append(line)
 
     def _train(self, folder: Path, training: Training, devices: str) -> list[dict[str, float]]:
         """The steps of a training, which is ended when there are enough: what follows would only cost time."""
@@ -177,11 +178,11 @@ class Measuring:
                     time.sleep(0.3)
                     steps = _steps(folder / "run")
             finally:
-                _end(process)
+                end(process)
         return steps[: self.options.steps]
 
 
-def _end(process: subprocess.Popen) -> None:
+def end(process: subprocess.Popen) -> None:
     """End a process that we started, with its ranks, which torchrun puts into sessions of their own."""
     try:
         started = psutil.Process(process.pid)
@@ -213,7 +214,7 @@ def operations(options: argparse.Namespace, gpus: int) -> dict[str, Any]:
             except subprocess.TimeoutExpired:
                 print("gpu_operations.py: not done in 180 s", flush=True)
             finally:
-                _end(process)
+                end(process)
         if not path.exists():
             raise SystemExit("gpu_operations.py has failed: see above")
     found: dict[str, Any] = json.loads(path.read_text())
@@ -307,7 +308,8 @@ def main() -> None:
         held = {q: {n: tiny(t) if options.tiny else t for n, t in rows.items()} for q, rows in HELD_OUT.items()}
         measuring.run({f"{q}: {n}": training for q, rows in held.items() for n, training in rows.items()})
         lines = ["# The planner against trainings it was not calibrated on", "", f"{fitted.source}.", ""]
-        lines += [*check_table(measuring, kind, fitted, held), "", *measuring.said]
+        seen = [f"calibrated on {name}: {measuring.found[name]}" for name in calibrated if name in measuring.found]
+        lines += [*check_table(measuring, kind, fitted, held), "", *seen, *measuring.missed]
         options.check.write_text("\n".join(lines) + "\n")
         print(options.check.read_text())
 

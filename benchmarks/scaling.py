@@ -13,7 +13,6 @@ expects. --tiny trains small models on a CPU, by gloo, to see that everything ru
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from math import nan
@@ -21,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from calibrate_planner import STARTING, Measuring
+from calibrate_planner import STARTING, Measuring, end
 from planner_fit import Training
-from pretraining import environment_of
+from pretraining import environment_of, program
 from profile_step import exposed, read
 from scaling_rows import STOCK, exchanging, groups, tiny
 
@@ -104,24 +103,27 @@ class Scaling:
         if key in self.measuring.found:
             return None
         if left < STARTING:
-            self.measuring.say(f"{key}: not run, no time left")
+            self.measuring.miss(f"{key}: not run, no time left")
             return None
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(training.ranks)]
-        command = [sys.executable, *launcher, str(Path(__file__).with_name(script))]
+        command = [*program(training.ranks), str(Path(__file__).with_name(script))]
         command += [f"--config=configs/{training.configuration}.yaml", *given]
         command += [f"--set={override}" for override in training.overrides]
         log = self.options.work / f"{key.replace(' ', '-')}.log"
         with tempfile.TemporaryDirectory() as folder, log.open("w") as out:
-            output = Path(folder) / "result.json"
-            try:
-                subprocess.run(
-                    [*command, f"--output={output}"], check=True, timeout=min(left, self.options.limit),
-                    stdout=out, stderr=out, env=environment_of(self.options),
-                )  # fmt: skip
-                found: dict[str, Any] = json.loads(output.read_text())
-            except (subprocess.SubprocessError, OSError) as error:
-                self.measuring.say(f"{key}: {type(error).__name__}, see {log}")
+            output, environment = Path(folder) / "result.json", environment_of(self.options)
+            with subprocess.Popen(
+                [*command, f"--output={output}"], stdout=out, stderr=out, env=environment
+            ) as process:
+                try:
+                    process.wait(min(left, self.options.limit))
+                except subprocess.TimeoutExpired:
+                    pass
+                finally:
+                    end(process)
+            if process.returncode or not output.exists():
+                self.measuring.miss(f"{key}: status {process.returncode}, see {log}")
                 return None
+            found: dict[str, Any] = json.loads(output.read_text())
             return found
 
     def write(self) -> None:
@@ -130,7 +132,7 @@ class Scaling:
         for group, rows in self.groups.items():
             lines += [f"## {group}", "", *self._table(group, rows), ""]
         if not self.options.predict:
-            lines += ["## Bytes that a rank sends in a step", "", *self._exchanged(), "", *self.measuring.said]
+            lines += ["## Bytes that a rank sends in a step", "", *self._exchanged(), "", *self.measuring.missed]
         self.options.output.write_text("\n".join(lines).rstrip() + "\n")
 
     def _head(self) -> Iterator[str]:
