@@ -6,7 +6,7 @@
 Single operations, then seven trainings (`CALIBRATED`) of a few steps; writes the coefficients of this kind of GPU
 into --output (by default the planner's own file). With --check the twelve of `HELD_OUT` follow. Trainings of one
 GPU run beside each other, one a GPU. What is measured is kept in --work: a start that finds it there goes on, and
-one that runs out of --seconds says what is missing.
+one that runs out of --seconds says what is missing, and ends with status 75.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,14 +24,14 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-import psutil
 import torch
 import yaml
 from planner_fit import Training, fit
-from pretraining import FP8, GRAPH, command_of, program
+from pretraining import FP8, GRAPH, command_of, end, program
 
 from cherry_megatron.planner.coefficients import FILE, Coefficients, read
 from cherry_megatron.planner.hardware import GPUS
+from cherry_megatron.platform.leaving import AGAIN
 from cherry_megatron.platform.machine import prepare
 from cherry_megatron.runs import read_steps
 from cherry_megatron.versions import git_state
@@ -108,6 +109,7 @@ class Measuring:
         self.kept = options.work / "trainings.json"
         self.found: dict[str, dict[str, float]] = json.loads(self.kept.read_text()) if self.kept.exists() else {}
         self.missed: list[str] = []
+        self.late = False  # something was not run, or not to its end, for want of time alone
 
     def run(self, trainings: dict[str, Training]) -> None:
         """Those that are not there yet: first those of one GPU, side by side."""
@@ -133,12 +135,12 @@ class Measuring:
 
     def _measure(self, name: str, training: Training, devices: str) -> None:
         if self.left < STARTING:
-            self.miss(f"{name}: not run, no time left")
+            self.stop(name)
             return
         with tempfile.TemporaryDirectory() as folder:
             steps = self._train(Path(folder), training, devices)
         if len(steps) < self.options.steps:
-            self.miss(f"{name}: {len(steps)} of {self.options.steps} steps; see {self.options.work}/*.log")
+            self.fail(name, f"{len(steps)} of {self.options.steps} steps; see {self.options.work}/*.log")
             return
         self.keep(name, [step["seconds"] for step in steps], float(steps[-1].get("peak_gib", 0.0)))
 
@@ -157,9 +159,19 @@ class Measuring:
         return self.until - time.monotonic()
 
     def miss(self, line: str) -> None:
-        """Tell of a training that was not measured."""
+        """Tell of what was not measured."""
         print(line, flush=True)
         self.missed.append(line)
+
+    def stop(self, name: str) -> None:
+        """Tell of a training that is left to another start."""
+        self.late = True
+        self.miss(f"{name}: not run, no time left")
+
+    def fail(self, name: str, why: str) -> None:
+        """Tell of a training that has not come to its end; if time was up meanwhile, another start may see it."""
+        self.late |= self.left <= 0
+        self.miss(f"{name}: {why}")
 
     def _train(self, folder: Path, training: Training, devices: str) -> list[dict[str, float]]:
         """The steps of a training, which is ended when there are enough: what follows would only cost time."""
@@ -180,16 +192,6 @@ class Measuring:
             finally:
                 end(process)
         return steps[: self.options.steps]
-
-
-def end(process: subprocess.Popen) -> None:
-    """End a process that we started, with its ranks, which torchrun puts into sessions of their own."""
-    try:
-        started = psutil.Process(process.pid)
-        for one in [*started.children(recursive=True), started]:
-            one.kill()
-    except psutil.NoSuchProcess:
-        pass
 
 
 def _steps(run: Path) -> list[dict[str, float]]:
@@ -261,7 +263,7 @@ def check_table(
     return [f"{near['s']} of {total} within 15% in time, {near['GiB']} within 10% in memory.", *lines]
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--data", required=True)
@@ -312,7 +314,8 @@ def main() -> None:
         lines += [*check_table(measuring, kind, fitted, held), "", *seen, *measuring.missed]
         options.check.write_text("\n".join(lines) + "\n")
         print(options.check.read_text())
+    return AGAIN if measuring.late else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

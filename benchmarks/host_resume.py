@@ -2,8 +2,9 @@
 
     python benchmarks/host_resume.py --tokenizer DIR --data PREFIX --output RESULT.md [--gpus N] [--folder DIR]
 
-CHERRY-1.8B's eight experts, optimizer state and all: twelve steps on all N GPUs; the same in three parts, on N,
-N / 2 and N again; and the same with a rank killed by SIGKILL in the middle of the first save, and started again.
+CHERRY-1.8B's eight experts, optimizer state and all: twelve steps on all N GPUs without a save; the same in three
+parts, on N, N / 2 and N again; and the same with a rank killed by SIGKILL in the middle of the first save, and
+started again.
 Losses and gradient norms are held against the undisturbed steps. --tiny trains a small model on a CPU, by gloo.
 """
 
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from pretraining import SEQUENCES, command_of, train_in
+from pretraining import NO_SAVES, SEQUENCES, command_of, end, train_in
 
 from cherry_megatron.runs import read_steps
 from cherry_megatron.storage.tracker import newest
@@ -44,17 +45,18 @@ class Host:
 
     def given(self, ranks: int) -> tuple[str, list[str]]:
         """The configuration, and what it says otherwise on so many ranks."""
-        return self.configuration, [EXPERTS, f"megatron.expert-model-parallel-size={ranks}", "evaluation.batches=1"]
+        ours = ["evaluation.batches=1", "checkpoints.keep=1"]  # each has 25 GB
+        return self.configuration, [EXPERTS, f"megatron.expert-model-parallel-size={ranks}", *ours]
 
     @property
     def batch(self) -> str:
         """The same number of sequences a step, whatever the ranks."""
         return f"--global-batch-size {SEQUENCES * self.options.gpus} --micro-batch-size 1 --eval-micro-batch-size 1"
 
-    def train(self, name: str, ranks: int, flags: str) -> list[dict[str, float]]:
+    def train(self, name: str, ranks: int, flags: str = "", saves: str = SAVES) -> list[dict[str, float]]:
         """The run's steps so far, once it has ended."""
         return train_in(
-            self.folder / name, *self.given(ranks), f"{self.batch} {flags}".split(), self.options, ranks, SAVES
+            self.folder / name, *self.given(ranks), f"{self.batch} {flags}".split(), self.options, ranks, saves
         )
 
     def train_and_kill(self, name: str) -> str:
@@ -65,7 +67,7 @@ class Host:
             until = time.monotonic() + self.options.limit
             while not (written := list((run / "checkpoints").glob(".iter_*.partial/*.distcp"))):
                 if launcher.poll() is not None or time.monotonic() > until:
-                    launcher.kill()
+                    end(launcher)
                     raise RuntimeError("no save was seen to begin")
                 time.sleep(0.005)
             found = [one for one in psutil.Process(launcher.pid).children() if "pretrain" in one.cmdline()]
@@ -93,17 +95,17 @@ def compared(name: str, found: list[dict[str, float]], whole: list[dict[str, flo
 def measure(host: Host) -> Iterator[str]:
     """Lines of Markdown."""
     gpus = host.options.gpus
-    whole = host.train("whole", gpus, "")
+    whole = host.train("whole", gpus, saves=NO_SAVES)
     yield "| | last loss | losses differ by | gradient norms by |"
     yield "|---|---|---|---|"
     yield f"| {gpus} GPUs, undisturbed | {whole[-1]['loss']:.6f} | | |"
-    yield compared("the same again", host.train("again", gpus, ""), whole)
+    yield compared("the same again", host.train("again", gpus, saves=NO_SAVES), whole)
     for ranks in (gpus, gpus // 2, gpus):
         parts = host.train("parts", ranks, f"--exit-interval {PART}")
     yield compared(f"{gpus}, {gpus // 2} and {gpus} GPUs, {PART} steps each", parts, whole)
     said = host.train_and_kill("killed")
     begun = [step["iteration"] for step in read_steps(host.folder / "killed")]
-    yield compared("a rank killed while it saved, started again", host.train("killed", gpus, ""), whole)
+    yield compared("a rank killed while it saved, started again", host.train("killed", gpus), whole)
     saved = newest(host.folder / "killed" / "checkpoints")
     size = sum(path.stat().st_size for path in saved.iterdir())
     yield ""

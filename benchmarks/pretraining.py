@@ -8,13 +8,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from cherry_megatron.runs import read_steps
 
 SEQUENCES = 8  # a step
 FP8 = "--fp8-format hybrid --fp8-recipe"
 NO_SAVES = "--save-interval 100000 --no-save-optim"
+# Little of evaluations, and even of a small text some documents to evaluate with.
+EVALUATIONS = {"eval-iters": 4, "eval-interval": 1000, "split": "98,1,1"}
 GRAPH = "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"
 
 
@@ -32,6 +37,15 @@ def program(ranks: int) -> list[str]:
         port = free.getsockname()[1]
     ranked = ["--nproc-per-node", str(ranks), "--master-port", str(port)]
     return [sys.executable, "-m", "torch.distributed.run", *ranked]
+
+
+def end(process: subprocess.Popen, how: int = signal.SIGKILL) -> None:
+    """End a process that we started, with its ranks, which torchrun puts into sessions of their own."""
+    with suppress(psutil.NoSuchProcess):
+        started = psutil.Process(process.pid)
+        for one in [*started.children(recursive=True), started]:
+            with suppress(psutil.NoSuchProcess):  # some end with those before them
+                one.send_signal(how)
 
 
 def train(
@@ -66,9 +80,10 @@ def command_of(
     ]
     for override in [f"run={folder}", *overrides]:
         command += ["--set", override]
+    evaluations = " ".join(f"--{flag} {value}" for flag, value in EVALUATIONS.items())
     length = (
         f"--train-iters {options.steps} --lr-warmup-iters 2 --global-batch-size {SEQUENCES * ranks} "
-        f"--eval-iters 4 --eval-interval 1000 --split 98,1,1 {saves}"
+        f"{evaluations} {saves}"
     )
     return [*command, "--", *length.split(), *flags], environment_of(options)
 
@@ -94,7 +109,7 @@ def train_in(
         try:
             _, errors = process.communicate(timeout=options.limit)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGABRT)  # faulthandler then says where it was
+            end(process, signal.SIGABRT)  # faulthandler then says where it was
             _, errors = process.communicate()
         if process.returncode:
             print(errors[-2000:], file=sys.stderr)

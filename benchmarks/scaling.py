@@ -6,13 +6,14 @@
 
 Weak scaling: of each group (scaling_rows.py) every training against its first, on one GPU. Some are trained again
 with their exchange counted and traced. What is measured is kept in --work: a start that finds it there goes on, and
-one that runs out of --seconds says what is missing. --predict measures nothing: it writes down what the planner
-expects. --tiny trains small models on a CPU, by gloo, to see that everything runs.
+one that runs out of --seconds says what is missing and ends with status 75. --predict measures nothing: it writes
+down what the planner expects. --tiny trains small models on a CPU, by gloo, to see that everything runs.
 """
 
 import argparse
 import json
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from math import nan
@@ -20,14 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from calibrate_planner import STARTING, Measuring, end
+from calibrate_planner import STARTING, Measuring
 from planner_fit import Training
-from pretraining import environment_of, program
+from pretraining import EVALUATIONS, end, environment_of, program
 from profile_step import exposed, read
 from scaling_rows import STOCK, exchanging, groups, tiny
 
 from cherry_megatron.planner.coefficients import read as read_coefficients
 from cherry_megatron.planner.hardware import GPUS
+from cherry_megatron.platform.leaving import AGAIN
 from cherry_megatron.platform.machine import prepare
 from cherry_megatron.versions import git_state
 
@@ -83,8 +85,8 @@ class Scaling:
 
     def _exchange(self, key: str, training: Training) -> None:
         """Bytes that a rank sends in a step; on GPUs also the share of the step in which it does nothing else."""
-        lengths: dict[str, Any] = {"train-iters": TRACED + 2, "lr-warmup-iters": 1, "save-interval": 1000}
-        lengths |= {"global-batch-size": training.sequences}
+        lengths: dict[str, Any] = {"train-iters": TRACED + 2, "lr-warmup-iters": 1, **EVALUATIONS}
+        lengths |= {"global-batch-size": training.sequences, "save-interval": 1000, "no-save-optim": "true"}
         if self.on_gpu:
             lengths |= {"profile": "true", "use-pytorch-profiler": "true"}
             lengths |= {"profile-step-start": 2, "profile-step-end": 2 + TRACED}
@@ -92,10 +94,19 @@ class Scaling:
             given = [
                 f"--set=run={folder}/run",
                 *(f"--set=megatron.{flag}={value}" for flag, value in lengths.items()),
+                "--set=evaluation.batches=1",
             ]
             if found := self._program(key, "exchanged_bytes.py", training, given):
-                alone = {"exposed": exposed(read(Path(folder) / "run"))} if self.on_gpu else {}
-                self.measuring.store(key, {**found, **alone})
+                self.measuring.store(key, {**found, **self._alone(key, Path(folder) / "run")})
+
+    def _alone(self, key: str, run: Path) -> dict[str, float]:
+        if not self.on_gpu:
+            return {}
+        try:
+            return {"exposed": exposed(read(run))}
+        except (OSError, ValueError) as error:  # the bytes are there all the same
+            self.measuring.miss(f"{key}: no trace: {error}")
+            return {}
 
     def _program(self, key: str, script: str, training: Training, given: list[str]) -> dict[str, Any] | None:
         """What a script beside this one writes into its --output; None if it is there already, or was not got."""
@@ -103,7 +114,7 @@ class Scaling:
         if key in self.measuring.found:
             return None
         if left < STARTING:
-            self.measuring.miss(f"{key}: not run, no time left")
+            self.measuring.stop(key)
             return None
         command = [*program(training.ranks), str(Path(__file__).with_name(script))]
         command += [f"--config=configs/{training.configuration}.yaml", *given]
@@ -121,7 +132,7 @@ class Scaling:
                 finally:
                     end(process)
             if process.returncode or not output.exists():
-                self.measuring.miss(f"{key}: status {process.returncode}, see {log}")
+                self.measuring.fail(key, f"status {process.returncode}, see {log}")
                 return None
             found: dict[str, Any] = json.loads(output.read_text())
             return found
@@ -171,14 +182,14 @@ class Scaling:
         yield "|---|---|---|---|---|"
         for key, found in self.measuring.found.items():
             if key.startswith("exchange of "):
-                alone = f"{found['exposed']:.1%}" if "exposed" in found else "- (CPU)"
+                alone = f"{found['exposed']:.1%}" if "exposed" in found else "-"
                 for name, sent in found.items():
                     if name != "exposed":
                         label = f"{key.removeprefix('exchange of ')} | {name.replace(', ', ' | ')}"
                         yield f"| {label} | {sent:,.0f} | {alone} |"
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", help="needed to measure, as --data")
     parser.add_argument("--data")
@@ -208,7 +219,8 @@ def main() -> None:
             scaling.measure()
         scaling.write()
     print(options.output.read_text())
+    return AGAIN if scaling.measuring.late else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

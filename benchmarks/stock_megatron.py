@@ -175,7 +175,7 @@ def main() -> None:
     machine, config = prepare(), load(options.config, options.set)
     seconds = train(flags(config, machine, options))
     peak = torch.cuda.max_memory_allocated() / 2**30
-    if os.environ["RANK"] != "0":
+    if int(os.environ["RANK"]) != int(os.environ["WORLD_SIZE"]) - 1:  # as `cherry pretrain`: of the last stage
         return
     options.output.write_text(json.dumps({"seconds": seconds, "peak_gib": peak}) + "\n")
 

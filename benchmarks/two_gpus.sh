@@ -1,22 +1,27 @@
 #!/bin/sh
 # What a host with two GPUs can measure of this repository, in order of weight:
-#   [CHERRY_SHARDS=DIR/] sh benchmarks/two_gpus.sh TOKENIZER DATA OUT
+#   [CHERRY_SHARDS=DIR/] sh benchmarks/two_gpus.sh TOKENIZER DATA OUT [SECONDS]
 # Parts of one GPU run side by side, one a GPU; those of two have the host to themselves. Each leaves OUT/NAME.md and
-# OUT/NAME.log; one that has ended well leaves OUT/NAME.done too, and another start goes on behind it. With CHERRY_SHARDS, the
-# text of configs/experiments/moee.yaml (TOKENIZER then is of it), heads of experts are compared with a shared one.
+# OUT/NAME.log; one that has ended well leaves OUT/NAME.done too, and another start goes on behind it. After SECONDS parts
+# are ended and none is begun: killed from outside, torchrun would leave its ranks on the GPUs, beside the next start's. Ranks
+# that save what they have may take half a minute more. With CHERRY_SHARDS, the text of configs/experiments/moee.yaml
+# (TOKENIZER then is of it), heads of experts are compared with a shared one.
 set -u
 tokenizer=$1 data=$2 out=$3
+until=$(($(date +%s) + ${4:-86400}))
 python=${PYTHON:-python3}
 mkdir -p "$out/work"
 part() { # NAME SECONDS PROGRAM ARGUMENTS...
-    name=$1 seconds=$2
+    name=$1 seconds=$2 left=$((until - $(date +%s)))
     shift 2
     [ -e "$out/$name.done" ] && return
+    [ "$left" -le 0 ] && return
+    [ "$seconds" -gt "$left" ] && seconds=$left
     echo "$(date +%T) $name begins"
-    if timeout "$seconds" "$python" "$@" >"$out/$name.log" 2>&1; then
-        touch "$out/$name.done"
-    fi
-    echo "$(date +%T) $name ends"
+    timeout "$seconds" "$python" "$@" >"$out/$name.log" 2>&1
+    status=$?
+    [ "$status" -eq 0 ] && touch "$out/$name.done"
+    echo "$(date +%T) $name ends with status $status"
 }
 measure() { # NAME SECONDS SCRIPT ARGUMENTS...
     name=$1 seconds=$2 script=$3
@@ -48,5 +53,14 @@ wait
 measure moee-parallel 240 moee_speed.py --only full parallel --steps 12 --limit 110
 part planner 600 benchmarks/calibrate_planner.py --tokenizer "$tokenizer" --data "$data" --work "$out/work/planner" \
     --check "$out/planner.md" --seconds 560
-measure precision 900 precision.py
+(
+    export CUDA_VISIBLE_DEVICES=0
+    measure precision-reduced 900 precision.py --only reduced
+) &
+(
+    export CUDA_VISIBLE_DEVICES=1
+    measure precision-full 900 precision.py --only full
+) &
+wait
 measure scaling 600 scaling.py --work "$out/work/scaling" --seconds 570
+measure host-resume 600 host_resume.py

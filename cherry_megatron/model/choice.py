@@ -25,8 +25,10 @@ def top(scores: Tensor, top_k: int) -> Tensor:
 
 
 def evenly(rows: int, experts: int, top_k: int) -> Tensor:
-    """Row i to the experts i to i + k - 1, counted round: as many rows in succession as there are experts load all
-    of them alike.
+    """Row i to expert i and to others as far apart as k of them can be, counted round.
+
+    As many rows in succession as there are experts load all of them alike. Neighbours lie on one rank: far apart,
+    the ranks have as much to do in a micro-batch of few rows too.
 
     Args:
         rows: of a global batch.
@@ -36,8 +38,9 @@ def evenly(rows: int, experts: int, top_k: int) -> Tensor:
     Returns:
         [rows, experts], true where the expert sees the row; on the CPU.
     """
+    distance = experts // top_k
     steps_from_row = (torch.arange(experts) - torch.arange(rows).unsqueeze(1)) % experts
-    return steps_from_row < top_k
+    return (steps_from_row % distance == 0) & (steps_from_row < top_k * distance)
 
 
 def assign(scores: Tensor, top_k: int, capacity: float) -> Tensor:

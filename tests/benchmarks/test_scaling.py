@@ -4,10 +4,12 @@ import argparse
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from cherry_megatron import rules
+from cherry_megatron.config import load
 from tests.benchmarks.conftest import FOLDER
 from tests.benchmarks.test_profile_step import kernel
 
@@ -55,6 +57,39 @@ def test_exchange_beside_nothing_else(benchmark_script):
         kernel("cudaLaunchKernel", 0, 500, "cuda_runtime"),
     ]
     assert math.isclose(exposed(events), 20 / 100)
+
+
+@pytest.fixture
+def scaling(tmp_path, benchmark_script):
+    """Of two GPUs, with no time to run anything."""
+    options = argparse.Namespace(
+        only=["cherry_227m"], tiny=False, predict=None, work=tmp_path, output=tmp_path / "r.md", seconds=0, steps=2
+    )
+    return benchmark_script("scaling").Scaling(options, 2)
+
+
+def test_what_time_did_not_allow_is_for_another_start(scaling):
+    scaling.measure()
+    assert scaling.measuring.late
+    assert "cherry_227m: DP=2: not run, no time left" in scaling.options.output.read_text()
+
+
+def test_an_exchange_trains_as_the_others_do_and_needs_no_trace(scaling, monkeypatch):
+    """A small text has a validation split, no optimizer is saved; bytes are kept where the profiler saw nothing."""
+    seen = []
+
+    def program(key, script, training, given):
+        seen.extend(given)
+        return {"data-parallel, all_reduce": 8.0}
+
+    monkeypatch.setattr(scaling, "_program", program)
+    scaling.on_gpu = True
+    name, training = next(iter(scaling.groups["cherry_227m"].items()))
+    scaling._exchange(f"exchange of cherry_227m, {name}", training)
+    assert {"--set=megatron.split=98,1,1", "--set=megatron.no-save-optim=true"} <= set(seen)
+    load(Path("configs/cherry_227m.yaml"), [one.removeprefix("--set=") for one in seen])
+    assert "no trace: " in scaling.measuring.missed[0]
+    assert list(scaling._exchanged())[-1].endswith("| data-parallel | all_reduce | 8 | - |")
 
 
 def test_predictions_alone(tmp_path):

@@ -18,15 +18,16 @@ def test_parts_and_going_on(tmp_path: Path):
     stub.write_text(STUB)
     stub.chmod(0o755)
 
-    def start() -> list[str]:
-        seen.unlink(missing_ok=True)
-        command = ["sh", str(FOLDER / "two_gpus.sh"), "tokenizer", "data", str(tmp_path / "out")]
+    def start(*seconds: str) -> list[str]:
+        seen.write_text("")
+        command = ["sh", str(FOLDER / "two_gpus.sh"), "tokenizer", "data", str(tmp_path / "out"), *seconds]
         given = {"PYTHON": str(stub), "SEEN": str(seen), "CHERRY_SHARDS": "shards/"}
         subprocess.run(command, check=True, env={**os.environ, **given}, timeout=60)
         return seen.read_text().splitlines()
 
+    assert not start("0"), "there is no time"
     calls = start()
-    assert len(calls) == 12
+    assert len(calls) == 14
     for call in calls:
         program, *arguments = call.split()
         if program == "-m":
@@ -42,3 +43,18 @@ def test_parts_and_going_on(tmp_path: Path):
 def _megatron(arguments: list[str]) -> list[str]:
     """What stands behind --flags, which the stub sees as one string."""
     return arguments[arguments.index("--flags") + 1 :] if "--flags" in arguments else []
+
+
+def test_parts_end_when_the_time_is_over(tmp_path: Path):
+    """A part of the second GPU would take a minute; what comes behind it is not begun."""
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\necho "$*" >>"$SEEN"\ncase "$*" in *save_cost*) sleep 60 ;; *) sleep 0.1 ;; esac\n')
+    stub.chmod(0o755)
+    command = ["sh", str(FOLDER / "two_gpus.sh"), "tokenizer", "data", str(tmp_path / "out"), "2"]
+    given = {"PYTHON": str(stub), "SEEN": str(tmp_path / "seen")}
+    done = subprocess.run(
+        command, check=True, env={**os.environ, **given}, timeout=30, capture_output=True, text=True
+    )
+    assert "save-cost ends with status 124" in done.stdout
+    assert "guards" not in (tmp_path / "seen").read_text()
+    assert not (tmp_path / "out/save-cost.done").exists()

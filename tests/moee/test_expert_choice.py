@@ -105,12 +105,21 @@ def forced():
 
 
 def test_forced_balance(tmp_path: Path):
-    """Any four rows in succession load four experts alike, whatever the router wants; that is still its load."""
+    """Every row has an expert of either half, whatever the router wants; that is still its load."""
     ((chosen, load),) = run_ranks(tmp_path, 1, forced)
     assert [[expert for expert, sees in enumerate(row) if sees] for row in chosen] == [
-        [0, 1], [1, 2], [2, 3], [0, 3], [0, 1], [1, 2],
+        [0, 2], [1, 3], [0, 2], [1, 3], [0, 2], [1, 3],
     ]  # fmt: skip
     assert load == [0.5, 0.5, 0, 0]
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (8, 3), (8, 1), (4, 4), (5, 3)])
+def test_forced_balance_is_of_any_rows_in_succession(experts, top_k):
+    from cherry_megatron.model.choice import evenly
+
+    chosen = evenly(3 * experts, experts, top_k).int()
+    assert chosen.sum(1).eq(top_k).all()
+    assert all(chosen[row : row + experts].sum(0).eq(top_k).all() for row in range(2 * experts))
 
 
 def disagreeing():

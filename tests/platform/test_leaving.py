@@ -52,7 +52,7 @@ def test_a_training_that_is_over_does_not_stay(name, tmp_path, write_config):
 
 
 def _interrupt_twice(said: Path) -> None:
-    """Once in a verb, again while that is told, and again when what the verb has open is taken apart."""
+    """Once in a verb, again while that is told, at the very end, and when what the verb has open is taken apart."""
     from cherry_megatron import cli
     from cherry_megatron.monitor import status
 
@@ -62,6 +62,9 @@ def _interrupt_twice(said: Path) -> None:
                 out.write(text)
             signal.raise_signal(signal.SIGINT)
             return len(text)
+
+        def flush(self) -> None:
+            signal.raise_signal(signal.SIGINT)
 
     class Loader:
         def __del__(self) -> None:
