@@ -50,6 +50,8 @@ _HELD_OUT = (
     "global-batch-size", "eval-global-batch-size", "seq-length", "split", "data-path", "train-data-path",
     "valid-data-path", "data-args-path",
 )  # fmt: skip
+# What decides which text comes in which order.
+_ORDER = ("seed", *(flag for flag in _HELD_OUT if not flag.startswith(("eval", "valid"))))
 # What else decides what an evaluation finds.
 _EVALUATED = (
     ("evaluation", "batches"), ("data", "shuffle"), ("sgt", "marks"), ("moee", "top_k"), ("moee", "prefix"),
@@ -295,7 +297,7 @@ def where_from(config: Config, args: Any) -> str:
     further = f"; {config.recurrence.further_loops}" if config.recurrence.further_loops else ""
     if args.load is None:
         steps = config.run / "steps.jsonl"  # made before the first step
-        lost = steps.exists() and steps.stat().st_size > 0
+        lost = steps.exists() and steps.stat().st_size > 0  # killed before the first save
         return f"starts from new weights{'; the steps before left no checkpoint' if lost else ''}{further}"
     checkpoint = Checkpoint(newest(Path(args.load)))
     if own_checkpoints(config) is None:
@@ -304,10 +306,21 @@ def where_from(config: Config, args: Any) -> str:
     elif args.train_iters is not None and args.iteration >= args.train_iters:
         return f"is at step {args.iteration} of {args.train_iters} already (megatron.train-iters): nothing to train"
     else:
-        found, start = {}, f"goes on from step {args.iteration}, {checkpoint.folder}"
+        found = _other_order(config, checkpoint)
+        start = f"goes on from step {args.iteration}, {checkpoint.folder}"
     found |= other_walk(checkpoint, config.recurrence, ("loops",))
     changes = "".join(f", with {key} {ours} for {theirs}" for key, (ours, theirs) in found.items())
     return f"{start}{changes}{further}"
+
+
+def _other_order(config: Config, checkpoint: Checkpoint) -> Differences:
+    """What makes a run go on with other text than it would have seen."""
+    before = _record(checkpoint.folder)
+    if before is None:
+        return {}
+    trained = _flags_of(config, before)
+    found = {f"megatron.{flag}": (config.value(flag), trained.value(flag)) for flag in _ORDER}
+    return {key: (str(ours), str(theirs)) for key, (ours, theirs) in found.items() if ours != theirs}
 
 
 def unchanged_start(config: Config, args: Any) -> None:

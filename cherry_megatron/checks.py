@@ -67,8 +67,10 @@ def _machine(machine: Machine, config: Config) -> list[str]:
 
 
 def _writable(run: Path) -> list[str]:
-    why = why_not_writable(run)
-    return [] if why is None else [f"cannot write the run's folder {run}: {why}; choose another"]
+    for folder in (run, run / "checkpoints"):
+        if why := why_not_writable(folder):
+            return [f"cannot write the run's folder {folder}: {why}; choose another"]
+    return []
 
 
 def _tokenizer(config: Config) -> list[str]:

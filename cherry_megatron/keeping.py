@@ -20,7 +20,7 @@ from cherry_megatron.files import cannot_write, hidden_folder, make_folder, sync
 from cherry_megatron.monitor.accounting import account, together
 from cherry_megatron.platform.saving import Saves, named
 from cherry_megatron.ranks import as_first_rank
-from cherry_megatron.runs import checkpoint_to_load, own_checkpoints
+from cherry_megatron.runs import checkpoint_to_load, own_checkpoints, record_saved_step
 from cherry_megatron.storage.ancestry import parents_of, record_saved
 from cherry_megatron.storage.checkpoint import open_checkpoint
 from cherry_megatron.storage.fallback import older, step_of
@@ -142,6 +142,7 @@ class Keeping:
 
     def _counts(self, folder: Path) -> None:
         self._say(f"step {step_of(folder):>7}  checkpoint written to {folder}")
+        record_saved_step(self._config.run, step_of(folder))
         options = self._config.checkpoints
         if not options.keep:
             return

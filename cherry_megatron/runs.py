@@ -3,6 +3,7 @@
 config.yaml       the resolved configuration of the last start
 starts.jsonl      one line a start: time, command, commit, versions, configuration hash, device
 steps.jsonl       one line a step: loss, gradient norm, learning rate, seconds
+saves.jsonl       one line a checkpoint: time, step
 alarms.jsonl      one line an alarm: skipped steps, rewinds, hangs, collapsing loops, left-out experts
 evaluations.jsonl one line an evaluation: held-out loss by number of loops
 probes.jsonl      one line a probe of selective training: the gradient coupling
@@ -36,17 +37,33 @@ from cherry_megatron.storage.fallback import newest_whole
 from cherry_megatron.storage.tracker import newest, saved_folder, why_none
 from cherry_megatron.versions import git_state, installed_versions
 
+SAVES = "saves.jsonl"
+
 
 def own_checkpoints(config: Config) -> Path | None:
     """The run's folder of checkpoints, if it holds one.
 
     Raises:
-        CherryError: if it holds some that do not count.
+        CherryError: if it holds some that do not count, or what the run has saved is gone.
     """
     folder = config.run.absolute() / "checkpoints"
-    if (saved := saved_folder(folder)) is None and any(folder.glob("iter_*")):
+    saved = saved_folder(folder)
+    if saved is None and any(folder.glob("iter_*")):
         raise CherryError(f"{why_none(folder)}, or choose another run")
+    record = config.run / SAVES
+    if saved is None and record.exists() and (lines := list(read_lines(record))):
+        raise CherryError(
+            f"the run {config.run} has saved a checkpoint of step {lines[-1]['iteration']}, and now there is none; "
+            f"restore {folder}, or to begin anew choose another run"
+        )
     return saved
+
+
+def record_saved_step(run: Path, iteration: int) -> None:
+    """Remember that there is a checkpoint: without it the run must not begin anew."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    with (run / SAVES).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": now, "iteration": iteration}) + "\n")
 
 
 def checkpoint_to_load(config: Config, training: bool = False) -> Path | None:

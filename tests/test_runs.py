@@ -76,6 +76,14 @@ def test_checkpoints_without_a_tracker_are_not_written_over(copy):
     assert "holds iter_0000004 without integrity.json" in refused(copy)
 
 
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(copy):
+    saved = copy.parent / "run/checkpoints"
+    shutil.rmtree(saved)
+    assert f"has saved a checkpoint of step 4, and now there is none; restore {saved}" in refused(copy)
+    saved.touch()
+    assert f"cannot write the run's folder {saved}: {saved} is not a folder; choose another" in refused(copy)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -248,11 +256,13 @@ def test_going_back_to_an_older_checkpoint_is_possible(copy, train):
 
 
 def test_a_run_says_where_it_starts_and_when_it_saves(copy):
-    status, _ = pretrain(copy, "--set", "recurrence.loops=4", "--", "--train-iters", "6")
+    others = ["--set", "recurrence.loops=4", "--set", "megatron.seed=77"]
+    status, _ = pretrain(copy, *others, "--", "--train-iters", "6")
     printed = (copy.parent / "output/rank0.out").read_text()
     assert status == 0
     start = f"goes on from step 4, {copy.parent}/run/checkpoints/iter_0000004"
-    assert f"{start}, with recurrence.loops 4 for 3; loops above 3 use the vectors of loop 3\n" in printed
+    changes = ", with megatron.seed 77 for 1234, with recurrence.loops 4 for 3"
+    assert f"{start}{changes}; loops above 3 use the vectors of loop 3\n" in printed
     assert f"step       6  checkpoint written to {copy.parent}/run/checkpoints/iter_0000006" in printed
     pretrain(copy, "--", "--train-iters", "6")
     assert "is at step 6 of 6 already" in (copy.parent / "output/rank0.out").read_text()
