@@ -3,7 +3,7 @@
 config.yaml       the resolved configuration of the last start
 starts.jsonl      one line a start: time, command, commit, versions, configuration hash, device
 steps.jsonl       one line a step: loss, gradient norm, learning rate, seconds
-alarms.jsonl      one line an alarm: skipped steps, rewinds, hangs, collapsing loops, left-out experts
+alarms.jsonl      one line an alarm: skipped steps, rewinds, hangs, loops, experts, damaged checkpoints
 evaluations.jsonl one line an evaluation: held-out loss by number of loops
 probes.jsonl      one line a probe of selective training: the gradient coupling
 generations.jsonl one line an evaluation: continued prompts, their repetition, variety and length
