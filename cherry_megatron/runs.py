@@ -70,6 +70,9 @@ def checkpoint_to_load(config: Config, training: bool = False) -> Path | None:
     return newest(saved)
 
 
+LOCK = "lock"
+
+
 @contextmanager
 def only_training(config: Config, rank: int) -> Iterator[None]:
     """Keep a second training out of the run's folder while this one is at it.
@@ -82,7 +85,7 @@ def only_training(config: Config, rank: int) -> Iterator[None]:
     if rank != 0:
         yield
         return
-    path = config.run / "lock"
+    path = config.run / LOCK
     try:
         file = path.open("w")
     except OSError as error:
