@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,11 +88,29 @@ def lock_or_refuse(handle: int, busy: str, path: Path) -> None:
         CherryError: `busy` if another process has it, or that it cannot be locked.
     """
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.1)  # whoever looks at it has it for a moment, see is_locked
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise CherryError(busy) from None
     except OSError as error:
         raise CherryError(f"cannot lock {path}: {error.strerror}; use a file system that locks") from None
+
+
+def is_locked(path: Path) -> bool | None:
+    """Whether a process has locked a file by `lock_or_refuse`; None if that cannot be told."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back at once; several may look
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    return False
 
 
 @contextmanager

@@ -29,15 +29,19 @@ class Loading:
         config: of the run.
         args: Megatron's arguments.
         say: prints a line.
+        keep_alarm: see `Progress.keep_alarm`.
     """
 
     # torch's derives from BaseException.
     _RAISED = (CheckpointingException, CheckpointException, OSError, EOFError, BadZipFile, UnpicklingError)
 
-    def __init__(self, config: Config, args: Any, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: Config, args: Any, say: Callable[[str], None], keep_alarm: Callable[[str, str, int], None]
+    ) -> None:
         self._load: Path | None = args.load and Path(args.load)
         self._own = not args.skip_train and own_checkpoints(config) is not None
-        self._falls_back, self._say, self._args = self._own and config.checkpoints.fall_back, say, args
+        self._falls_back, self._args = self._own and config.checkpoints.fall_back, args
+        self._say, self._keep_alarm = say, keep_alarm
         self._verified: Path | None = None
 
     def done(self) -> None:
@@ -86,14 +90,22 @@ class Loading:
             rest = "; no older checkpoint of the run is whole" if self._falls_back else ""
             raise CherryError(f"{why}; restore the checkpoint{rest or way_back(folder)}")
         self._verified = folder
-        if damaged and torch.distributed.get_rank() == 0:
-            go_back([old for old, _ in damaged], folder)
-            for old, why in damaged:
-                self._say(
-                    f"WARNING: {old.name} is damaged ({why}) and put aside; the run falls back to step "
-                    f"{step_of(folder)}"
-                )
+        if damaged:
+            for text in as_first_rank(lambda: _put_aside(damaged, folder)):
+                if torch.distributed.get_rank() == 0:
+                    self._say(f"WARNING: {text}")
+                self._keep_alarm("fallback", text, step_of(folder))
         torch.distributed.barrier()
+
+
+def _put_aside(damaged: list[tuple[Path, str]], good: Path) -> list[str]:
+    """Go back to an older checkpoint; what became of each newer one, of which it is known why it does not count."""
+    told = [
+        f"{old.name} is damaged ({why}) and put aside" if old.is_dir() else f"{old} is missing"
+        for old, why in damaged
+    ]
+    go_back([old for old, _ in damaged], good)
+    return [f"{text}; the run falls back to step {step_of(good)}" for text in told]
 
 
 def _damage_by_ranks(folder: Path) -> str | None:

@@ -91,7 +91,7 @@ def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Call
     progress = Progress(config.run, args, flops, terminal)
     objective = Objective()
     evaluation = make_evaluation(config, progress, objective.run_micro_batch)
-    loading = Loading(config, args, progress.say)
+    loading = Loading(config, args, progress.say, progress.keep_alarm)
     read_by(loader_of(config))
 
     def datasets(samples: tuple[int, int, int]) -> tuple[Any, Any, Any]:

@@ -4,7 +4,7 @@ config.yaml       the resolved configuration of the last start
 starts.jsonl      one line a start: time, command, commit, versions, configuration hash, device
 steps.jsonl       one line a step: loss, gradient norm, learning rate, seconds
 saves.jsonl       one line a checkpoint: time, step
-alarms.jsonl      one line an alarm: skipped steps, rewinds, hangs, collapsing loops, left-out experts
+alarms.jsonl      one line an alarm: skipped steps, rewinds, hangs, loops, experts, damaged checkpoints
 evaluations.jsonl one line an evaluation: held-out loss by number of loops
 probes.jsonl      one line a probe of selective training: the gradient coupling
 generations.jsonl one line an evaluation: continued prompts, their repetition, variety and length
@@ -50,13 +50,20 @@ def own_checkpoints(config: Config) -> Path | None:
     saved = saved_folder(folder)
     if saved is None and any(folder.glob("iter_*")):
         raise CherryError(f"{why_none(folder)}, or choose another run")
-    record = config.run / SAVES
-    if saved is None and record.exists() and (lines := list(read_lines(record))):
-        raise CherryError(
-            f"the run {config.run} has saved a checkpoint of step {lines[-1]['iteration']}, and now there is none; "
-            f"restore {folder}, or to begin anew choose another run"
-        )
+    if saved is None and (why := why_lost(config.run)):
+        raise CherryError(why)
     return saved
+
+
+def why_lost(run: Path) -> str | None:
+    """What to do about a run that has no checkpoint, if it has saved one; None if it never did."""
+    lines = list(read_lines(run / SAVES)) if (run / SAVES).exists() else []
+    if not lines:
+        return None
+    return (
+        f"the run {run} has saved a checkpoint of step {lines[-1]['iteration']}, and now there is none; restore "
+        f"{run.absolute() / 'checkpoints'}, or to begin anew choose another run"
+    )
 
 
 def record_saved_step(run: Path, iteration: int) -> None:
@@ -87,6 +94,9 @@ def checkpoint_to_load(config: Config, training: bool = False) -> Path | None:
     return newest(saved)
 
 
+LOCK = "lock"
+
+
 @contextmanager
 def only_training(config: Config, rank: int) -> Iterator[None]:
     """Keep a second training out of the run's folder while this one is at it.
@@ -99,7 +109,7 @@ def only_training(config: Config, rank: int) -> Iterator[None]:
     if rank != 0:
         yield
         return
-    path = config.run / "lock"
+    path = config.run / LOCK
     try:
         file = path.open("w")
     except OSError as error:

@@ -3,11 +3,12 @@
 import errno
 import fcntl
 import os
+import threading
 
 import pytest
 
 from cherry_megatron.errors import CherryError
-from cherry_megatron.files import lock_or_refuse, read_lines, write_atomically
+from cherry_megatron.files import is_locked, lock_or_refuse, read_lines, write_atomically
 
 
 def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path):
@@ -30,6 +31,21 @@ def test_a_lock_is_held_until_its_file_is_closed(tmp_path):
     os.close(first)
     lock_or_refuse(second, "busy", tmp_path)
     os.close(second)
+
+
+def test_looking_whether_a_file_is_locked_keeps_nobody_out(tmp_path):
+    path = tmp_path / "lock"
+    assert is_locked(path) is False
+    with path.open("w") as file:
+        assert is_locked(path) is False
+        lock_or_refuse(file.fileno(), "busy", path)
+        assert is_locked(path) is True
+        with path.open() as another, pytest.raises(CherryError, match="busy"):
+            lock_or_refuse(another.fileno(), "busy", path)
+    with path.open() as looks, path.open("w") as file:
+        fcntl.flock(looks, fcntl.LOCK_SH)
+        threading.Timer(0.02, fcntl.flock, (looks, fcntl.LOCK_UN)).start()
+        lock_or_refuse(file.fileno(), "busy", path)
 
 
 def test_a_file_system_that_does_not_lock_is_said_and_is_not_taken_for_another_run(tmp_path, monkeypatch):

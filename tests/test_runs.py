@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cherry_megatron.monitor.alarms import read_alarms
 from cherry_megatron.runs import read_steps
 from cherry_megatron.storage.ancestry import describe
 from cherry_megatron.storage.fallback import newest_whole
@@ -178,6 +179,8 @@ def falls_back(copy: Path, file: str, way: str, train) -> None:
     (warning,) = [line for line in said.splitlines() if line.startswith("WARNING")]
     assert "iter_0000004 is damaged" in warning and "the run falls back to step 2" in warning
     assert file in warning or "integrity.json is damaged" in warning
+    (alarm,) = read_alarms(copy.parent / "run")
+    assert (alarm["kind"], alarm["iteration"]) == ("fallback", 2) and warning == f"WARNING: {alarm['text']}"
     assert f"goes on from step 2, {saved}/iter_0000002" in said
     aside = {path.name: path.read_bytes() for path in (saved / "broken-iter_0000004").iterdir()}
     assert aside == damaged and damage(saved / "iter_0000004") is None
@@ -212,6 +215,8 @@ def test_a_checkpoint_that_is_gone_is_fallen_back_from_and_a_run_without_one_sto
     saved = copy.parent / "run/checkpoints"
     shutil.rmtree(saved / "iter_0000004")
     assert [step["iteration"] for step in train(copy, flags="--train-iters 3")] == [1, 2, 3, 4]
+    (alarm,) = read_alarms(copy.parent / "run")
+    assert alarm["text"] == f"{saved}/iter_0000004 is missing; the run falls back to step 2"
     for name in ("iter_0000002", "iter_0000003"):
         _flip(saved / name / "__0_0.distcp")
     sentence = refused(copy, "--", "--train-iters", "6")

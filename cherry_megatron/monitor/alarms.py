@@ -1,7 +1,8 @@
 """alarms.jsonl of a run's folder: what was noticed and what was done, a line each.
 
 time, iteration, text and kind: skip, rewind, stop (monitor/guards.py), hang (platform/watchdog.py), straggler,
-expert, loops. A rewind has checkpoint, the step gone back to, and leaves_out, the steps whose batches are left out.
+expert, loops, fallback (loading.py; its iteration is the step gone back to). A rewind has checkpoint, the step gone
+back to, and leaves_out, the steps whose batches are left out.
 """
 
 import datetime

@@ -113,6 +113,10 @@ class Progress:
             details: further keys of its line.
         """
         self.say(f"step {iteration:>7}  {text}")
+        self.keep_alarm(kind, text, iteration, **details)
+
+    def keep_alarm(self, kind: str, text: str, iteration: int, **details: Any) -> None:
+        """The same of what another rank prints; called on all, of which one keeps it."""
         if self.records:
             self._alarms += 1
             record_alarm(self._run, kind, text, iteration, **details)

@@ -3,50 +3,63 @@
 import datetime
 import statistics
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from cherry_megatron.config import outline
 from cherry_megatron.errors import CherryError
-from cherry_megatron.files import read_lines
+from cherry_megatron.files import is_locked, read_lines
 from cherry_megatron.jobs.attempts import ATTEMPTS
 from cherry_megatron.monitor.alarms import ALARMS, read_alarms
-from cherry_megatron.runs import read_evaluations, recent_steps
+from cherry_megatron.runs import LOCK, read_evaluations, recent_steps, why_lost
 from cherry_megatron.storage.ancestry import describe
 from cherry_megatron.storage.checkpoint import open_checkpoint
+from cherry_megatron.storage.fallback import candidates, step_of, whole
 from cherry_megatron.storage.lineage import read_lineage
-from cherry_megatron.storage.tracker import newest, saved_folder
+from cherry_megatron.storage.tracker import newest, saved_folder, why_none
 
 _STEPS = 50  # the last ones, of which speed and loss are told
 _SHOWN = 5  # alarms and restarts
+_RUNNING = {
+    True: "running",
+    False: "not running: no training holds its lock",
+    None: f"running or not, which cannot be told: {LOCK} cannot be looked at",
+}
 
 
-def status(run: Path, verify: bool = False) -> list[str]:
-    """Lines to print.
+def status(run: Path, verify: bool = False) -> tuple[list[str], bool]:
+    """Lines to print, and whether no damage to the newest checkpoint was seen.
 
     Args:
         run: its folder.
-        verify: read the newest checkpoint and compare its hashes.
+        verify: read the newest checkpoint and compare its hashes; else its small files and sizes are looked at.
 
     Raises:
-        CherryError: if the folder is none of a run, or the checkpoint that is verified is damaged.
+        CherryError: if the folder is none of a run.
     """
-    if not (run / "config.yaml").is_file():
-        return [_no_training(run)]
-    steps = recent_steps(run)
+    # A start writes its configuration when all is loaded; one that was refused has none.
+    if not any((run / name).is_file() for name in ("config.yaml", ATTEMPTS, LOCK)):
+        return [_no_training(run)], True
+    config = outline(run / "config.yaml") if (run / "config.yaml").is_file() else None
+    steps, running = recent_steps(run), is_locked(run / LOCK)
+    attempts = list(read_lines(run / ATTEMPTS)) if (run / ATTEMPTS).exists() else []
+    falls_back = (config.settings if config else {}).get("checkpoints", {}).get("fall_back", True)
+    saved, undamaged = _checkpoint(run, running, verify, falls_back)
     sections = {
-        "run": [str(run)],
-        **_progress(run, steps),
+        "run": [str(run), _RUNNING[running]],
+        **_progress(run, steps, config.megatron if config else {}),
         "held out": _held_out(run),
-        "saved": _checkpoint(run, verify),
-        "starts": _starts(run),
+        "saved": saved,
+        "starts": _starts(run, attempts, running),
         "alarms": _alarms(run),
     }
-    return [
+    lines = [
         f"{name if number == 0 else '':<10}{line}"
-        for name, lines in sections.items()
-        for number, line in enumerate(lines)
+        for name, found in sections.items()
+        for number, line in enumerate(found)
     ]
+    return lines, undamaged
 
 
 def _no_training(run: Path) -> str:
@@ -59,9 +72,8 @@ def _no_training(run: Path) -> str:
     return f"{run} is a checkpoint made {by}, and nothing has trained in it; `cherry lineage {run}` tells more"
 
 
-def _progress(run: Path, steps: list[dict[str, Any]]) -> dict[str, list[str]]:
+def _progress(run: Path, steps: list[dict[str, Any]], flags: dict[str, Any]) -> dict[str, list[str]]:
     """Step, speed and loss."""
-    flags = outline(run / "config.yaml").megatron
     batch, last = flags.get("global-batch-size"), flags.get("train-iters")
     if last is None and batch and flags.get("train-samples"):
         last = flags["train-samples"] // batch
@@ -105,42 +117,71 @@ def _held_out(run: Path) -> list[str]:
     return [f"loss by loops at step {evaluations[-1]['iteration']}  {losses}"]
 
 
-def _checkpoint(run: Path, verify: bool) -> list[str]:
-    saved = saved_folder(run / "checkpoints")
+def _checkpoint(run: Path, running: bool | None, verify: bool, falls_back: bool) -> tuple[list[str], bool]:
+    """The newest checkpoint, and whether no damage to it was seen."""
+    folder = run / "checkpoints"
+    saved = saved_folder(folder)
     if saved is None:
-        return ["no checkpoint yet"]
+        if running and (parts := sorted(folder.glob("iter_*"))):
+            return [f"no checkpoint yet: {parts[-1].name} is being saved"], True
+        if why := why_none(folder) if any(folder.glob("iter_*")) else why_lost(run):
+            return [f"WARNING: {why}"], False
+        return ["no checkpoint yet"], True
     try:
         folder = newest(saved)
         made = read_lineage(folder)
-    except CherryError as error:
+        whole(folder, own=True)
         if verify:
-            raise
-        return [f"damaged: {error}"]
-    if verify:
-        describe(run, verify=True)
+            describe(run, verify=True)
+    except CherryError as error:
+        return [f"damaged: {error}", *(_older(saved) if falls_back else [])], False
     told = "verified: every tensor has its recorded hash" if verify else "hashes recorded, --verify compares them"
     if made is None:
         told = "without a record of its hashes"
-    iteration = int(folder.name.removeprefix("iter_"))
-    return [f"step {iteration}, {_ago((made or {}).get('time'))}, {folder}", told]
+    return [f"step {step_of(folder)}, {_ago((made or {}).get('time'))}, {folder}", told], True
 
 
-def _starts(run: Path) -> list[str]:
+def _older(saved: Path) -> list[str]:
+    """What a start does about a damaged newest checkpoint."""
+    try:
+        _, *older = candidates(saved)
+    except CherryError:  # the tracker file names none
+        return []
+    for folder in older:
+        with suppress(CherryError):
+            whole(folder, own=True)
+            return [
+                f"or start again: a start falls back to an older one that is whole by itself, here {folder.name}"
+            ]
+    return ["no older checkpoint of the run is whole, so a start stops"]
+
+
+def _starts(run: Path, attempts: list[dict[str, Any]], running: bool | None) -> list[str]:
     """Starts, and of those by a launcher what followed each."""
-    path, attempts = run / "starts.jsonl", run / ATTEMPTS
+    path = run / "starts.jsonl"
     starts = list(read_lines(path)) if path.exists() else []
     told = ["none recorded"]
     if starts:
         host, ranks = starts[-1].get("host"), starts[-1].get("world_size")
         told = [f"{len(starts)}, the last {_ago(starts[-1].get('time'))} on {host}, {ranks} rank(s)"]
-    lines = list(read_lines(attempts)) if attempts.exists() else []
-    ended = [line for line in lines if line.get("event") == "end"]
+    opened: dict[tuple[Any, Any], dict[str, Any]] = {}
+    for line in attempts:
+        key = line.get("job"), line.get("start")
+        opened.pop(key, None)
+        if line.get("event") == "start":
+            opened[key] = line
+    ended = [line for line in attempts if line.get("event") == "end"]
     told += [
         f"job {line.get('job')}, {_ago(line.get('time'))}: {line.get('decision')}, {line.get('reason')}"
         for line in ended[-_SHOWN:]
     ]
-    if lines and lines[-1].get("event") == "start":
-        told.append(f"job {lines[-1].get('job')}, {_ago(lines[-1].get('time'))}: started, has not ended")
+    for line in [*opened.values()][-_SHOWN:]:
+        # Other verbs hold no lock.
+        nothing = running is False and line.get("verb") == "pretrain"
+        told.append(
+            f"job {line.get('job')}, {_ago(line.get('time'))}: started, has not ended"
+            f"{'; nothing runs now (lost, or still starting)' if nothing else ''}"
+        )
     return told
 
 

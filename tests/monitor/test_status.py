@@ -1,7 +1,9 @@
 """`cherry status`: one screen from a run's folder alone."""
 
 import datetime
+import fcntl
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +12,11 @@ import pytest
 from cherry_megatron.cli import main
 from cherry_megatron.errors import CherryError
 from cherry_megatron.monitor.status import status
+from cherry_megatron.storage.tracker import why_none
+
+
+def shown(run: Path, verify: bool = False) -> str:
+    return "\n".join(status(run, verify)[0])
 
 
 def ago(seconds: float) -> str:
@@ -71,8 +78,57 @@ def test_a_run_on_one_screen(run, capsys):
 
 def test_a_run_that_has_just_begun(tmp_path, write_config):
     write_config(tmp_path)
-    text = "\n".join(status(tmp_path))
+    text = shown(tmp_path)
     assert "none yet of 20" in text and "not evaluated yet" in text and "none recorded" in text
+
+
+def test_a_start_that_was_refused_is_told_by_the_record_of_its_job(tmp_path):
+    begun = {"event": "start", "verb": "pretrain", "job": "7", "start": 0, "step": 0, "time": ago(600)}
+    ended = {"event": "end", "job": "7", "start": 0, "decision": "stop", "reason": "refused, see the ranks' logs"}
+    write_lines(tmp_path / "attempts.jsonl", begun, {**ended, "time": ago(590)})
+    text = shown(tmp_path)  # without a config.yaml
+    assert "job 7, 9 min ago: stop, refused, see the ranks' logs" in text and "none yet" in text
+
+
+def test_a_job_that_runs_is_told_from_one_that_was_lost(run):
+    begun = {"event": "start", "verb": "pretrain", "start": 0, "step": 0}
+    refused = {"event": "end", "verb": "pretrain", "job": "14", "start": 0, "decision": "stop", "reason": "refused"}
+    write_lines(run / "attempts.jsonl", {**begun, "job": "13", "time": ago(240)})
+    write_lines(run / "attempts.jsonl", {**begun, "job": "14", "time": ago(180)}, {**refused, "time": ago(170)})
+    with (run / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lines = shown(run).splitlines()
+        assert lines[1].split() == ["running"]
+        assert any(line.endswith("job 13, 4 min ago: started, has not ended") for line in lines)
+        assert any("job 14, 2 min ago: stop, refused" in line for line in lines)
+    text = shown(run)
+    assert "not running" in text and "job 13, 4 min ago: started, has not ended; nothing runs now" in text
+
+
+def test_checkpoints_that_do_not_count_or_are_gone_are_not_called_none_yet(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "run")
+    checkpoints = tmp_path / "run/checkpoints"
+    next(checkpoints.glob("latest*")).unlink()
+    assert f"WARNING: {why_none(checkpoints)}" in shown(tmp_path / "run")
+    with (tmp_path / "run/lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "no checkpoint yet: iter_0000002 is being saved" in shown(tmp_path / "run")
+    shutil.rmtree(checkpoints)
+    assert "has saved a checkpoint of step 2, and now there is none; restore" in shown(tmp_path / "run")
+    (tmp_path / "run/saves.jsonl").unlink()
+    assert "no checkpoint yet" in shown(tmp_path / "run")
+
+
+def test_a_truncated_file_is_seen_by_its_size_and_what_a_start_does_is_told(saved, tmp_path, capsys):
+    shutil.copytree(saved, tmp_path / "run")
+    checkpoints = tmp_path / "run/checkpoints"
+    shutil.copytree(checkpoints / "iter_0000002", checkpoints / "iter_0000001")
+    file = checkpoints / "iter_0000002/__0_0.distcp"
+    os.truncate(file, file.stat().st_size // 2)
+    assert main(["status", str(tmp_path / "run")]) == 0 and main(["status", str(tmp_path / "run"), "--verify"]) == 2
+    for text in capsys.readouterr().out.split("run       ")[1:]:
+        assert f"damaged: {file} is truncated" in text and "2 of 2 (100.0%)" in text
+        assert "a start falls back to an older one that is whole by itself, here iter_0000001" in text
 
 
 @pytest.fixture(scope="module")
@@ -83,18 +139,22 @@ def saved(tmp_path_factory, write_config, train) -> Path:
 
 
 def test_the_newest_checkpoint_and_its_hashes(saved, tmp_path):
-    assert "step 2, " in (text := "\n".join(status(saved))) and "--verify compares them" in text
-    assert "verified" in "\n".join(status(saved, verify=True))
+    assert "step 2, " in (text := shown(saved)) and "--verify compares them" in text
+    assert "verified" in shown(saved, verify=True)
     shutil.copytree(saved, tmp_path / "run")
     (file,) = (tmp_path / "run/checkpoints/iter_0000002").glob("__0_0.distcp")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     status(tmp_path / "run")
-    with pytest.raises(CherryError, match="iter_0000002"):
-        status(tmp_path / "run", verify=True)
+    lines, undamaged = status(tmp_path / "run", verify=True)
+    assert not undamaged and "2 of 2 (100.0%)" in (text := "\n".join(lines))
+    assert (
+        "saved     damaged: " in text and "iter_0000002/__0_0.distcp" in text and "restore the checkpoint" in text
+    )
+    assert "no older checkpoint of the run is whole" in text
     (tmp_path / "run/checkpoints/iter_0000002/.metadata").unlink()
-    text = "\n".join(status(tmp_path / "run"))  # the rest is told all the same
+    text = shown(tmp_path / "run")  # the rest is told all the same
     assert "damaged: " in text and ".metadata is missing" in text and "2 of 2 (100.0%)" in text
 
 
@@ -102,7 +162,7 @@ def test_what_no_training_wrote_is_one_sentence(saved, tmp_path):
     shutil.copytree(saved / "checkpoints", tmp_path / "small")
     record = tmp_path / "small/iter_0000002/lineage.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), "operation": "compress-depth"}))
-    (line,) = status(tmp_path / "small")
+    ((line,), _) = status(tmp_path / "small")
     assert f"{tmp_path}/small is a checkpoint made by cherry compress-depth, " in line and "cherry lineage" in line
     with pytest.raises(CherryError, match=r"is no run's folder: it has no config\.yaml yet"):
         status(tmp_path)
