@@ -4,6 +4,7 @@ import datetime
 import fcntl
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def test_a_run_on_one_screen(run, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) < 25 and max(map(len, lines)) < 200
     found = {line.split("  ")[0]: line for line in lines if line[0] != " "}
-    assert "6 of 20 (30.0%), 0 s ago" in found["step"]
+    assert re.search(r"6 of 20 \(30.0%\), \d s ago", found["step"])
     assert "1,024 tokens/s, 0.25 s a step, left 3 s" in found["speed"]
     assert "4.0000, mean of the last 5 steps 6.0000" in found["loss"]
     assert "the slowest is 3: 0.2 s a step, the median 0.1 s" in found["ranks"]
@@ -73,7 +74,7 @@ def test_a_run_on_one_screen(run, capsys):
     text = "\n".join(lines)
     assert "job 12, 6 min ago: requeue, was told to stop, saved at step 4" in text
     assert "job 12, 5 min ago: started, has not ended" in text
-    assert "alarm 2" not in text and "step 3, 60 s ago: alarm 3" in text and "and 2 before" in text
+    assert "alarm 2" not in text and re.search(r"step 3, 6\d s ago: alarm 3", text) and "and 2 before" in text
 
 
 def test_a_run_that_has_just_begun(tmp_path, write_config):
