@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cherry_megatron.before_step import BeforeStep
 from cherry_megatron.config import Config
+from cherry_megatron.monitor.alarms import record_alarm
 from cherry_megatron.monitor.experts import report_of_step
 from cherry_megatron.monitor.guards import Guard
 from cherry_megatron.monitor.progress import Progress
@@ -73,3 +74,5 @@ class AroundStep(Hooks):
     def _hangs(self, text: str) -> None:
         if self._progress.records:
             self._progress.alarm("hang", text, self._progress.iteration)
+        else:  # the rank that keeps the records may be the one that is frozen
+            record_alarm(self._config.run, "hang", text, self._progress.iteration)

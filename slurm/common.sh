@@ -20,11 +20,20 @@ known_settings="CLUSTER_ACCOUNT CLUSTER_PARTITION CLUSTER_TIME CLUSTER_NODES CLU
 CLUSTER_CPUS_PER_TASK CLUSTER_MODULES CLUSTER_VENV CLUSTER_CONTAINER CLUSTER_CONTAINER_MOUNTS \
 CLUSTER_SBATCH_OPTIONS CLUSTER_SRUN_OPTIONS"
 
+# A misspelled setting would go unnoticed until the job runs on the wrong nodes.
+is_setting() {
+    [[ " $known_settings " == *" $1 "* ]]
+}
+
+if [ -z "${SLURM_JOB_ID:-}" ]; then # nodes may have variables of their own
+    for name in "${!CLUSTER_@}"; do
+        is_setting "$name" ||
+            fail "environment: unknown setting $name (if it is another program's, unset it); known are $known_settings"
+    done
+fi
 if [ -f "$slurm_folder/cluster.env" ]; then
-    # A misspelled setting would go unnoticed until the job runs on the wrong nodes.
     while read -r name; do
-        [[ " $known_settings " == *" $name "* ]] ||
-            fail "slurm/cluster.env: unknown setting $name; known are $known_settings"
+        is_setting "$name" || fail "slurm/cluster.env: unknown setting $name; known are $known_settings"
     done < <(sed -nE 's/^[[:space:]]*(export[[:space:]]+)?(CLUSTER_[A-Za-z0-9_]*)=.*/\2/p' "$slurm_folder/cluster.env")
     environment=$(export -p)
     set -a
@@ -158,7 +167,7 @@ resolve_options() {
 # --- what is started in the job ---
 
 # Sets program, the command `cherry`, and place, srun's options that put it into a container.
-find_program() {
+name_program() {
     place=()
     if [ -n "${CLUSTER_CONTAINER:-}" ]; then
         place=(--container-image="$CLUSTER_CONTAINER" --container-workdir="$root"
@@ -173,9 +182,23 @@ find_program() {
     else
         program=(cherry)
     fi
+}
+
+# The same, and sees that it is there.
+find_program() {
+    name_program
     if [ "${DRY_RUN:-0}" = 0 ] && [ -z "${CLUSTER_CONTAINER:-}" ]; then
         command -v "${program[0]}" >/dev/null || fail "there is no command ${program[0]}; set CLUSTER_VENV or CHERRY"
     fi
+}
+
+# Refuses a configuration before it waits in the queue, where `cherry` runs on this machine too.
+check_stage() {
+    local said status=0
+    name_program
+    if [ -n "${CLUSTER_CONTAINER:-}" ] || ! command -v "${program[0]}" >/dev/null; then return; fi
+    said=$(ask check 2>&1) || status=$?
+    [ "$status" != 2 ] || fail "${said##*$'\n'}" # another status says that it does not run here
 }
 
 # make_launch VERB NODES TASKS_PER_NODE CPUS_PER_TASK [ARGUMENTS]: sets launch, the srun command.
@@ -318,7 +341,7 @@ array_numbers() {
 
 cherry_job() {
     verb=$1
-    local default=$2 submission tasks array number
+    local default=$2 submission tasks array number numbers
     shift 2
     # A configuration of branches is that of one branch in each task of an array.
     [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || export CHERRY_BRANCH=$SLURM_ARRAY_TASK_ID
@@ -347,14 +370,17 @@ cherry_job() {
     fi
     command -v sbatch >/dev/null ||
         fail "there is no sbatch here; run it on a SLURM login node, or with DRY_RUN=1 to see what it would submit"
+    cd "$root" # where the job finds slurm/common.sh, and what relative paths in a configuration are relative to
     if [ -n "$array" ]; then
-        for number in $(array_numbers "$array"); do
+        numbers=$(array_numbers "$array")
+        CHERRY_BRANCH=${numbers%%$'\n'*} check_stage # one for all
+        for number in $numbers; do
             CHERRY_BRANCH=$number find_run
             make_logs
         done
     else
+        check_stage
         make_logs
     fi
-    cd "$root" # where the job finds slurm/common.sh, and what relative paths in a configuration are relative to
     exec "${submission[@]}"
 }

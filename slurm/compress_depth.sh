@@ -16,8 +16,9 @@ script=compress_depth.sh
 for folder in "$(dirname "$0")" "${SLURM_SUBMIT_DIR:-.}/slurm" "${SLURM_SUBMIT_DIR:-.}"; do
     if [ -f "$folder/common.sh" ]; then break; fi
 done
+[ -f "$folder/common.sh" ] || { echo "$script: submit it from the project's folder" >&2; exit 2; }
 # shellcheck source=slurm/common.sh
-. "$folder/common.sh" || { echo "$script: submit it from the project's folder" >&2; exit 2; }
+. "$folder/common.sh"
 
 FROM=${FROM:-configs/base_1b.yaml}
 cherry_job compress-depth configs/recover_227m.yaml "$@"

@@ -17,7 +17,8 @@ script=pretrain_base_1b.sh
 for folder in "$(dirname "$0")" "${SLURM_SUBMIT_DIR:-.}/slurm" "${SLURM_SUBMIT_DIR:-.}"; do
     if [ -f "$folder/common.sh" ]; then break; fi
 done
+[ -f "$folder/common.sh" ] || { echo "$script: submit it from the project's folder" >&2; exit 2; }
 # shellcheck source=slurm/common.sh
-. "$folder/common.sh" || { echo "$script: submit it from the project's folder" >&2; exit 2; }
+. "$folder/common.sh"
 
 cherry_job pretrain configs/base_1b.yaml "$@"

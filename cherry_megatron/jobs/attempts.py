@@ -3,9 +3,9 @@
 attempts.jsonl of the run's folder has a line as an attempt starts and one as it ends. One that was lost with its
 node, or killed with the launcher, has no second line; the next one adds it from the steps that were recorded.
 
-A job that was told to stop has saved, and is requeued. One that failed is requeued once: what fails twice at one
-step will fail again. Attempts that leave no newer checkpoint are not repeated for ever either. A training whose
-checkpoints are gone is not begun anew.
+A job that was told to stop has saved, or had not begun, and is requeued. One that failed is requeued once: what
+fails twice at one step will fail again. Attempts that leave no newer checkpoint are not repeated for ever either.
+A training whose checkpoints are gone is not begun anew.
 """
 
 import datetime
@@ -20,6 +20,7 @@ from typing import Any
 from cherry_megatron.errors import CherryError
 from cherry_megatron.files import append_lines, cannot_write, read_lines
 from cherry_megatron.platform.leaving import AGAIN
+from cherry_megatron.runs import why_lost
 
 ATTEMPTS = "attempts.jsonl"
 REFUSED = 2  # the exit status of bad input
@@ -77,9 +78,14 @@ class Attempt:
         return self.reached, self.reached != self.step
 
     @property
+    def told_early(self) -> bool:
+        """Whether it was told to stop before a step of its own, from which on a training saves and ends with 0."""
+        return self.reached == self.step and self.cause.endswith(_TOLD)
+
+    @property
     def failed(self) -> bool:
         """Whether it ended otherwise than as it was told to."""
-        return self.decision != LEFT and self.status != 0
+        return self.decision != LEFT and self.status != 0 and not self.told_early
 
 
 @dataclass(frozen=True)
@@ -136,11 +142,8 @@ def begin(run: Path, verb: str, job: str, start: int, nodes: str, step: int) -> 
         CherryError: if those before it show that it would be in vain or that checkpoints are lost, or the run's
             folder cannot be written.
     """
-    if lost_step := _lost(run, verb, step):
-        raise CherryError(
-            f"{run} had a checkpoint of step {lost_step}, and now there is none; restore {run / 'checkpoints'}, or "
-            f"choose another run; to train from the beginning again remove {run / ATTEMPTS} too"
-        )
+    if verb == "pretrain" and not step and (why := why_lost(run)):
+        raise CherryError(why)
     before = read_attempts(run, job)
     if before and before[-1].saved is None:  # lost: what it left is what there is now
         lost = before[-1]
@@ -151,12 +154,6 @@ def begin(run: Path, verb: str, job: str, start: int, nodes: str, step: int) -> 
     attempt = Attempt(verb, job, start, nodes, step, _size(run / "steps.jsonl"))
     _write(run, {"event": "start", **{name: getattr(attempt, name) for name in _STARTS}})
     return attempt
-
-
-def _lost(run: Path, verb: str, step: int) -> int:
-    """The step of the newest checkpoint of a training that has none any more; 0 if that is not so."""
-    trained = [a for a in read_attempts(run) if a.verb == verb == "pretrain"]
-    return 0 if step else max((a.saved or a.step for a in trained), default=0)
 
 
 def end(run: Path, attempt: Attempt, ranks: Ranks, saved: int, last: int | None, early: bool) -> Verdict:
@@ -177,12 +174,12 @@ def end(run: Path, attempt: Attempt, ranks: Ranks, saved: int, last: int | None,
     attempt.node = "" if cause.endswith(_TOLD) or attempt.status in (REFUSED, AGAIN) else node
     attempt.saved, attempt.reached = saved, _reached(run, attempt)
     earlier = [a for a in read_attempts(run, attempt.job) if a.start != attempt.start]
-    verdict = _decide([*earlier, attempt], ranks.running, last, early)
+    verdict = _decide([*earlier, attempt], ranks.running, last, early, _refusal(run, attempt))
     _end(run, attempt, verdict, saved)
     return verdict
 
 
-def _decide(attempts: Sequence[Attempt], running: bool, last: int | None, early: bool) -> Verdict:
+def _decide(attempts: Sequence[Attempt], running: bool, last: int | None, early: bool, refusal: str) -> Verdict:
     attempt = attempts[-1]
     saved = attempt.saved or 0
     at = f"step {saved}" + (f" of {last}" if last else "")
@@ -192,13 +189,15 @@ def _decide(attempts: Sequence[Attempt], running: bool, last: int | None, early:
         return Verdict(LEFT, f"ended by SLURM, saved at {at}" if last else "ended by SLURM")
     # Later than at the first start it is not the input: a rank of a lost node may still hold the run's lock.
     if attempt.status == REFUSED and len(attempts) == 1:
-        return Verdict(STOP, "refused, see the ranks' logs")
+        return Verdict(STOP, f"refused, {refusal or "see the ranks' logs"}")
     if attempt.status == 0 and early:
         return Verdict(STOP, f"ended at {at}, as --exit-interval or --exit-duration-in-mins asks")
     if why := hopeless(attempts):
         return Verdict(STOP, why)
     if attempt.status == 0:
         return Verdict(REQUEUE, f"was told to stop, saved at {at}")
+    if attempt.told_early:
+        return Verdict(REQUEUE, f"was told to stop before its first step, goes on from {at}")
     if attempt.status == AGAIN:
         return Verdict(REQUEUE, f"ended to go on from {at}, see alarms.jsonl")
     bad = tuple(dict.fromkeys(a.node for a in attempts if a.node))
@@ -214,7 +213,7 @@ def hopeless(attempts: Sequence[Attempt]) -> str | None:
     if len(vain) >= MOST_IN_VAIN:
         return (
             f"{len(vain)} attempts in a row left no checkpoint newer than step {vain[0].step}; give them more "
-            "time, or save more often"
+            "time (CLUSTER_TIME), or save more often"
         )
     return None
 
@@ -223,6 +222,15 @@ def first_to_fail(errors: str) -> tuple[str, str]:
     """The node of the task that failed first and what became of it, by srun's messages; empty if none says."""
     found = _FIRST.search(errors)
     return (found[1], found[2] or "node failure") if found else ("", "")
+
+
+def _refusal(run: Path, attempt: Attempt) -> str:
+    """The sentence with which `cherry` refused on the rank that failed first, or on rank 0; empty if it did not."""
+    rank = re.search(r"\d+", attempt.cause.partition(":")[0])
+    path = run / "logs" / f"slurm-{attempt.job}-{rank[0] if rank else 0}.out"
+    text = path.read_text(errors="replace") if path.exists() else ""
+    said = re.findall(rf"^cherry {attempt.verb}: (.+)", text, re.MULTILINE)
+    return said[-1] if said else ""
 
 
 def _failure(attempt: Attempt) -> str:

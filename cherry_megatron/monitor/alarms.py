@@ -26,6 +26,13 @@ def record_alarm(run: Path, kind: str, text: str, iteration: int, **details: Any
 
 
 def read_alarms(run: Path) -> list[dict[str, Any]]:
-    """All lines, the oldest first."""
-    path = run / ALARMS
-    return list(read_lines(path)) if path.exists() else []
+    """All lines, the oldest first; of a hang, which every rank tells, one."""
+    path, found = run / ALARMS, list[dict[str, Any]]()
+    for alarm in read_lines(path) if path.exists() else ():
+        if not (found and alarm["kind"] == "hang" and _place(alarm) == _place(found[-1])):
+            found.append(alarm)
+    return found
+
+
+def _place(alarm: dict[str, Any]) -> tuple[str, int]:
+    return alarm["kind"], alarm["iteration"]

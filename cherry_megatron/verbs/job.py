@@ -1,4 +1,4 @@
-"""job begin, job end, job chain: what the launchers of slurm/ leave to Python."""
+"""job check, job begin, job end, job chain: what the launchers of slurm/ leave to Python."""
 
 import argparse
 import os
@@ -18,6 +18,7 @@ def add_job(verbs: argparse._SubParsersAction) -> None:
     actions = verbs.add_parser("job", help=text, description=text).add_subparsers(
         dest="action", required=True, metavar="ACTION"
     )
+    _add_action(actions, "check", "read the configuration, as the job will", _check)
     parser = _add_action(actions, "begin", "record an attempt; print what its command is given besides", _begin)
     parser.add_argument("--records", type=Path, required=True, help="folder for copies of code and environment")
     parser = _add_action(actions, "end", "record an attempt's end; exit status 10 if it is to be requeued", _end)
@@ -45,6 +46,10 @@ def _stage(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
 
     given = arguments
     return stage_of(given.stage, given.config, given.set, given.flags, given.load, given.parent)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    _stage(arguments)
 
 
 def _begin(arguments: argparse.Namespace) -> int:

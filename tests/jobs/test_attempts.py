@@ -20,6 +20,7 @@ from cherry_megatron.jobs.attempts import (
     evaluated,
     read_attempts,
 )
+from cherry_megatron.runs import record_saved_step
 
 KILLED = "srun: error: n2: task 3: Exited with exit code 7\nsrun: error: n1: tasks 0-1: Terminated\n"
 
@@ -40,7 +41,9 @@ class Job:
             file.write(json.dumps({"iteration": step, "loss": 1.0}) + "\n{")
 
     def end(self, status: int, saved: int | None = None, early: bool = False, **ranks: Any) -> Verdict:
-        self.step = self.step if saved is None else saved
+        if saved is not None:
+            self.step = saved
+            record_saved_step(self.run, saved)
         attempt = read_attempts(self.run, "7")[-1]
         return end(self.run, attempt, Ranks(status, **ranks), self.step, last=100, early=early)
 
@@ -80,6 +83,16 @@ def test_bad_input_is_not_tried_again(tmp_path: Path) -> None:
         job = Job(tmp_path / str(number))
         job.start()
         assert job.end(**ranks).decision == STOP
+
+
+@pytest.mark.parametrize(("errors", "rank"), [("", 0), (KILLED.replace("code 7", "code 2"), 3)])
+def test_the_rank_s_sentence_is_the_reason(job: Job, errors: str, rank: int) -> None:
+    job.start()
+    (job.run / "logs").mkdir()
+    log = job.run / f"logs/slurm-7-{rank}.out"
+    log.write_text("cherry pretrain: warmer\n\ncherry pretrain: f.yaml: unknown key 'a'; take it out\nleft\n")
+    verdict = job.end(2, errors=errors)
+    assert (verdict.decision, verdict.reason) == (STOP, "refused, f.yaml: unknown key 'a'; take it out")
 
 
 def test_refused_later_is_tried_once_more(job: Job) -> None:
@@ -170,7 +183,7 @@ def test_checkpoints_that_are_gone_are_no_start_from_the_beginning(job: Job) -> 
     job.end(0, saved=30)
     job.step = 0
     with pytest.raises(
-        CherryError, match=r"had a checkpoint of step 30, and now there is none; restore .*checkpoints"
+        CherryError, match=r"has saved a checkpoint of step 30, and now there is none; restore .*checkpoints"
     ):
         job.start()
     with pytest.raises(CherryError, match="of step 30"):
@@ -188,6 +201,32 @@ def test_never_a_newer_checkpoint(job: Job) -> None:
     verdict = job.end(1)
     assert verdict.decision == STOP
     assert "5 attempts in a row left no checkpoint newer than step 0" in verdict.reason
+
+
+@pytest.mark.parametrize("signal", ["Terminated", "User defined signal 1"])
+def test_told_to_stop_before_the_first_step_is_no_failure(job: Job, signal: str) -> None:
+    """But no progress either, which is to have an end."""
+    errors = f"srun: error: n1: task 0: {signal}\n"
+    job.start()
+    job.end(0, saved=30)
+    for _ in range(MOST_IN_VAIN - 1):
+        job.start()
+        verdict = job.end(143, errors=errors)
+        assert verdict == Verdict(REQUEUE, "was told to stop before its first step, goes on from step 30 of 100")
+    job.start()
+    verdict = job.end(143, errors=errors)
+    assert verdict.decision == STOP
+    assert "5 attempts in a row left no checkpoint newer than step 30; give them more time (CLUSTER_TIME)" in (
+        verdict.reason
+    )
+
+
+def test_what_fails_before_the_first_step_is_one_whatever_was_told_between(job: Job) -> None:
+    for status, errors, decision in (
+        (1, "", REQUEUE), (143, "srun: error: n1: task 0: Terminated\n", REQUEUE), (1, "", STOP),
+    ):  # fmt: skip
+        job.start()
+        assert job.end(status, errors=errors).decision == decision
 
 
 def test_lost_attempts(job: Job) -> None:

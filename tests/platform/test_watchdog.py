@@ -6,8 +6,10 @@ import socket
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from cherry_megatron.monitor.alarms import read_alarms, record_alarm
 from cherry_megatron.platform import watchdog
 from cherry_megatron.platform.leaving import AGAIN
 from tests.conftest import _CONTEXT
@@ -49,7 +51,7 @@ def test_what_hangs_is_ended_with_its_stack_in_the_log(tmp_path):
     assert " in stuck" in log and log.count("did not end") == 1
 
 
-def _hang(rank: int, path: Path, port: int) -> None:
+def _hang(rank: int, path: Path, port: int, frozen: bool) -> None:
     from megatron.training import get_args
 
     from cherry_megatron import cli
@@ -61,7 +63,9 @@ def _hang(rank: int, path: Path, port: int) -> None:
         time.sleep(100)
 
     def forward_step(self, *given):
-        if rank == 0 and get_args().curr_iteration == 2:
+        if frozen and rank == 1 and get_args().curr_iteration == 2:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if not frozen and rank == 0 and get_args().curr_iteration == 2:
             never_ends_on_one_rank()
         return healthy(self, *given)
 
@@ -74,16 +78,20 @@ def _hang(rank: int, path: Path, port: int) -> None:
     cli.program(["pretrain", "--config", str(path)])
 
 
-def test_every_rank_says_where_it_was(tmp_path, write_config):
-    from cherry_megatron.monitor.alarms import read_alarms
-
-    path = write_config(tmp_path, guards={"hang_seconds": 5})
+def _two_ranks(path: Path, frozen: bool = False) -> list[BaseProcess]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ranks = [_CONTEXT.Process(target=_hang, args=(rank, path, port)) for rank in range(2)]
+    ranks: list[BaseProcess] = [
+        _CONTEXT.Process(target=_hang, args=(rank, path, port, frozen)) for rank in range(2)
+    ]
     for process in ranks:
         process.start()
+    return ranks
+
+
+def test_every_rank_says_where_it_was(tmp_path, write_config):
+    ranks = _two_ranks(write_config(tmp_path, guards={"hang_seconds": 5}))
     for process in ranks:
         process.join(120)
     ends = [process.exitcode for process in ranks]
@@ -93,3 +101,20 @@ def test_every_rank_says_where_it_was(tmp_path, write_config):
     assert "did not end within 5 s" in logs[1] and " in never_ends" not in logs[1] and "train_step" in logs[1]
     (alarm,) = read_alarms(tmp_path / "run")
     assert (alarm["kind"], alarm["iteration"]) == ("hang", 3)
+
+
+def test_a_hang_of_the_rank_that_keeps_the_records_is_recorded(tmp_path, write_config):
+    ranks = _two_ranks(write_config(tmp_path, guards={"hang_seconds": 3}), frozen=True)
+    ranks[0].join(120)
+    ranks[1].kill()
+    ranks[1].join()
+    assert ranks[0].exitcode == AGAIN
+    (alarm,) = read_alarms(tmp_path / "run")
+    assert (alarm["kind"], alarm["iteration"]) == ("hang", 3)
+
+
+def test_a_hang_that_every_rank_tells_is_one(tmp_path):
+    for kind, step in (("skip", 3), ("skip", 3), ("hang", 3), ("hang", 3), ("hang", 4)):
+        record_alarm(tmp_path, kind, "", step)
+    told = [(alarm["kind"], alarm["iteration"]) for alarm in read_alarms(tmp_path)]
+    assert told == [("skip", 3), ("skip", 3), ("hang", 3), ("hang", 4)]

@@ -142,6 +142,30 @@ def test_ended_for_good(cluster: Cluster, project: Path, stub: Stub, requeue: bo
     assert (attempt.saved, attempt.decision) == (5, "left to SLURM" if requeue else "requeue")
 
 
+# Is still loading what it needs the first two times.
+LOADS = """\
+echo start
+[ "${SLURM_RESTART_COUNT:-0}" = 2 ] || exec sleep 100
+saved "$run/checkpoints" 20000
+"""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("how", ["--signal=TERM", "--signal=USR1 --batch"])
+def test_told_to_stop_while_it_starts(cluster: Cluster, project: Path, stub: Stub, how: str) -> None:
+    """Also twice; no failure, and nothing that a node is to blame for."""
+    job = job_id(launch(project, {**cluster.env, **stub(LOADS), **TWO_BY_TWO}))
+    run = project / "runs/cherry_1p8b"
+    for count in (1, 2):
+        assert until(lambda n=4 * count: sum(text.count("start") for text in logs(run, job).values()) == n, 60)
+        cluster.call("scancel", *how.split(), job)
+    assert until(lambda: cluster.state(job) == "COMPLETED", 60), tail(run)
+    told = "was told to stop before its first step, goes on from step 0 of 20000"
+    assert [(a.reason, a.node) for a in read_attempts(run)] == [
+        (told, ""), (told, ""), ("finished at step 20000 of 20000", ""),
+    ]  # fmt: skip
+
+
 # Needs longer for its save than it is given notice.
 SLOW = """\
 echo "start ${SLURM_RESTART_COUNT:-0}"

@@ -22,6 +22,14 @@ def dry_run(project: Path, env: dict[str, str], *args: str, script: str = SCRIPT
     return commands[0], commands[1]
 
 
+def recording_sbatch(folder: Path) -> None:
+    """In its `bin`, an sbatch that writes where it was called and with what into its `given`."""
+    (folder / "bin").mkdir()
+    sbatch = folder / "bin/sbatch"
+    sbatch.write_text(f"#!/bin/bash\npwd >'{folder}/given'\nprintf '%s\\0' sbatch \"$@\" >>'{folder}/given'\n")
+    sbatch.chmod(0o755)
+
+
 def options(words: list[str]) -> dict[str, str]:
     """The long options up to the script or command."""
     found = {}
@@ -89,10 +97,7 @@ def test_configuration_and_overrides(project: Path, no_slurm: dict[str, str]) ->
 
 def test_a_dry_run_prints_what_is_submitted(project: Path, no_slurm: dict[str, str], tmp_path: Path) -> None:
     """To the word, whatever is in them, and what reaches the job besides."""
-    (tmp_path / "bin").mkdir()
-    sbatch = tmp_path / "bin/sbatch"
-    sbatch.write_text(f"#!/bin/bash\npwd >'{tmp_path}/given'\nprintf '%s\\0' sbatch \"$@\" >>'{tmp_path}/given'\n")
-    sbatch.chmod(0o755)
+    recording_sbatch(tmp_path)
     (project / "my config.yaml").write_text("extends: configs/cherry_tiny.yaml\n")
     odd = [
         "my config.yaml",
@@ -224,6 +229,47 @@ def test_mistakes_are_one_sentence(
     assert told in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (project / "runs").exists(), "nothing was started"
+
+
+def test_a_misspelled_key_is_not_submitted(
+    project: Path, no_slurm: dict[str, str], stub: Callable[[str], dict[str, str]], tmp_path: Path
+) -> None:
+    """Where `cherry` runs; what is of branches is read as one of them."""
+    recording_sbatch(tmp_path)
+    env = {**no_slurm, **stub(""), "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    done = launch(project, env, "configs/cherry_tiny.yaml", "--set", "megatron.train-iter=3")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.endswith("unknown key megatron.train-iter; did you mean 'train-iters'?\n")
+    assert not (tmp_path / "given").exists() and not (project / "runs").exists()
+    (project / "branch.yaml").write_text("extends: configs/branch_227m.yaml\nmegatron: {seed: 1${CHERRY_BRANCH}}\n")
+    done = launch(project, env, "branch.yaml", script="slurm/recover_227m.sh")
+    assert done.returncode == 0 and (tmp_path / "given").exists(), done.stderr
+    (tmp_path / "given").unlink()
+    (tmp_path / "broken").write_text("#!/bin/bash\necho no such library >&2\nexit 1\n")
+    (tmp_path / "broken").chmod(0o755)
+    done = launch(project, {**env, "CHERRY": f"{tmp_path}/broken"})
+    assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "given").exists()
+
+
+def test_submitted_from_elsewhere(project: Path, no_slurm: dict[str, str], tmp_path: Path) -> None:
+    """As sbatch starts it, a copy alone."""
+    for script in (project / "slurm").glob("*.sh"):
+        if script.name in ("common.sh", "submit_cherry.sh"):
+            continue
+        copy = tmp_path / "spool" / script.name
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(script.read_bytes())
+        done = launch(tmp_path, {**no_slurm, "SLURM_SUBMIT_DIR": str(tmp_path)}, script=str(copy))
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == f"{script.name}: submit it from the project's folder\n"
+
+
+def test_a_misspelled_setting_of_the_environment_is_refused(project: Path, no_slurm: dict[str, str]) -> None:
+    done = launch(project, {**no_slurm, "DRY_RUN": "1", "CLUSTER_PARTITON": "gpu"})
+    assert done.returncode == 2 and not done.stdout and done.stderr.count("\n") == 1
+    assert "environment: unknown setting CLUSTER_PARTITON (if it is another program's, unset it)" in done.stderr
+    done = launch(project, {**no_slurm, "DRY_RUN": "1", "CLUSTER_NAME": "a", "SLURM_JOB_ID": "7"})
+    assert done.returncode == 0, "a node's own"
 
 
 def test_settings_are_known_and_documented(project: Path, no_slurm: dict[str, str]) -> None:
