@@ -24,8 +24,8 @@ from cherry_megatron.harness.results import Evaluated, read
 SHOWN = 20  # changed items on the screen
 ALL = "all tasks"
 _Z = 1.959964  # of 95% of a normal distribution
-type Key = tuple[str, str, int]  # task, filter, item
-type Values = list[tuple[float, float]]  # of each item in A and in B
+type Key = tuple[str, str, int]  #: task, filter, item
+type Values = list[tuple[float, float]]  #: of each item in A and in B
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ RESULTS, SAMPLES, FOLDER = "results.json", "samples.jsonl", "tasks"
 _LINE = ("task", "item", "filter", "doc_hash", "prompt", "target", "answers", "metrics")  # what comparing needs
 # Of the harness' results what is kept.
 _KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better")
-type Harness = dict[str, Any]  # what lm_eval.evaluate gives
+type Harness = dict[str, Any]  #: what lm_eval.evaluate gives
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ SHIPPED = Path(lm_eval.__file__).parent / "tasks"
 # Ending of a file -> the builder of `datasets` that reads it; the first there is is taken.
 READERS = {"jsonl": "json", "json": "json", "parquet": "parquet", "csv": "csv"}
 SPLITS = ("test_split", "validation_split", "training_split", "fewshot_split")
-type Loaded = dict[str, Any]  # what TaskManager.load gives: tasks, groups, group_map
+type Loaded = dict[str, Any]  #: what TaskManager.load gives: tasks, groups, group_map
 
 
 def load_tasks(names: Sequence[str], folder: Path, fewshot: int | None, cache: Path) -> Loaded:

@@ -15,8 +15,8 @@ from cherry_megatron.inference.reader import Reads
 
 # Positions whose logits are looked at in one go; each has the whole vocabulary, in float32.
 POSITIONS = 2048
-type Pair = tuple[Sequence[int], Sequence[int]]
-type Score = tuple[float, bool]
+type Pair = tuple[Sequence[int], Sequence[int]]  #: a context and its continuation, as tokens
+type Score = tuple[float, bool]  #: the continuation's log-likelihood, and whether it is the likeliest
 
 
 class Read:

@@ -12,6 +12,8 @@ Size = tuple[int, ...]
 
 
 class Cut(Protocol):
+    """What becomes of one tensor. Both ways keep every bit."""
+
     def shapes(self, shape: Size) -> list[Size]:
         """Of the parts of a tensor of this shape."""
         ...
