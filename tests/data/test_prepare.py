@@ -155,7 +155,8 @@ def test_a_worker_that_dies_stops_the_run(folder, tmp_path, small, monkeypatch):
 
     def kill_one(*arguments: Any) -> Iterator[Any]:
         for result in in_order(*arguments):
-            multiprocessing.active_children()[0].kill()
+            for child in multiprocessing.active_children()[:1]:  # both are dead before the first is missed, at times
+                child.kill()
             yield result
 
     monkeypatch.setattr(prepare, "_in_order", kill_one)
