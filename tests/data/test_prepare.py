@@ -155,7 +155,7 @@ def test_a_worker_that_dies_stops_the_run(folder, tmp_path, small, monkeypatch):
 
     def kill_one(*arguments: Any) -> Iterator[Any]:
         for result in in_order(*arguments):
-            for child in multiprocessing.active_children()[:1]:  # both are dead before the first is missed, at times
+            for child in multiprocessing.active_children()[:1]:  # at times both are dead already
                 child.kill()
             yield result
 
