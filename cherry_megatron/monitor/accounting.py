@@ -70,15 +70,8 @@ def account(
     for name, layers in parts.items():
         walked = [visit for visit in visits if visit.layer in layers]
         if layers:
-            rows.append(
-                Part(
-                    name,
-                    sum(map(weights, layers)),
-                    sum(map(weights, layers)),
-                    sum(weights(visit.layer) for visit in walked),
-                    sum(map(flops, walked)),
-                )
-            )
+            held, walks = sum(map(weights, layers)), sum(weights(visit.layer) for visit in walked)
+            rows.append(Part(name, held, held, walks, sum(map(flops, walked))))
     rows += _expert_rows(recurrence, shape, visits)
     if recurrence.loop_scales:
         # Two vectors a sublayer and loop; in the untied twin they are folded into the weights.
