@@ -31,7 +31,7 @@ measure() { # NAME SECONDS SCRIPT ARGUMENTS...
 graph="--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"
 (
     export CUDA_VISIBLE_DEVICES=0
-    part variants 240 benchmarks/variants.py --output "$out/variants.md"
+    part variants 300 benchmarks/variants.py --tokenizer "$tokenizer" --output "$out/variants.md"
     measure profile-bf16 120 profile_step.py --set megatron.micro-batch-size=8 --flags "$graph"
     measure profile-fp8 120 profile_step.py --set megatron.micro-batch-size=8 \
         --flags "$graph --fp8-format hybrid --fp8-recipe delayed"

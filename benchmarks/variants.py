@@ -1,7 +1,7 @@
 """Forward and backward pass of a model by variant of its kernels, one GPU, one process, some seconds each.
 
-    python benchmarks/variants.py --output RESULT.md [--config cherry_227m] [--set KEY=VALUE ...] [--micro-batch 4]
-        [--only NAME ...]
+    python benchmarks/variants.py --tokenizer DIR --output RESULT.md [--config cherry_227m] [--set KEY=VALUE ...]
+        [--micro-batch 4] [--only NAME ...]
 
 For each variant the model is built anew with the same weights and the same random tokens, run eagerly and replayed
 as one CUDA graph, and its kernels are counted by class. Beside the times stand the differences from the first
@@ -47,33 +47,34 @@ class Variant:
         args: Megatron's arguments, by their names in its own namespace.
         config: fields of the transformer configuration, of which there is no argument.
         fused_gradients: Transformer Engine's products add their weights' gradients to main_grad themselves.
-        residual_norm: norms whose backward pass adds the residual stream's gradient (Transformer Engine's ops).
+        norms: Transformer Engine's instead of ours: `linear` in one module with the next linear layer, as Megatron
+            has them; `residual` with the residual stream's gradient.
     """
 
     args: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     fused_gradients: bool = False
-    residual_norm: bool = False
+    norms: str = ""
 
 
-_LOSS = {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te"}
-_ROPE = {"fused_single_qkv_rope": True}
+_LOSS = {"cross_entropy_loss_fusion": False}
+_ROTATION, _SWIGLU = {"fused_single_qkv_rope": False}, {"use_te_activation_func": False}
 _DELAYED, _TENSORWISE = ({"fp8": "hybrid", "fp8_recipe": recipe} for recipe in ("delayed", "tensorwise"))
 VARIANTS = {
     "as configured": Variant(),
-    "fused cross-entropy": Variant(_LOSS),
-    "rotary positions on unsplit qkv": Variant(config=_ROPE),
-    "residual norms": Variant(config={"fused_residual_rmsnorm": True}, residual_norm=True),
+    "cross-entropy in float32": Variant(_LOSS),
+    "rotary positions on split qkv": Variant(config=_ROTATION),
+    "Megatron's SwiGLU": Variant(config=_SWIGLU),
+    "norms in the linear layers": Variant(norms="linear"),
+    "TE's norms with the residual": Variant(config={"fused_residual_rmsnorm": True}, norms="residual"),
+    "all of these, Megatron's defaults": Variant(_LOSS, {**_ROTATION, **_SWIGLU}, norms="linear"),
     "weight gradients into main_grad": Variant(fused_gradients=True),
     "attention by flash-attention": Variant({"attention_backend": "flash"}),
-    "loss, qkv": Variant(_LOSS, _ROPE),
-    "loss, qkv, gradients": Variant(_LOSS, _ROPE, fused_gradients=True),
-    "loss, qkv, gradients, norms": Variant(
-        _LOSS, {**_ROPE, "fused_residual_rmsnorm": True}, fused_gradients=True, residual_norm=True
-    ),
     "FP8 delayed": Variant(_DELAYED),
-    "FP8 delayed, loss, qkv, gradients": Variant({**_DELAYED, **_LOSS}, _ROPE, fused_gradients=True),
-    "FP8 tensorwise, loss, qkv, gradients": Variant({**_TENSORWISE, **_LOSS}, _ROPE, fused_gradients=True),
+    "FP8 delayed, norms in the linear layers": Variant(_DELAYED, norms="linear"),
+    "FP8 delayed, weight gradients into main_grad": Variant(_DELAYED, fused_gradients=True),
+    "FP8 tensorwise": Variant(_TENSORWISE),
+    "FP8 delayed, Megatron's defaults": Variant({**_DELAYED, **_LOSS}, {**_ROTATION, **_SWIGLU}, norms="linear"),
 }
 
 
@@ -89,17 +90,26 @@ class Found:
     kernels: list[str]
 
 
-def residual_norms(submodules: Any) -> Any:
-    """The specs of Transformer Engine with norms of their own that add the residual's gradient."""
-    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
-    from megatron.core.transformer.mlp import MLP, MLPSubmodules
+def norms_of(submodules: Any, kind: str) -> Any:
+    """The specs with Transformer Engine's norms, of one of the kinds in `Variant`."""
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelLinear,
+        TELayerNormColumnParallelLinear,
+        TENorm,
+    )
+    from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.core.transformer.mlp import MLP
 
-    norm = partial(TENorm, has_residual=True)
+    alone = kind == "residual"
+    norm: Any = partial(TENorm, has_residual=True) if alone else IdentityOp
+    linear = TEColumnParallelLinear if alone else TELayerNormColumnParallelLinear
+    for sublayer in (submodules.attention_layer, submodules.mlp_layer):
+        sublayer.params["looped"] = lambda given: given
     attention, mlp = submodules.attention_layer.submodules, submodules.mlp_layer.submodules
-    inner = replace(attention.self_attention.submodules, linear_qkv=TEColumnParallelLinear)
-    attention.input_layernorm, attention.self_attention.submodules = norm, inner
-    linear = MLPSubmodules(linear_fc1=TEColumnParallelLinear, linear_fc2=mlp.mlp.keywords["submodules"].linear_fc2)
-    mlp.pre_mlp_layernorm, mlp.mlp = norm, partial(MLP.as_mlp_submodule, submodules=linear)
+    attention.input_layernorm = mlp.pre_mlp_layernorm = norm
+    attention.self_attention.submodules = replace(attention.self_attention.submodules, linear_qkv=linear)
+    parts = replace(mlp.mlp.keywords["submodules"], linear_fc1=linear)
+    mlp.mlp = partial(MLP.as_mlp_submodule, submodules=parts)
     return submodules
 
 
@@ -138,8 +148,8 @@ class Bench:
         for name, value in variant.config.items():
             setattr(config, name, value)
         specs = build.stack_submodules
-        if variant.residual_norm:
-            build.stack_submodules = lambda *given: residual_norms(specs(*given))
+        if variant.norms:
+            build.stack_submodules = lambda *given: norms_of(specs(*given), variant.norms)
         try:
             model: Any = build.build_model(
                 config, self.config.recurrence, self.config.shape, self.config.plan(),
@@ -282,12 +292,14 @@ def failed(name: str, error: Exception) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--config", default="cherry_227m", help="of configs/, or a file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     options = parser.parse_args()
+    os.environ["CHERRY_TOKENIZER"] = options.tokenizer
     path = Path(options.config)
     at = bench(load(path if path.is_file() else Path(f"configs/{path}.yaml"), options.set), options.micro_batch)
     tokens = options.micro_batch * at.args.seq_length

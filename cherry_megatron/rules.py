@@ -301,7 +301,13 @@ def _check_loops(config: "Config") -> None:
         )
     looped = recurrence.loop_scales or recurrence.loop_rank or config.has_experts
     again = set(config.value("recompute-modules") or ()) - {"core_attn"}
-    if looped and again and config.value("recompute-granularity") == "selective":
+    selective = config.value("recompute-granularity") == "selective"
+    if selective and "layernorm" in again:
+        raise CherryError(
+            "megatron.recompute-modules layernorm: a norm's output goes with the residual stream, which cannot be "
+            "recomputed; leave layernorm out"
+        )
+    if looped and again and selective:
         raise CherryError(
             f"megatron.recompute-modules {', '.join(sorted(again))}: recomputed one by one, modules would use the "
             "last loop's vectors, corrections and routers; use core_attn, or recompute-granularity full, a loop at "

@@ -27,6 +27,12 @@ def prepare_config(config: TransformerConfig, recurrence: Recurrence) -> Transfo
     if recurrence.injection == "add" and config.pipeline_model_parallel_size > 1:
         # The prelude's output travels with the state, so stages exchange two shapes.
         config.variable_seq_lengths = True
+    if config.transformer_impl == "transformer_engine":
+        # Rotates queries and keys where they lie, instead of copying values and joining three gradients.
+        config.fused_single_qkv_rope = config.apply_rope_fusion
+        # Experts inside layers have a SwiGLU weighted by their gates, which is Megatron's.
+        swiglu = config.gated_linear_unit and config.activation_func is torch.nn.functional.silu
+        config.use_te_activation_func = config.bias_activation_fusion and swiglu and not config.num_moe_experts
     return config
 
 

@@ -73,6 +73,7 @@ class RecurrentModel(HybridModel):
         layer: Any = self.mtp.layers[depth - 1]
         attention = layer.mtp_model_layer.layers[0].self_attention.core_attention
         cache.take_angles(self.rotary_pos_emb(cache.max_sequence_length))
+        self.config.fused_single_qkv_rope = False  # the cache rotates, as in the model's pass before
         if self.config.sequence_parallel:
             states = scatter_to_sequence_parallel_region(states, group=self.pg_collection.tp)
         attention.lookup = partial(cache.attend, depth, self.config)

@@ -13,6 +13,8 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
+from cherry_megatron.model.fused import norm_with_residual
+
 
 class RMSNorm(torch.nn.Module):
     """Root mean square norm (Zhang & Sennrich 2019) whose weight knows sequence parallelism.
@@ -29,6 +31,13 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class ResidualNorm(RMSNorm):
+    """The norm ahead of a sublayer, which gives Megatron's layer the residual stream, too. Both: [s, b, h]."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return norm_with_residual(x, self.weight, self.eps)
 
 
 class PerLoop:
@@ -59,7 +68,7 @@ class _Scaled(PerLoop, torch.nn.Module):
 
 
 class LoopNorm(_Scaled):
-    """RMSNorm with the weight scaled per loop. Input and output: [s, b, h]."""
+    """ResidualNorm with the weight scaled per loop."""
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, loops: int = 1, **_: object
@@ -68,8 +77,8 @@ class LoopNorm(_Scaled):
         norm = RMSNorm(config, hidden_size, eps)
         self.eps, self.weight = norm.eps, norm.weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight * self.scale(), self.eps)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return norm_with_residual(x, self.weight * self.scale(), self.eps)
 
 
 class LoopResidual(_Scaled):

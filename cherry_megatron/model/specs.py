@@ -17,7 +17,6 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig, Transformer
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayerSubmodules
@@ -25,13 +24,14 @@ from megatron.core.transformer.transformer_layer import MoETransformerLayer, Tra
 from cherry_megatron.model.cache import cached
 from cherry_megatron.model.corrections import corrected_column, corrected_row
 from cherry_megatron.model.experts import LoopRouter, draw_experts
-from cherry_megatron.model.loops import LoopNorm, LoopResidual, RMSNorm
+from cherry_megatron.model.fused import swiglu
+from cherry_megatron.model.loops import LoopNorm, LoopResidual, ResidualNorm
 from cherry_megatron.model.multi_token import depths_spec
 from cherry_megatron.model.options import Recurrence
 from cherry_megatron.model.plan import Plan
 from cherry_megatron.model.seeding import seeded
 
-# Where the TE layers, whose norm is fused into the next linear, keep the norm's weight.
+# Where Megatron's layers of Transformer Engine, whose norm is fused into the next linear one, keep its weight.
 _NORM_KEYS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -98,23 +98,21 @@ def stack_submodules(
         from megatron.core.extensions.transformer_engine import (
             TEColumnParallelLinear,
             TEDotProductAttention,
-            TELayerNormColumnParallelLinear,
             TERowParallelLinear,
         )
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
         experts = TESpecProvider().grouped_mlp_modules(True)
-        norm, norm_linear, column = IdentityOp, TELayerNormColumnParallelLinear, TEColumnParallelLinear
-        row, attention = TERowParallelLinear, TEDotProductAttention
+        column, row, attention = TEColumnParallelLinear, TERowParallelLinear, TEDotProductAttention
     else:
-        norm, norm_linear, column = RMSNorm, ColumnParallelLinear, ColumnParallelLinear
-        row, attention = RowParallelLinear, DotProductAttention
+        column, row, attention = ColumnParallelLinear, RowParallelLinear, DotProductAttention
         experts = LocalSpecProvider().grouped_mlp_modules(False)
 
-    def mlp(fc1: Any, fc2: Any = row) -> Any:
-        return partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=fc2))
+    def mlp(fc1: Any = column, fc2: Any = row) -> Any:
+        parts = MLPSubmodules(linear_fc1=fc1, linear_fc2=fc2, activation_func=swiglu)
+        return partial(MLP.as_mlp_submodule, submodules=parts)
 
-    def attend(qkv: Any, proj: Any = row) -> ModuleSpec:
+    def attend(qkv: Any = column, proj: Any = row) -> ModuleSpec:
         return ModuleSpec(
             module=SelfAttention,
             params={"attn_mask_type": AttnMaskType.causal},
@@ -129,8 +127,7 @@ def stack_submodules(
         corrected = corrected_row if linear is row else corrected_column
         return partial(corrected(linear), loops=loops, rank=rank, parts=parts)
 
-    # What differs between loops needs the norm's output, so the norm is not fused into the next linear layer.
-    loop_norm = partial(LoopNorm, loops=loops) if scales else RMSNorm
+    loop_norm = partial(LoopNorm, loops=loops) if scales else ResidualNorm
     loop_add: Any = get_bias_dropout_add
     if scales:
         loop_add = ModuleSpec(module=LoopResidual, params={"config": config, "loops": loops})
@@ -138,14 +135,14 @@ def stack_submodules(
     def looped_attention(submodules: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
         return replace(
             submodules, input_layernorm=loop_norm, self_attention=attend(correct(column), correct(row)),
-            self_attn_bda=loop_add, sharded_state_dict_keys_map=_NORM_KEYS,
+            self_attn_bda=loop_add,
         )  # fmt: skip
 
     def looped_mlp(submodules: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
         gate_and_up = 2 if config.gated_linear_unit else 1
         return replace(
             submodules, pre_mlp_layernorm=loop_norm, mlp=mlp(correct(column, gate_and_up), correct(row)),
-            mlp_bda=loop_add, sharded_state_dict_keys_map=_NORM_KEYS,
+            mlp_bda=loop_add,
         )  # fmt: skip
 
     def routed(loops: int, walks: int) -> Any:
@@ -161,34 +158,28 @@ def stack_submodules(
     def layer(cls: type, submodules: TransformerLayerSubmodules, looped: Callable[..., Any]) -> ModuleSpec:
         return ModuleSpec(cls, params={"plan": plan, "seed": seed, "looped": looped}, submodules=submodules)
 
-    keys, differs = {} if norm is IdentityOp else _NORM_KEYS, bool(scales or rank)
     attention_parts = TransformerLayerSubmodules(
-        input_layernorm=norm,
-        self_attention=attend(norm_linear),
+        input_layernorm=ResidualNorm,
+        self_attention=attend(),
         self_attn_bda=get_bias_dropout_add,
-        sharded_state_dict_keys_map=keys,
+        sharded_state_dict_keys_map=_NORM_KEYS,
     )
     mlp_parts = TransformerLayerSubmodules(
-        pre_mlp_layernorm=norm,
-        mlp=mlp(norm_linear),
+        pre_mlp_layernorm=ResidualNorm,
+        mlp=mlp(),
         mlp_bda=get_bias_dropout_add,
-        sharded_state_dict_keys_map=keys,
+        sharded_state_dict_keys_map=_NORM_KEYS,
     )
-    # Behind the norm are router and experts, so it is fused with neither.
     expert_parts = TransformerLayerSubmodules(
-        pre_mlp_layernorm=RMSNorm, mlp=routed(loops=1, walks=1), mlp_bda=get_bias_dropout_add
+        pre_mlp_layernorm=ResidualNorm, mlp=routed(loops=1, walks=1), mlp_bda=get_bias_dropout_add
     )
     ahead = HybridStackSubmodules(
         attention_layer=ModuleSpec(TransformerLayer, submodules=attention_parts),
         mlp_layer=ModuleSpec(MLPLayer, submodules=mlp_parts),
     )
     return HybridStackSubmodules(
-        attention_layer=layer(StoredAttention, attention_parts, looped_attention if differs else _as_it_is),
-        mlp_layer=layer(StoredMLP, mlp_parts, looped_mlp if differs else _as_it_is),
+        attention_layer=layer(StoredAttention, attention_parts, looped_attention),
+        mlp_layer=layer(StoredMLP, mlp_parts, looped_mlp),
         moe_layer=layer(StoredExperts, expert_parts, looped_experts),
         mtp_block_spec=depths_spec(ahead, column, seed),
     )
-
-
-def _as_it_is(submodules: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
-    return submodules

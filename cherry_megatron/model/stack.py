@@ -73,6 +73,7 @@ class RecurrentStack(HybridStack):
             for layer, subs in self._sublayers.items()
         }
         self._cache: Cache | None = None  # of the pass under way
+        self._fuses_rotation = config.fused_single_qkv_rope
         self._carries_in = recurrence.injection == "add" and plan.carries_injection(stage - 1)
         self._carries_out = recurrence.injection == "add" and plan.carries_injection(stage)
         self._received_injection: Tensor | None = None
@@ -116,6 +117,7 @@ class RecurrentStack(HybridStack):
             inference_context.take_angles(rotary_pos_emb)
             rotary_pos_emb = None  # the cache rotates
         self._cache = inference_context
+        self.config.fused_single_qkv_rope = self._fuses_rotation and inference_context is None
         given: Any = hidden_states if self.pre_process else self.input_tensor
         hidden: Tensor = given.unwrap() if isinstance(given, WrappedTensor) else given
         injected = self._received_injection

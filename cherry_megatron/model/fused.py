@@ -1,0 +1,95 @@
+"""Element-wise work of a layer in as few passes over memory as it takes, where Megatron's takes more.
+
+A profile of an H200 (docs/performance.md) says why these two: Transformer Engine's RMSNorm has no tuned kernel for a
+width of 1280 and takes twice the time of its bytes, and Megatron's SwiGLU backward, which joins two halves, as well.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.jit import jit_fuser
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+
+def norm_with_residual(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Root mean square norm (Zhang & Sennrich 2019), and the residual stream that goes round it.
+
+    The backward pass adds the stream's gradient in the kernel that has the norm's, not in one more pass.
+
+    Args:
+        x: [s, b, h].
+        weight: [h].
+        eps: added to the mean square.
+
+    Returns:
+        The norm's output and x itself, whose gradient comes back here; both [s, b, h].
+    """
+    found: tuple[Tensor, Tensor] = _NormWithResidual.apply(x, weight, eps)
+    return found
+
+
+@jit_fuser
+def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x: [n, h]. The output, and the float32 factor of each row, [n, 1]."""
+    wide = x.float()
+    factor = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * factor * weight.float()).to(x.dtype), factor
+
+
+@jit_fuser
+def _norm_backward(
+    gradient: Tensor, residual: Tensor, x: Tensor, weight: Tensor, factor: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x, with `residual` added, and of the weight; gradient, residual, x: [n, h]."""
+    unit = x.float() * factor
+    wide = gradient.float()
+    scaled = wide * weight.float()
+    of_x = (scaled - unit * (scaled * unit).mean(-1, keepdim=True)) * factor + residual.float()
+    return of_x.to(x.dtype), (wide * unit).sum(0).to(weight.dtype)
+
+
+class _NormWithResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        normed, factor = _norm(x.reshape(-1, x.shape[-1]), weight, eps)
+        ctx.save_for_backward(x, weight, factor)
+        return normed.view_as(x), x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, factor = ctx.saved_tensors
+        rows = (tensor.reshape(-1, x.shape[-1]) for tensor in (gradient, residual, x))
+        of_x, of_weight = _norm_backward(*rows, weight, factor)
+        return of_x.view_as(x), of_weight if ctx.needs_input_grad[1] else None, None
+
+
+def swiglu(config: TransformerConfig) -> Callable[[Tensor], Tensor]:
+    """Transformer Engine's kernels of silu(gate) * up (Shazeer 2020), for MLPs with `use_te_activation_func`.
+
+    Its own module of them has an extra state, which a checkpoint of the local layers lacks.
+    """
+    return _SwiGLU.apply
+
+
+class _SwiGLU(torch.autograd.Function):
+    """[s, b, 2f], the gates first, to [s, b, f]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        import transformer_engine_torch as kernels
+
+        ctx.save_for_backward(x)
+        found: Tensor = kernels.swiglu(x, None)
+        return found
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        import transformer_engine_torch as kernels
+
+        (x,) = ctx.saved_tensors
+        found: Tensor = kernels.dswiglu(gradient.contiguous(), x, None)
+        return found
