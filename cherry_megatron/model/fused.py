@@ -1,7 +1,7 @@
 """Element-wise work of a layer in as few passes over memory as it takes, where Megatron's takes more.
 
-A profile of an H200 (docs/performance.md) says why these two: Transformer Engine's RMSNorm has no tuned kernel for a
-width of 1280 and takes twice the time of its bytes, and Megatron's SwiGLU backward, which joins two halves, as well.
+A profile of an H200 (docs/performance.md) says why these two: Transformer Engine's RMSNorm has no tuned kernel for
+a width of 1280 and takes twice the time of its bytes, and Megatron's SwiGLU backward, which joins halves, as well.
 """
 
 from collections.abc import Callable
