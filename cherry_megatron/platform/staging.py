@@ -1,7 +1,8 @@
 """Copies of a rank's tensors in memory of the host, from which they are written.
 
-The memory is taken at the first save, pinned if the copies are of a GPU's tensors, and used again by the next: new
-memory costs more than the copy does, and torch's own pinned memory is rounded up to powers of two, tensor by tensor.
+The memory is taken at the first save, pinned if the copies are of a GPU's tensors, and used again by the next:
+new memory costs more than the copy does, and torch's own pinned memory is rounded up to powers of two, tensor by
+tensor.
 """
 
 from concurrent.futures import ThreadPoolExecutor
