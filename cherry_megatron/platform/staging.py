@@ -57,11 +57,16 @@ class Staging:
         if self._memory.nbytes >= size and self._is_pinned >= pinned:
             return
         if self._is_pinned:
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())))
+            _check(torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr()))
         self._memory = torch.empty(0, dtype=torch.uint8)  # freed before there is more
         self._memory, self._is_pinned = torch.empty(size, dtype=torch.uint8), pinned
         with ThreadPoolExecutor(THREADS) as threads:  # the system gives pages to several threads faster than to one
             list(threads.map(torch.Tensor.zero_, self._memory.chunk(THREADS)))
         if pinned:
-            registered = torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), size, 0)
-            torch.cuda.check_error(int(registered))
+            _check(torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), size, 0))
+
+
+def _check(answer: Any) -> None:
+    """What CUDA answers is no error; torch.cuda.check_error compares enumerations, which no number equals."""
+    if code := int(answer):
+        raise torch.cuda.CudaError(code)
