@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,6 +21,7 @@ FP8 = "--fp8-format hybrid --fp8-recipe"
 NO_SAVES = "--save-interval 100000 --no-save-optim"
 # Little of evaluations, and even of a small text some documents to evaluate with.
 EVALUATIONS = {"eval-iters": 4, "eval-interval": 1000, "split": "98,1,1"}
+CHERRY = ("-m", "cherry_megatron.cli")
 GRAPH = "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"
 
 
@@ -68,16 +70,10 @@ def command_of(
     options: argparse.Namespace,
     ranks: int = 1,
     saves: str = NO_SAVES,
+    cherry: Sequence[str] = CHERRY,
 ) -> tuple[list[str], dict[str, str]]:
     """The command of a training in a folder, with Megatron's flags for its saves, and its environment."""
-    command = [
-        *program(ranks),
-        "-m",
-        "cherry_megatron.cli",
-        "pretrain",
-        "--config",
-        f"configs/{configuration}.yaml",
-    ]
+    command = [*program(ranks), *cherry, "pretrain", "--config", f"configs/{configuration}.yaml"]
     for override in [f"run={folder}", *overrides]:
         command += ["--set", override]
     evaluations = " ".join(f"--{flag} {value}" for flag, value in EVALUATIONS.items())
@@ -102,9 +98,10 @@ def train_in(
     options: argparse.Namespace,
     ranks: int = 1,
     saves: str = NO_SAVES,
+    cherry: Sequence[str] = CHERRY,
 ) -> list[dict[str, float]]:
     """As `train`, in a folder that stays, with Megatron's flags for its saves."""
-    command, environment = command_of(folder, configuration, overrides, flags, options, ranks, saves)
+    command, environment = command_of(folder, configuration, overrides, flags, options, ranks, saves, cherry)
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         try:
             _, errors = process.communicate(timeout=options.limit)

@@ -1,12 +1,13 @@
 """What saves and loads of checkpoints cost a training on one GPU, beside the disk's own speed.
 
     python benchmarks/save_cost.py --tokenizer DIR --data PREFIX --output RESULT.md [--folder DIR]
-        [--steps 40] [--interval 16] [--configuration cherry_227m] [--set KEY=VALUE ...]
+        [--steps 40] [--interval 12] [--configuration cherry_227m] [--set KEY=VALUE ...]
 
 Two trainings by `cherry pretrain`, optimizer state included: one saves synchronously, the next goes on from its
 last checkpoint, read from the disk and not from memory, and saves with --async-save. A step's end is when its line
 appears in steps.jsonl. The stall of a save is how much later the next step's end comes than without one; how much
-later all steps until the next save are is told too, because they run beside the writing.
+later all steps until the next save are is told too, because they run beside the writing. Each save has a row: the
+first takes memory that later ones have. save_phases.py says what the stall consists of.
 """
 
 import argparse
@@ -20,15 +21,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from pretraining import SEQUENCES, train_in
+from save_phases import PHASES
 
 from cherry_megatron.files import read_lines
 from cherry_megatron.storage.tracker import TRACKER, newest
 from cherry_megatron.versions import git_state
 
 BETWEEN = 300.0  # seconds between the saves that a stall is a share of
+LATER = PHASES[PHASES.index("write and hash") :]  # what an asynchronous save does after the stall
 _BLOCK = 16 << 20  # bytes
 
 
@@ -58,22 +62,32 @@ def step_ends(run: Path) -> Iterator[dict[int, float]]:
         thread.join()
 
 
-def row(name: str, ends: dict[int, float], interval: int) -> str:
-    """Of Markdown: a step without a save, and how much later one makes the next step, and all until the next save.
+def rows(name: str, ends: dict[int, float], phases: list[dict[str, Any]], interval: int) -> Iterator[str]:
+    """Of Markdown, one a save: how much later it makes the next step, and all until the next save; then its phases.
 
     Args:
-        name: what it begins with.
+        name: what they begin with.
         ends: of the steps, in seconds.
+        phases: that save_phases.py tells of the training.
         interval: steps between saves.
     """
     *steps, last = sorted(ends)
     took = {step: ends[step + 1] - ends[step] for step in steps}  # between the ends of a step and the next
     saved = [step for step in steps if step % interval == 0]
     quiet = statistics.median(seconds for step, seconds in took.items() if step not in saved)
-    late = [took[step] - quiet for step in saved]
-    all_late = [sum(took[s] - quiet for s in range(step, min(step + interval, last))) for step in saved]
-    told = "".join(f"{max(found):.2f} | {max(found) / BETWEEN:.2%} | " for found in (late, all_late))
-    return f"| {name} | {len(saved)} | {quiet:.3f} | {told}".strip()
+    for step in saved:
+        until = min(step + interval, last)
+        late, all_late = took[step] - quiet, sum(took[s] - quiet for s in range(step, until))
+        stalled = [one for one in phases if ends[step] < one["ended"] < ends[step + 1] and one["main"]]
+        beside = [one for one in phases if ends[step] < one["ended"] < ends[until] and one not in stalled]
+        parts = [sum(one["seconds"] for one in stalled if one["phase"] == phase) for phase in PHASES]
+        written, finished = (
+            sum(one["seconds"] for one in beside if one["main"] == main and one["phase"] in LATER)
+            for main in (False, True)
+        )
+        cells = [f"{late:.2f}", f"{late / BETWEEN:.2%}", f"{all_late:.2f}", f"{all_late / BETWEEN:.2%}"]
+        cells += [f"{seconds:.3f}" for seconds in (*parts, late - sum(parts), written, finished)]
+        yield f"| {name} | {step} | {quiet:.3f} | " + " | ".join(cells) + " |"
 
 
 def timed(log: Path, timer: str) -> list[float]:
@@ -111,24 +125,31 @@ def measure(folder: Path, options: argparse.Namespace) -> Iterator[str]:
     """Lines of Markdown."""
     saved, log = folder / "checkpoints", folder / "logs" / "rank0.log"
     saves = f"--save-interval {options.interval} --log-interval 1"
-    yield "| saves | seen | step without, s | next step later by, s | of 5 min | all until the next, s | of 5 min |"
-    yield "|---|---|---|---|---|---|---|"
+    heads = ["saves", "at step", "step without", "next step later by", "of 5 min", "all until the next", "of 5 min"]
+    heads += [*PHASES, "the step itself", "written beside", "finished in a later step"]
+    yield "Seconds. The phases, without those inside them, are of the next step's delay:"
+    yield ""
+    yield f"| {' | '.join(heads)} |"
+    yield "|---" * len(heads) + "|"
     for name, flags in (("synchronous", []), ("asynchronous", ["--async-save"])):
         if (saved / TRACKER).exists():
             forget(newest(saved))
         total = argparse.Namespace(**{**vars(options), "steps": options.steps * (1 + (saved / TRACKER).exists())})
         overrides = ["evaluation.batches=1", *options.set]
+        phases = folder / f"{name}.jsonl"
         with step_ends(folder) as ends:
-            train_in(folder, options.configuration, overrides, flags, total, saves=saves)
-        yield row(name, ends, options.interval)
+            cherry = ["-m", "benchmarks.save_phases", str(phases)]
+            train_in(folder, options.configuration, overrides, flags, total, saves=saves, cherry=cherry)
+        yield from rows(name, ends, list(read_lines(phases)), options.interval)
         if not flags:
             synchronous = timed(log, "save-checkpoint")
     size = sum(path.stat().st_size for path in newest(saved).iterdir())
+    files = len(list(newest(saved).glob("*.distcp")))
     (loading,) = timed(log, "load-checkpoint")
     written, read = disk(folder, size)
     save = size / statistics.median(synchronous)
     yield ""
-    yield f"A checkpoint has {size / 1e9:.2f} GB; the largest of each kind of stall counts."
+    yield f"A checkpoint has {size / 1e9:.2f} GB in {files} files of tensors."
     yield (
         f"Saved, hashed and flushed synchronously at {save / 1e9:.2f} GB/s: {save / written:.2f} of the disk's "
         f"{written / 1e9:.2f}."
@@ -146,10 +167,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--folder", type=Path, help="on the disk to measure (default: of temporary files)")
     parser.add_argument("--steps", type=int, default=40, help="of each training")
-    parser.add_argument("--interval", type=int, default=16, help="steps between saves")
+    parser.add_argument("--interval", type=int, default=12, help="steps between saves")
     parser.add_argument("--configuration", default="cherry_227m", help="of configs/")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further overrides")
-    parser.add_argument("--limit", type=int, default=120, help="seconds a training may take")
+    parser.add_argument("--limit", type=int, default=240, help="seconds a training may take")
     options = parser.parse_args()
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU with {os.cpu_count()} cores"
     lines = [

@@ -39,7 +39,7 @@ graph="--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"
 ) &
 (
     export CUDA_VISIBLE_DEVICES=1
-    measure save-cost 240 save_cost.py
+    measure save-cost 300 save_cost.py
     part guards 300 -m pytest tests/gpu/test_guards.py -q -p no:cacheprovider
     [ -z "${CHERRY_SHARDS:-}" ] && exit
     export CHERRY_TOKENIZER="$tokenizer"

@@ -129,7 +129,7 @@ def prepare() -> Machine:
     if not machine.devices:
         cpu.activate()
     wheel.use_shipped_helpers()
-    optimizer_state.save_by_padded_offsets()
+    optimizer_state.save_by_parameter()
     learning_rates.resume_with_own_rates()
     unpickling.refuse_foreign_pickles()
     return machine

@@ -4,8 +4,8 @@ Megatron-core 0.19.2 writes into the checkpoint's folder itself, hashes all file
 tracker file before it writes it, and drops --async-save unless a further process of each rank does the writing. Put
 in place of that here:
 
-1. every rank writes its file into a folder with a hidden name, and hashes it and its tensors (`_write`); with
-   --async-save in a thread, while training goes on with the next steps (`_Thread`);
+1. every rank writes its files into a folder with a hidden name, and hashes them and its tensors (shards.py); with
+   --async-save in a thread, from copies, while training goes on with the next steps (`_Thread`);
 2. when all have, rank 0 gets the hashes with the places of the tensors (`_finish`), lets its caller add to the
    folder, writes integrity.json, flushes, and renames the folder (`_publish`);
 3. the tracker file moves last, at once (`_Tracker`).
@@ -13,8 +13,6 @@ in place of that here:
 Whatever dies on the way leaves a hidden folder, and the checkpoint before it is the newest.
 """
 
-import errno
-import hashlib
 import io
 import json
 import os
@@ -22,27 +20,25 @@ import queue
 import shutil
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.training import checkpointing, training
 from megatron.training.async_utils import maybe_finalize_async_save
-from torch.distributed.checkpoint.storage import WriteResult
 
-from cherry_megatron.files import cannot_write, hidden_folder, sync_folder, write_atomically
-from cherry_megatron.storage.integrity import INTEGRITY, THREADS, hash_file
+from cherry_megatron.files import hidden_folder, sync_folder, write_atomically
+from cherry_megatron.platform.shards import Hashed, files_of, write_shards
+from cherry_megatron.platform.staging import Staging
+from cherry_megatron.storage.integrity import INTEGRITY, hash_file
 from cherry_megatron.storage.lineage import Manifest
 from cherry_megatron.storage.tracker import TRACKER
 
 _save_checkpoint, _name_of = training.save_checkpoint, checkpointing.get_checkpoint_name
-_write_file, _write_metadata = FileSystemWriterAsync.write_preloaded_data, FileSystemWriterAsync.finish
+_prepare_writing, _write_metadata = FileSystemWriterAsync.prepare_write_data, FileSystemWriterAsync.finish
+_staging = Staging()  # of this process; one save is under way at a time
 _maybe_msc, _tell_wandb = checkpointing.maybe_msc, checkpointing.wandb_utils.on_save_checkpoint_success
 
 
@@ -79,17 +75,11 @@ def around_each_save(saves: Saves) -> None:
     async_utils.TemporalAsyncCaller = _Thread
     filesystem_async._results_queue = queue.Queue()  # Megatron's lives in a process of its own
     checkpointing.wandb_utils.on_save_checkpoint_success = lambda path, *rest: _tell_wandb(str(named(path)), *rest)
-    FileSystemWriterAsync.write_preloaded_data_multithread = staticmethod(_write)
+    FileSystemWriterAsync.prepare_write_data = _prepare
+    FileSystemWriterAsync.preload_tensors = staticmethod(lambda buckets, _: _staging.staged(buckets, alive=False))
+    FileSystemWriterAsync.write_preloaded_data_multithread = staticmethod(write_shards)
     FileSystemWriterAsync.finish = lambda *given: _finish(hashed, *given)
     serialization.save_integrity_manifest = lambda folder: _publish(Path(folder), hashed.pop(folder), saves.written)
-
-
-@dataclass(frozen=True)
-class _Hashed(WriteResult):
-    """What a rank tells of a tensor or object that it has written, with SHA-256 of its values and of its file."""
-
-    sha256: str | None
-    file_sha256: str
 
 
 class _Hashes(NamedTuple):
@@ -97,45 +87,13 @@ class _Hashes(NamedTuple):
     files: dict[str, str]
 
 
-def _write(transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: Any) -> None:
-    """Write and hash this rank's files, one a bucket; failures reach all ranks through `results`."""
-    try:
-        with ThreadPoolExecutor(len(buckets)) as threads:
-            results.put(dict(enumerate(threads.map(partial(_write_bucket, transforms, use_msc), buckets))))
-    except Exception as error:
-        results.put(error)
+def _prepare(writer: Any, plan: Any, planner: Any) -> None:
+    """As Megatron's, with as many files as there is something to write for."""
+    writer.thread_count = files_of(plan.items)
+    _prepare_writing(writer, plan, planner)
 
 
-def _is_full(folder: Path, tensors: list[Any]) -> bool:
-    """Whether these have no room; torch's writer of single tensors fails without the system's reason."""
-    return shutil.disk_usage(folder).free < sum(tensor.nbytes for tensor in tensors)
-
-
-def _write_bucket(transforms: list[Any], use_msc: bool, bucket: Any) -> list[_Hashed]:
-    path, _, (objects, tensors) = bucket
-    with ThreadPoolExecutor(THREADS) as threads:  # hash tensors while they are written
-        hashes = threads.map(_hash, [tensor for _, tensor in tensors])
-        _, found = _write_file(transforms, 0, bucket, None, None, use_fsync=True, use_msc=use_msc)
-        if isinstance(found, RuntimeError) and _is_full(Path(path).parent, [tensor for _, tensor in tensors]):
-            found = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if isinstance(found, OSError):
-            raise cannot_write(Path(path), found)
-        if isinstance(found, Exception):
-            raise found
-        digest = hash_file(Path(path))
-        values = [None] * len(objects) + list(hashes)
-    return [
-        _Hashed(one.index, one.size_in_bytes, one.storage_data, sha256, digest)
-        for one, sha256 in zip(found, values, strict=True)
-    ]
-
-
-def _hash(tensor: torch.Tensor) -> str:
-    values = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(values.numpy().data if values.numel() else b"").hexdigest()
-
-
-def _finish(hashed: dict[str, _Hashes], writer: Any, metadata: Any, results: list[list[_Hashed]]) -> None:
+def _finish(hashed: dict[str, _Hashes], writer: Any, metadata: Any, results: list[list[Hashed]]) -> None:
     """Write .metadata, on rank 0, and keep the hashes that all ranks tell."""
     found = _Hashes({}, {})
     for one in (one for of_rank in results for one in of_rank):
@@ -205,7 +163,7 @@ class _Thread(async_utils.AsyncCaller):
         if request.async_fn is None:
             return
         rank, buckets, results = request.async_fn_args
-        copied = [_copied(*both) for both in zip(buckets, request.preload_fn(), strict=True)]
+        copied = _staging.staged(buckets, alive=True)
         self._thread = threading.Thread(target=request.async_fn, args=(rank, copied, results), daemon=True)
         self._thread.start()
 
@@ -222,10 +180,3 @@ class _Thread(async_utils.AsyncCaller):
             self._thread = None
 
     def __del__(self) -> None: ...
-
-
-def _copied(before: Any, after: Any) -> Any:
-    """A bucket whose tensors are on the CPU, with copies of those that were there: training changes them."""
-    path, name, (objects, tensors) = after
-    there = {tensor.data_ptr() for _, tensor in before[2][1] if tensor.device.type == "cpu"}
-    return path, name, (objects, [(item, t.clone() if t.data_ptr() in there else t) for item, t in tensors])
