@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cherry_megatron.before_step import BeforeStep
 from cherry_megatron.config import Config
@@ -53,7 +52,7 @@ class AroundStep(Hooks):
     def summing(self) -> None:
         self._times.summing()
 
-    def allows(self, losses: list[dict[str, Tensor]], norm: float) -> bool:
+    def allows(self, losses: dict[str, float], norm: float) -> bool:
         return self._guard.allows(losses, norm)
 
     def finish(self, model: list[torch.nn.Module]) -> None:

@@ -108,6 +108,7 @@ _DEFAULTS: dict[str, Any] = {
     "eval-iters": 10,
     "dist-ckpt-strictness": "raise_unexpected",
     "no-check-for-nan-in-loss-and-grad": True,  # the guards look at every step's loss and gradient norm
+    "rerun-mode": "disabled",  # without that check nothing asks for it, and every step would wait to hear so
 }
 
 

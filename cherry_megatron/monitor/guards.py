@@ -8,12 +8,11 @@ leaves weights, optimizer, schedule, generators and scales of FP8 as they were; 
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cherry_megatron.config import Config
 from cherry_megatron.errors import CherryError
@@ -95,7 +94,7 @@ class Guard:
         if self._options.skips or self._progress.iteration in self._left_out:
             self._before = Remembered(model)
 
-    def allows(self, losses: list[dict[str, Tensor]], norm: float) -> bool:
+    def allows(self, losses: dict[str, float], norm: float) -> bool:
         """Whether the weights are updated; see platform/steps.py.
 
         Raises:
@@ -132,11 +131,14 @@ class Guard:
 
     def _agree(self, step: int, loss: float | None, norm: float) -> tuple[Action, float, bool]:
         """The last rank decides, because it has the history."""
-        verdict = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
+        judged: Sequence[float] = (Action.UPDATE, 0.0, False)
         if self._progress.records:
-            verdict.copy_(torch.tensor(self._judge(step, loss, norm), dtype=torch.float64))
-        torch.distributed.broadcast(verdict, torch.distributed.get_world_size() - 1)
-        action, sigmas, too_many = verdict.tolist()
+            judged = self._judge(step, loss, norm)
+        if torch.distributed.get_world_size() > 1:
+            verdict = torch.tensor(judged, dtype=torch.float64, device=torch.cuda.current_device())
+            torch.distributed.broadcast(verdict, torch.distributed.get_world_size() - 1)
+            judged = verdict.tolist()
+        action, sigmas, too_many = judged
         return Action(int(action)), sigmas, bool(too_many)
 
     def _judge(self, step: int, loss: float | None, norm: float) -> tuple[float, float, float]:
@@ -201,16 +203,17 @@ def _found(step: int, loss: float | None, norm: float, sigmas: float) -> str:
     return f"{what} of step {step} is {norm if what != 'the loss' else loss}"
 
 
-def _over_all_ranks(losses: list[dict[str, Tensor]], norm: float) -> tuple[float | None, float]:
+def _over_all_ranks(losses: dict[str, float], norm: float) -> tuple[float | None, float]:
     """A step's mean loss, None without a token that has one, and a norm that is not finite if any rank's is not.
 
-    Ranks of a tensor-parallel group report the same, which no quotient shows.
+    The ranks that have a loss have the same.
     """
-    sums = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
-    if losses:
-        shown = "lm loss" if "lm loss" in losses[0] else "selected loss"
-        sums[:2] = torch.stack([loss[shown].detach().double().view(-1) for loss in losses]).sum(0)
-    sums[2] = 0.0 if math.isfinite(norm) else float("nan")
+    loss = losses.get("lm loss", losses.get("selected loss"))
+    if torch.distributed.get_world_size() == 1:
+        return loss, norm
+    bad = 0.0 if math.isfinite(norm) else float("nan")
+    mine = [loss or 0.0, float(loss is not None), bad]
+    sums = torch.tensor(mine, dtype=torch.float64, device=torch.cuda.current_device())
     torch.distributed.all_reduce(sums)
     total, count, bad = sums.tolist()
     return (total / count if count else None), (norm if bad == 0 or not math.isfinite(norm) else float("nan"))

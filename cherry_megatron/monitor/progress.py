@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from megatron.training import get_tensorboard_writer, get_timers
+from megatron.training import get_tensorboard_writer
 from tqdm import tqdm
 
 from cherry_megatron.files import append_lines
@@ -17,6 +17,7 @@ from cherry_megatron.monitor.alarms import read_alarms, record_alarm
 from cherry_megatron.monitor.mixture import MixtureWatch
 from cherry_megatron.monitor.tags import MOEE, MTP, OURS, of_section, of_step
 from cherry_megatron.platform.listen import keep_texts, listen
+from cherry_megatron.platform.undisturbed import seconds_in_steps
 
 
 class Progress:
@@ -192,10 +193,7 @@ class Progress:
     def _step_ended(self, iteration: int) -> None:
         # Where the output layer is left out for them, the loss of unselected tokens is not known.
         shown = "lm loss" if "lm loss" in self._heard else "selected loss"
-        # Megatron's timer, which stands still during evaluation and saving.
-        timer = get_timers()("interval-time")
-        timer.elapsed(reset=False)  # brings the sum up to date
-        before, self._timed = self._timed, timer.active_time()
+        before, self._timed = self._timed, seconds_in_steps()
         seconds = self._timed - before
         record = self._record(iteration, seconds)
         loss = self._heard.get(shown, float("nan"))

@@ -89,5 +89,5 @@ def _now() -> Any:
 
 
 def _between(begin: Any, end: Any) -> float:
-    """Seconds; the update that has been waited for since comes behind both events."""
+    """Seconds; the gradient's norm, which has been waited for since, comes behind both events."""
     return end - begin if isinstance(end, float) else begin.elapsed_time(end) / 1000

@@ -1,6 +1,7 @@
 """Passes through the model that training must not notice."""
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -70,6 +71,13 @@ def clock_stopped() -> Iterator[None]:
         yield
     finally:
         timer.start()
+
+
+def seconds_in_steps() -> float:
+    """Of Megatron's timer so far, which stands still during evaluation and saving; waits for no GPU to tell it."""
+    timer = get_timers()("interval-time")
+    going_on = time.time() - timer._start_time if timer._started else 0.0
+    return float(timer.active_time() + going_on)
 
 
 def _set_mode(rerun: Any, mode: Any) -> None:
