@@ -49,10 +49,8 @@ LAYOUT = (
 def flags(config: Config, machine: Machine, options: argparse.Namespace) -> dict[str, Any]:
     """Of Megatron's command line."""
     shape = config.shape
-    # Of ours, what this machine cannot do without.
-    needed = {flag: value for flag, value in machine.flags.items() if not flag.startswith("cross-entropy")}
     return {
-        **needed,
+        **machine.flags,
         **{flag: config.value(flag) for flag in LAYOUT},
         **_stages(options.layers, config.value("pipeline-model-parallel-size")),
         "num-layers": options.layers,

@@ -58,23 +58,25 @@ class Variant:
 
 
 _LOSS = {"cross_entropy_loss_fusion": False}
+_NATIVE = {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "native"}
 _ROTATION, _SWIGLU = {"fused_single_qkv_rope": False}, {"use_te_activation_func": False}
 _DELAYED, _TENSORWISE = ({"fp8": "hybrid", "fp8_recipe": recipe} for recipe in ("delayed", "tensorwise"))
 VARIANTS = {
     "as configured": Variant(),
-    "cross-entropy in float32": Variant(_LOSS),
+    "cross-entropy in float32": Variant(config=_LOSS),
+    "Megatron's fused cross-entropy": Variant(config=_NATIVE),
     "rotary positions on split qkv": Variant(config=_ROTATION),
     "Megatron's SwiGLU": Variant(config=_SWIGLU),
     "norms in the linear layers": Variant(norms="linear"),
     "TE's norms with the residual": Variant(config={"fused_residual_rmsnorm": True}, norms="residual"),
-    "all of these, Megatron's defaults": Variant(_LOSS, {**_ROTATION, **_SWIGLU}, norms="linear"),
+    "all of these, Megatron's defaults": Variant(config={**_LOSS, **_ROTATION, **_SWIGLU}, norms="linear"),
     "weight gradients into main_grad": Variant(fused_gradients=True),
     "attention by flash-attention": Variant({"attention_backend": "flash"}),
     "FP8 delayed": Variant(_DELAYED),
     "FP8 delayed, norms in the linear layers": Variant(_DELAYED, norms="linear"),
     "FP8 delayed, weight gradients into main_grad": Variant(_DELAYED, fused_gradients=True),
     "FP8 tensorwise": Variant(_TENSORWISE),
-    "FP8 delayed, Megatron's defaults": Variant({**_DELAYED, **_LOSS}, {**_ROTATION, **_SWIGLU}, norms="linear"),
+    "FP8 delayed, Megatron's defaults": Variant(_DELAYED, {**_LOSS, **_ROTATION, **_SWIGLU}, norms="linear"),
 }
 
 

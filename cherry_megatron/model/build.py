@@ -28,6 +28,10 @@ def prepare_config(config: TransformerConfig, recurrence: Recurrence) -> Transfo
         # The prelude's output travels with the state, so stages exchange two shapes.
         config.variable_seq_lengths = True
     if config.transformer_impl == "transformer_engine":
+        if not config.cross_entropy_loss_fusion:
+            # One kernel each way over the logits as they are, instead of ten over a copy in float32. Megatron's
+            # parser refuses it for errors that Transformer Engine no longer has (Megatron-LM's pull request 7339).
+            config.cross_entropy_loss_fusion, config.cross_entropy_fusion_impl = True, "te"
         # Rotates queries and keys where they lie, instead of copying values and joining three gradients.
         config.fused_single_qkv_rope = config.apply_rope_fusion
         # Experts inside layers have a SwiGLU weighted by their gates, which is Megatron's.

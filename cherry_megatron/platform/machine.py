@@ -55,11 +55,7 @@ def inspect_machine() -> Machine:
     }
     if "apex" not in usable:
         flags["no-gradient-accumulation-fusion"] = True
-    if "transformer-engine" in usable:
-        # One kernel each way over the logits as they are, instead of ten over a copy in float32.
-        flags["cross-entropy-loss-fusion"] = True
-        flags["cross-entropy-fusion-impl"] = "te"
-    else:
+    if "transformer-engine" not in usable:
         flags["no-rope-fusion"] = True
         flags["no-persist-layer-norm"] = True
     if not has_gpu:
