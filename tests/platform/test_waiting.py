@@ -10,8 +10,10 @@ from tests.conftest import _train, run_ranks
 COLLECTIVES = ("all_reduce", "all_gather", "broadcast", "barrier")
 
 
-def collectives_between_passes(path) -> list[str]:
+def collectives_between_passes(path) -> tuple[str, list[str]]:
     """From a decision on an update to the next step's passes, where no line is printed."""
+    from megatron.training import get_args
+
     from cherry_megatron.around_step import AroundStep
 
     called: list[str] = []
@@ -30,12 +32,12 @@ def collectives_between_passes(path) -> list[str]:
 
     AroundStep.begin, AroundStep.allows = begin, allows
     _train(path, [], ["--train-iters", "5", "--log-interval", "5"])
-    return called[marks[5] : marks[6]]
+    return get_args().rerun_mode, called[marks[5] : marks[6]]
 
 
-def test_a_rank_alone_asks_nobody_whether_it_may_go_on(tmp_path, write_config):
-    (called,) = run_ranks(tmp_path / "output", 1, collectives_between_passes, write_config(tmp_path))
-    assert called == []
+def test_a_rank_alone_asks_nobody_whether_to_go_on(tmp_path, write_config):
+    ((rerun, called),) = run_ranks(tmp_path / "output", 1, collectives_between_passes, write_config(tmp_path))
+    assert rerun == "disabled" and called == []
 
 
 def test_what_is_read_are_the_numbers(tmp_path):
