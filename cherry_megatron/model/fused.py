@@ -4,7 +4,6 @@ A profile of an H200 (docs/performance.md) says why these two: Transformer Engin
 a width of 1280 and takes twice the time of its bytes, and Megatron's SwiGLU backward, which joins halves, as well.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,17 +65,22 @@ class _NormWithResidual(torch.autograd.Function):
         return of_x.view_as(x), of_weight if ctx.needs_input_grad[1] else None, None
 
 
-def swiglu(config: TransformerConfig) -> Callable[[Tensor], Tensor]:
-    """Transformer Engine's kernels of silu(gate) * up (Shazeer 2020), for MLPs with `use_te_activation_func`.
+class SwiGLU(torch.nn.Module):
+    """silu(gate) * up (Shazeer 2020) by Transformer Engine's kernels, for MLPs with `use_te_activation_func`.
 
-    Its own module of them has an extra state, which a checkpoint of the local layers lacks.
+    Its own module of them has an extra state, which a checkpoint of the local layers lacks. Input: [s, b, 2f], the
+    gates first; output: [s, b, f].
     """
-    return _SwiGLU.apply
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = _SwiGLU.apply(x)
+        return found
 
 
 class _SwiGLU(torch.autograd.Function):
-    """[s, b, 2f], the gates first, to [s, b, f]."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         import transformer_engine_torch as kernels

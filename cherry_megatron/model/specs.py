@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_layer import MoETransformerLayer, Tra
 from cherry_megatron.model.cache import cached
 from cherry_megatron.model.corrections import corrected_column, corrected_row
 from cherry_megatron.model.experts import LoopRouter, draw_experts
-from cherry_megatron.model.fused import swiglu
+from cherry_megatron.model.fused import SwiGLU
 from cherry_megatron.model.loops import LoopNorm, LoopResidual, ResidualNorm
 from cherry_megatron.model.multi_token import depths_spec
 from cherry_megatron.model.options import Recurrence
@@ -109,7 +109,7 @@ def stack_submodules(
         experts = LocalSpecProvider().grouped_mlp_modules(False)
 
     def mlp(fc1: Any = column, fc2: Any = row) -> Any:
-        parts = MLPSubmodules(linear_fc1=fc1, linear_fc2=fc2, activation_func=swiglu)
+        parts = MLPSubmodules(linear_fc1=fc1, linear_fc2=fc2, activation_func=SwiGLU)
         return partial(MLP.as_mlp_submodule, submodules=parts)
 
     def attend(qkv: Any = column, proj: Any = row) -> ModuleSpec:

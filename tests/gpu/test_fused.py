@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs an 
 
 def kernels():
     """Relative errors of outputs and gradients in BF16, against float32."""
-    from cherry_megatron.model.fused import norm_with_residual, swiglu
+    from cherry_megatron.model.fused import SwiGLU, norm_with_residual
 
     def plain(x, weight):
         normed = F.rms_norm(x, x.shape[-1:], weight, 1e-5)
@@ -21,7 +21,7 @@ def kernels():
 
     def fused(x, weight):
         normed, stream = norm_with_residual(x, weight, 1e-5)
-        return swiglu(None)(normed), stream
+        return SwiGLU(None)(normed), stream
 
     torch.manual_seed(1)
     x, weight = torch.randn(64, 4, 1280, device="cuda"), torch.randn(1280, device="cuda")
