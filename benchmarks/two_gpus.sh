@@ -29,6 +29,11 @@ measure() { # NAME SECONDS SCRIPT ARGUMENTS...
     part "$name" "$seconds" "benchmarks/$script" --tokenizer "$tokenizer" --data "$data" --output "$out/$name.md" "$@"
 }
 graph="--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"
+# What would end every other part is seen first.
+export CHERRY_TOKENIZER="$tokenizer" CHERRY_DATA="$data"
+part smoke 180 -m cherry_megatron.cli pretrain --config configs/cherry_227m.yaml --set "run=$out/work/smoke" -- --train-iters 8 \
+    --global-batch-size 8 --micro-batch-size 8 --lr-warmup-iters 2 --eval-iters 1 --split 98,1,1 --no-save-optim $graph
+[ -e "$out/smoke.done" ] || exit 1
 (
     export CUDA_VISIBLE_DEVICES=0
     part variants 300 benchmarks/variants.py --tokenizer "$tokenizer" --output "$out/variants.md"
@@ -40,9 +45,8 @@ graph="--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"
 (
     export CUDA_VISIBLE_DEVICES=1
     measure save-cost 300 save_cost.py
-    part guards 300 -m pytest tests/gpu/test_guards.py -q -p no:cacheprovider
+    part guards 300 -m pytest tests/gpu/test_fused.py tests/gpu/test_guards.py -q -n 6 -p no:cacheprovider
     [ -z "${CHERRY_SHARDS:-}" ] && exit
-    export CHERRY_TOKENIZER="$tokenizer"
     pair=models-2-mtp/seed-1
     part heads-own 600 -m cherry_megatron.cli experiment run moee --out "$out/work/heads" --only models-2-mtp --gpus 1
     part heads-shared 300 benchmarks/shared_depths.py --config "$out/work/heads/$pair/config.yaml" --set "run=$out/work/shared"
@@ -50,7 +54,7 @@ graph="--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"
     cp "$out/work/shared/evaluations.jsonl" "$out/heads-shared.jsonl"
 ) &
 wait
-measure moee-parallel 240 moee_speed.py --only full parallel --steps 12 --limit 110
+measure moee-parallel 480 moee_speed.py --only parallel full --steps 12 --limit 160
 part planner 600 benchmarks/calibrate_planner.py --tokenizer "$tokenizer" --data "$data" --work "$out/work/planner" \
     --check "$out/planner.md" --seconds 560
 (

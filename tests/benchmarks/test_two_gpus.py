@@ -22,12 +22,12 @@ def test_parts_and_going_on(tmp_path: Path):
         seen.write_text("")
         command = ["sh", str(FOLDER / "two_gpus.sh"), "tokenizer", "data", str(tmp_path / "out"), *seconds]
         given = {"PYTHON": str(stub), "SEEN": str(seen), "CHERRY_SHARDS": "shards/"}
-        subprocess.run(command, check=True, env={**os.environ, **given}, timeout=60)
+        subprocess.run(command, check=not seconds, env={**os.environ, **given}, timeout=60)
         return seen.read_text().splitlines()
 
     assert not start("0"), "there is no time"
     calls = start()
-    assert len(calls) == 14
+    assert len(calls) == 15
     for call in calls:
         program, *arguments = call.split()
         if program == "-m":
@@ -43,6 +43,16 @@ def test_parts_and_going_on(tmp_path: Path):
 def _megatron(arguments: list[str]) -> list[str]:
     """What stands behind --flags, which the stub sees as one string."""
     return arguments[arguments.index("--flags") + 1 :] if "--flags" in arguments else []
+
+
+def test_nothing_begins_where_a_training_fails(tmp_path: Path):
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\necho "$*" >>"$SEEN"\nexit 1\n')
+    stub.chmod(0o755)
+    command = ["sh", str(FOLDER / "two_gpus.sh"), "tokenizer", "data", str(tmp_path / "out")]
+    given = {"PYTHON": str(stub), "SEEN": str(tmp_path / "seen")}
+    assert subprocess.run(command, env={**os.environ, **given}, timeout=60, check=False).returncode == 1
+    assert (tmp_path / "seen").read_text().count("\n") == 1
 
 
 def test_parts_end_when_the_time_is_over(tmp_path: Path):
