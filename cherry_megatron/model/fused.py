@@ -65,7 +65,7 @@ class _NormWithResidual(torch.autograd.Function):
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[n, h] of [s, b, h], detached as the weight is: torch compiles anew for what has a gradient, up to 8 times."""
+    """[n, h] of [s, b, h], detached as the weight is: torch compiles anew for what has a gradient, eight times."""
     return x.detach().reshape(-1, x.shape[-1])
 
 

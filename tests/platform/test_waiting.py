@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
+from cherry_megatron.platform import waiting
 from cherry_megatron.platform.waiting import Reading, means, scale_from_gpu, scale_without_gpu
 from tests.conftest import _train, run_ranks
 
@@ -57,3 +58,16 @@ def test_the_loss_scale_is_on_the_device_while_a_step_goes_on():
         assert optimizer.get_loss_scale().item() == between
         scale_from_gpu(optimizer)
         assert optimizer.get_loss_scale().item() == 8.0
+
+
+def test_the_log_adds_up_losses_on_the_host(monkeypatch):
+    def log(step):
+        torch_of_log = waiting.training.torch
+        return step, torch_of_log.tensor([0.0], dtype=torch_of_log.float64, device="meta")
+
+    monkeypatch.setattr(waiting, "_log", log)
+    monkeypatch.setattr(waiting.training, "training_log", log)
+    waiting.log_without_gpu()
+    step, total = waiting.training.training_log(3)
+    assert step == 3 and total.device.type == "cpu" and total.dtype == torch.float64
+    assert waiting.training.torch is torch
