@@ -82,21 +82,31 @@ def log_without_gpu() -> None:
     training.training_log = _log_on_host
 
 
-def _log_on_host(*args: Any, **kwargs: Any) -> Any:
-    training.torch = _OnHost()
+def _log_on_host(losses: dict[str, Tensor], sums: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    training.torch = host = _OnHost()
     try:
-        return _log(*args, **kwargs)
+        return _log(losses, sums, *args, **kwargs)
     finally:
         training.torch = torch
+        for name in sums.keys() - losses.keys():  # Megatron adds to these what it finds on the device
+            if host.device is not None and isinstance(sums[name], Tensor):
+                sums[name] = sums[name].to(host.device)
 
 
 class _OnHost:
-    """torch as the log is to see it: a number that it sends to the device would wait for the update there."""
+    """torch as the log is to see it: a number that it sends to the device would wait for the update there.
+
+    Attributes:
+        device: where it wanted one.
+    """
+
+    device: Any = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
 
     def tensor(self, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+        self.device = device
         return torch.tensor(*args, **kwargs)
 
 

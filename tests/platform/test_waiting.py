@@ -61,13 +61,19 @@ def test_the_loss_scale_is_on_the_device_while_a_step_goes_on():
 
 
 def test_the_log_adds_up_losses_on_the_host(monkeypatch):
-    def log(step):
-        torch_of_log = waiting.training.torch
-        return step, torch_of_log.tensor([0.0], dtype=torch_of_log.float64, device="meta")
+    def log(losses, sums, step):
+        for name in (*losses, "auxiliary loss"):
+            sums[name] = waiting.training.torch.tensor([0.0], dtype=torch.float, device="meta")
+        return step
 
     monkeypatch.setattr(waiting, "_log", log)
     monkeypatch.setattr(waiting.training, "training_log", log)
     waiting.log_without_gpu()
-    step, total = waiting.training.training_log(3)
-    assert step == 3 and total.device.type == "cpu" and total.dtype == torch.float64
+    sums = {"skipped iterations": 0}
+    assert waiting.training.training_log({"lm loss": torch.tensor(1.0)}, sums, 3) == 3
+    assert {name: getattr(one, "device", None) for name, one in sums.items()} == {
+        "skipped iterations": None,
+        "lm loss": torch.device("cpu"),
+        "auxiliary loss": torch.device("meta"),  # what Megatron adds to it lies there
+    }
     assert waiting.training.torch is torch
