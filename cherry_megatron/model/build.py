@@ -28,16 +28,26 @@ def prepare_config(config: TransformerConfig, recurrence: Recurrence) -> Transfo
         # The prelude's output travels with the state, so stages exchange two shapes.
         config.variable_seq_lengths = True
     if config.transformer_impl == "transformer_engine":
-        if not config.cross_entropy_loss_fusion:
-            # One kernel each way over the logits as they are, instead of ten over a copy in float32. Megatron's
-            # parser refuses it for errors that Transformer Engine no longer has (Megatron-LM's pull request 7339).
-            config.cross_entropy_loss_fusion, config.cross_entropy_fusion_impl = True, "te"
-        # Rotates queries and keys where they lie, instead of copying values and joining three gradients.
-        config.fused_single_qkv_rope = config.apply_rope_fusion
-        # Experts inside layers have a SwiGLU weighted by their gates, which is Megatron's.
-        swiglu = config.gated_linear_unit and config.activation_func is torch.nn.functional.silu
-        config.use_te_activation_func = config.bias_activation_fusion and swiglu and not config.num_moe_experts
+        _use_fast_kernels(config)
     return config
+
+
+def _use_fast_kernels(config: TransformerConfig) -> None:
+    """Have Transformer Engine's where they compute what the configuration asks for."""
+    if not config.cross_entropy_loss_fusion and not config.fp16:  # of which it has none
+        # One kernel each way over the logits as they are, instead of ten over a copy in float32. Megatron's
+        # parser refuses it for errors that Transformer Engine no longer has (Megatron-LM's pull request 7339).
+        config.cross_entropy_loss_fusion, config.cross_entropy_fusion_impl = True, "te"
+    # Rotates queries and keys where they lie, instead of copying values and joining three gradients. Megatron calls
+    # it for halves of a head alone, whatever is asked for, and refuses it in the other cases.
+    other = config.rotary_interleaved or config.qk_l2_norm or config.flash_decode or config.test_mode
+    config.fused_single_qkv_rope = config.apply_rope_fusion and not other
+    # Experts inside layers have a SwiGLU weighted by their gates, which is Megatron's.
+    swiglu = config.gated_linear_unit and config.activation_func is torch.nn.functional.silu
+    kept_whole = not config.activation_func_fp8_input_store
+    config.use_te_activation_func = (
+        config.bias_activation_fusion and swiglu and kept_whole and not config.num_moe_experts
+    )
 
 
 def build_model(

@@ -52,7 +52,7 @@ def _norm_backward(
 class _NormWithResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        normed, factor = _norm(x.reshape(-1, x.shape[-1]), weight, eps)
+        normed, factor = _norm(_rows(x), weight.detach(), eps)
         ctx.save_for_backward(x, weight, factor)
         return normed.view_as(x), x
 
@@ -60,9 +60,13 @@ class _NormWithResidual(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, factor = ctx.saved_tensors
-        rows = (tensor.reshape(-1, x.shape[-1]) for tensor in (gradient, residual, x))
-        of_x, of_weight = _norm_backward(*rows, weight, factor)
+        of_x, of_weight = _norm_backward(_rows(gradient), _rows(residual), _rows(x), weight.detach(), factor)
         return of_x.view_as(x), of_weight if ctx.needs_input_grad[1] else None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[n, h] of [s, b, h], detached as the weight is: torch compiles anew for what has a gradient, eight times."""
+    return x.detach().reshape(-1, x.shape[-1])
 
 
 class SwiGLU(torch.nn.Module):

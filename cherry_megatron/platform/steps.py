@@ -11,7 +11,14 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.training import training
 from torch import Tensor
 
-from cherry_megatron.platform.waiting import Reading, ask_nobody_else, means, scale_from_gpu, scale_without_gpu
+from cherry_megatron.platform.waiting import (
+    Reading,
+    ask_nobody_else,
+    log_without_gpu,
+    means,
+    scale_from_gpu,
+    scale_without_gpu,
+)
 
 _train_step = training.train_step
 _NORM = "gradient norm"  # among what is read
@@ -55,6 +62,7 @@ class Hooks:
 def around_each_step(hooks: Hooks) -> None:
     """Call these around each step from now on; a later call replaces the earlier."""
     ask_nobody_else()
+    log_without_gpu()
     used: float | None = None
 
     def step(

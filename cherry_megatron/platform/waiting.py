@@ -14,6 +14,7 @@ from torch import Tensor
 _logical_and = training.logical_and_across_model_parallel_group
 _reduce_max = training.reduce_max_stat_across_model_parallel_group
 _gather = dist_signal_handler.all_gather_item
+_log = training.training_log
 
 
 class Reading:
@@ -74,6 +75,39 @@ def _largest(value: float | None, group: Any = None) -> float | None:
 
 def _of_all(item: Any, *args: Any, **kwargs: Any) -> list[Any]:
     return [item] if torch.distributed.get_world_size() == 1 else _gather(item, *args, **kwargs)
+
+
+def log_without_gpu() -> None:
+    """Have Megatron's log of a step add up losses where they are: on the host. Calling it again does nothing."""
+    training.training_log = _log_on_host
+
+
+def _log_on_host(losses: dict[str, Tensor], sums: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    training.torch = host = _OnHost()
+    try:
+        return _log(losses, sums, *args, **kwargs)
+    finally:
+        training.torch = torch
+        for name in sums.keys() - losses.keys():  # Megatron adds to these what it finds on the device
+            if host.device is not None and isinstance(sums[name], Tensor):
+                sums[name] = sums[name].to(host.device)
+
+
+class _OnHost:
+    """torch as the log is to see it: a number that it sends to the device would wait for the update there.
+
+    Attributes:
+        device: where it wanted one.
+    """
+
+    device: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def tensor(self, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+        self.device = device
+        return torch.tensor(*args, **kwargs)
 
 
 def scale_without_gpu(optimizer: Any) -> None:

@@ -43,3 +43,35 @@ def test_a_frozen_weight_gets_no_gradient(tmp_path):
     (found,) = run_ranks(tmp_path, 1, gradients, torch.float32, True)
     assert found[-1] == (None, None)
     assert np.allclose(*found[2], atol=1e-6)
+
+
+def kinds_compiled():
+    """What the compiled functions get where the weight is a parameter, scaled or frozen, and without a gradient."""
+    from cherry_megatron.model import fused
+
+    given = []
+
+    def listening(name):
+        compiled = getattr(fused, name)
+
+        def call(*tensors):
+            given.append({(type(one), one.requires_grad) for one in tensors if isinstance(one, torch.Tensor)})
+            return compiled(*tensors)
+
+        setattr(fused, name, call)
+
+    listening("_norm")
+    listening("_norm_backward")
+    weight, frozen = torch.nn.Parameter(torch.ones(8)), torch.nn.Parameter(torch.ones(8), requires_grad=False)
+    for one in (weight, weight * 2, frozen):
+        normed, stream = fused.norm_with_residual(torch.randn(4, 2, 8, requires_grad=True), one, 1e-5)
+        (normed.sum() + stream.sum()).backward()
+    with torch.no_grad():
+        fused.norm_with_residual(torch.randn(4, 2, 8), weight, 1e-5)
+    return given
+
+
+def test_one_kernel_serves_every_kind_of_weight_and_pass(tmp_path):
+    """Torch compiles anew for each kind of tensor, and no more after the eighth."""
+    (given,) = run_ranks(tmp_path, 1, kinds_compiled)
+    assert given == [{(torch.Tensor, False)}] * 7

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
+from cherry_megatron.platform import waiting
 from cherry_megatron.platform.waiting import Reading, means, scale_from_gpu, scale_without_gpu
 from tests.conftest import _train, run_ranks
 
@@ -57,3 +58,22 @@ def test_the_loss_scale_is_on_the_device_while_a_step_goes_on():
         assert optimizer.get_loss_scale().item() == between
         scale_from_gpu(optimizer)
         assert optimizer.get_loss_scale().item() == 8.0
+
+
+def test_the_log_adds_up_losses_on_the_host(monkeypatch):
+    def log(losses, sums, step):
+        for name in (*losses, "auxiliary loss"):
+            sums[name] = waiting.training.torch.tensor([0.0], dtype=torch.float, device="meta")
+        return step
+
+    monkeypatch.setattr(waiting, "_log", log)
+    monkeypatch.setattr(waiting.training, "training_log", log)
+    waiting.log_without_gpu()
+    sums = {"skipped iterations": 0}
+    assert waiting.training.training_log({"lm loss": torch.tensor(1.0)}, sums, 3) == 3
+    assert {name: getattr(one, "device", None) for name, one in sums.items()} == {
+        "skipped iterations": None,
+        "lm loss": torch.device("cpu"),
+        "auxiliary loss": torch.device("meta"),  # what Megatron adds to it lies there
+    }
+    assert waiting.training.torch is torch
