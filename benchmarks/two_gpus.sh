@@ -31,8 +31,11 @@ measure() { # NAME SECONDS SCRIPT ARGUMENTS...
 graph="--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"
 # What would end every other part is seen first.
 export CHERRY_TOKENIZER="$tokenizer" CHERRY_DATA="$data"
-part smoke 180 -m cherry_megatron.cli pretrain --config configs/cherry_227m.yaml --set "run=$out/work/smoke" -- --train-iters 8 \
-    --global-batch-size 8 --micro-batch-size 8 --lr-warmup-iters 2 --eval-iters 1 --split 98,1,1 --no-save-optim $graph
+(
+    export TORCH_LOGS=recompiles
+    part smoke 180 -m cherry_megatron.cli pretrain --config configs/cherry_227m.yaml --set "run=$out/work/smoke" -- --train-iters 8 \
+        --global-batch-size 8 --micro-batch-size 8 --lr-warmup-iters 2 --eval-iters 1 --split 98,1,1 --no-save-optim $graph
+)
 [ -e "$out/smoke.done" ] || exit 1
 (
     export CUDA_VISIBLE_DEVICES=0
@@ -40,7 +43,7 @@ part smoke 180 -m cherry_megatron.cli pretrain --config configs/cherry_227m.yaml
     measure profile-bf16 120 profile_step.py --set megatron.micro-batch-size=8 --flags "$graph"
     measure profile-fp8 120 profile_step.py --set megatron.micro-batch-size=8 \
         --flags "$graph --fp8-format hybrid --fp8-recipe delayed"
-    measure train-speed 480 train_speed.py --heads 10 --steps 20
+    measure train-speed 720 train_speed.py --heads 10 --steps 20 --limit 150
 ) &
 (
     export CUDA_VISIBLE_DEVICES=1
