@@ -60,6 +60,11 @@ CONFIGS = {
         [],
         "would use the last loop's vectors, corrections and routers",
     ),
+    "recomputed-norms": (
+        {"megatron": {"recompute-granularity": "selective", "recompute-modules": ["layernorm"]}},
+        [],
+        "recompute-modules layernorm: a norm's output goes with the residual stream",
+    ),
     "loader": ({"data": {"loader": "daly"}}, [], "data.loader 'daly' is not one of torch, dali"),
     "external-loader": ({"megatron": {"dataloader-type": "external"}}, [], "choose by data.loader"),
     "negative-rank": ({"recurrence": {"loop_rank": -1}}, [], "recurrence.loop_rank is -1"),

@@ -58,12 +58,14 @@ class Staging:
             return
         if self._is_pinned:
             _check(torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr()))
+            self._is_pinned = False
         self._memory = torch.empty(0, dtype=torch.uint8)  # freed before there is more
-        self._memory, self._is_pinned = torch.empty(size, dtype=torch.uint8), pinned
+        self._memory = torch.empty(size, dtype=torch.uint8)
         with ThreadPoolExecutor(THREADS) as threads:  # the system gives pages to several threads faster than to one
             list(threads.map(torch.Tensor.zero_, self._memory.chunk(THREADS)))
         if pinned:
             _check(torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), size, 0))
+            self._is_pinned = True  # not before: a save that failed here is no reason for the next to unregister
 
 
 def _check(answer: Any) -> None:
