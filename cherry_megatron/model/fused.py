@@ -1,7 +1,8 @@
 """Element-wise work of a layer in as few passes over memory as it takes, where Megatron's takes more.
 
-A profile of an H200 (docs/performance.md) says why these two: Transformer Engine's RMSNorm has no tuned kernel for
-a width of 1280 and takes twice the time of its bytes, and Megatron's SwiGLU backward, which joins halves, as well.
+A profile of an H200 (docs/performance.md) says why these three: Transformer Engine's RMSNorm has no tuned kernel
+for a width of 1280 and takes twice the time of its bytes, Megatron's SwiGLU backward, which joins halves, as well,
+and Transformer Engine's rotation of queries and keys takes four times that of its own.
 """
 
 from typing import Any
@@ -101,3 +102,70 @@ class _SwiGLU(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         found: Tensor = kernels.dswiglu(gradient.contiguous(), x, None)
         return found
+
+
+def rotate_qkv(qkv: Tensor, of_queries: Tensor, of_keys: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotary position embedding (Su et al. 2021) on the way from the linear layer's output to attention.
+
+    Takes the place, and the arguments, of Transformer Engine's `apply_fused_qkv_rotary_pos_emb` in Megatron.
+
+    Args:
+        qkv: [s, b, g, (q + 2) * d]: of each group its q heads of queries, the keys and the values.
+        of_queries: angles, [s, 1, 1, d], of which the second half is the first again.
+        of_keys: the same.
+        sizes: q * d, d and d.
+
+    Returns:
+        Queries, [s, b, g * q, d], and keys and values, [s, b, g, d].
+    """
+    found: tuple[Tensor, Tensor, Tensor] = _RotateQKV.apply(qkv, of_queries, sizes[-1])
+    return found
+
+
+def _turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Each pair (i, i + d/2) of a head turned by its angle; x: [s, b, g, n, 2, d/2], the tables are `_tables`."""
+    wide = x.float()
+    return (wide * cosine + wide.flip(-2) * sine).to(x.dtype)
+
+
+@jit_fuser
+def _rotate(qkv: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv: [s, b, g, q + 2, 2, d/2]."""
+    queries = _turned(qkv[:, :, :, :-2], cosine, sine)
+    keys = _turned(qkv[:, :, :, -2:-1], cosine, sine)
+    return queries, keys, qkv[:, :, :, -1:].contiguous()
+
+
+@jit_fuser
+def _rotate_back(queries: Tensor, keys: Tensor, values: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """The gradient of qkv from those of its parts, [s, b, g, n, 2, d/2]: rotations are undone by their transposes."""
+    return torch.cat((_turned(queries, cosine, -sine), _turned(keys, cosine, -sine), values), 3)
+
+
+class _RotateQKV(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, angles: Tensor, width: int) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(angles)
+        halves = qkv.detach().unflatten(-1, (-1, 2, width // 2))
+        return tuple(part.flatten(2, 3).flatten(-2) for part in _rotate(halves, *_tables(angles.detach())))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, None, None]:
+        (angles,) = ctx.saved_tensors
+        groups = keys.shape[2]
+        parts = (
+            part.detach().unflatten(2, (groups, -1)).unflatten(-1, (2, -1)) for part in (queries, keys, values)
+        )
+        return _rotate_back(*parts, *_tables(angles.detach())).flatten(3), None, None
+
+
+@jit_fuser
+def _tables(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines, [s, 1, 1, 1, 1, d/2], and sines, of the first half negative, [s, 1, 1, 1, 2, d/2]; float32.
+
+    Not in the kernels that rotate, which would compute both anew for each head.
+    """
+    half = angles.float().unflatten(-1, (1, 2, -1))[..., :1, :]
+    sine = half.sin()
+    return half.cos(), torch.cat((-sine, sine), -2)

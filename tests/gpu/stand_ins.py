@@ -68,19 +68,6 @@ def _attend(self: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__:
 def _replace_kernels(calls: Counter) -> None:
     import transformer_engine_torch as kernels
     from megatron.core.models.common.language_module import language_module
-    from megatron.core.transformer import attention
-
-    def rotated(x: Tensor, angles: Tensor) -> Tensor:
-        first, second = x.float().chunk(2, -1)
-        return (x.float() * angles.cos() + torch.cat((-second, first), -1) * angles.sin()).to(x.dtype)
-
-    def rotate(qkv: Tensor, of_queries: Tensor, of_keys: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-        calls["rotation"] += 1
-        assert qkv.is_contiguous()
-        query, key, value = (
-            part.reshape(*qkv.shape[:2], -1, of_queries.shape[-1]) for part in qkv.split(sizes, dim=-1)
-        )
-        return rotated(query, of_queries), rotated(key, of_keys), value
 
     def cross_entropy(logits: Tensor, labels: Tensor, *_: Any) -> Tensor:
         calls["cross-entropy"] += 1
@@ -99,7 +86,6 @@ def _replace_kernels(calls: Counter) -> None:
             (found,) = torch.autograd.grad(F.silu(gate) * up, again, gradient)
         return found
 
-    attention.apply_fused_qkv_rotary_pos_emb = rotate
     language_module.te_parallel_cross_entropy = cross_entropy
     kernels.swiglu, kernels.dswiglu = swiglu, swiglu_backward
 

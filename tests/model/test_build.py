@@ -13,6 +13,8 @@ CASES: list[tuple[dict, set]] = [
     ({"apply_rope_fusion": False}, ALL - {"rotation"}),
     ({"rotary_interleaved": True}, ALL - {"rotation"}),
     ({"qk_l2_norm": True}, ALL - {"rotation"}),
+    ({"num_query_groups": 2, "tensor_model_parallel_size": 4}, ALL - {"rotation"}),
+    ({"num_query_groups": 4, "tensor_model_parallel_size": 4}, ALL),
     ({"num_moe_experts": 4}, ALL - {"swiglu"}),
     ({"bias_activation_fusion": False}, ALL - {"swiglu"}),
     ({"activation_func_fp8_input_store": True}, ALL - {"swiglu"}),

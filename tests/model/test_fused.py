@@ -1,11 +1,12 @@
-"""The norm that carries the residual stream: its output and gradients are those of torch's norm and an addition."""
+"""The norm that carries the residual stream, and the rotation, against formulas of torch and Megatron."""
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.conftest import run_ranks
+from cherry_megatron.runs import read_steps
+from tests.conftest import _train, run_ranks
 
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 8e-3}  # BF16: half a unit of its last place
 
@@ -75,3 +76,76 @@ def test_one_kernel_serves_every_kind_of_weight_and_pass(tmp_path):
     """Torch compiles anew for each kind of tensor, and no more after the eighth."""
     (given,) = run_ranks(tmp_path, 1, kinds_compiled)
     assert given == [{(torch.Tensor, False)}] * 7
+
+
+def rotations(dtype, groups, queries):
+    """[(ours, Megatron's)] of queries, keys, values and the gradient of the product that they come from."""
+    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd as rotate
+
+    from cherry_megatron.model.fused import rotate_qkv
+
+    length, batch, width = 7, 3, 8
+    sizes = [queries * width, width, width]
+    generator = torch.Generator().manual_seed(1)
+    given = torch.randn(length, batch, groups, sum(sizes), generator=generator).to(dtype)
+    shapes = [(groups * queries, width), (groups, width), (groups, width)]
+    of_parts = [torch.randn(length, batch, *shape, generator=generator).to(dtype) for shape in shapes]
+    frequencies = 10000 ** (-torch.arange(0, width, 2) / width)
+    angles = torch.outer(torch.arange(length), frequencies).repeat(1, 2)[:, None, None]
+    found = []
+    for ours in (True, False):
+        qkv = given.clone().requires_grad_()
+        if ours:
+            parts = rotate_qkv(qkv, angles, angles, sizes)
+        else:  # in float32, and rounded at the end
+            query, key, value = qkv.float().split(sizes, -1)
+            query = query.reshape(length, batch, -1, width)
+            parts = tuple(part.to(dtype) for part in (rotate(query, angles), rotate(key, angles), value))
+        assert all(part.dtype == dtype for part in parts)
+        assert not ours or all(part.is_contiguous() for part in parts)
+        torch.autograd.backward(parts, of_parts)
+        found.append([value.detach().float().numpy() for value in (*parts, qkv.grad)])
+    return list(zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("groups,queries", [(3, 1), (2, 3), (1, 2)])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_the_rotation_is_megatrons(dtype, groups, queries, tmp_path):
+    (found,) = run_ranks(tmp_path, 1, rotations, dtype, groups, queries)
+    for ours, megatrons in found:
+        assert (abs(ours - megatrons) <= TOLERANCES[dtype] * (1 + abs(megatrons))).all()
+
+
+def train_rotating(path, fused):
+    """A training by Megatron's split queries, or by ours of the unsplit product; how often it was called."""
+    from megatron.core.transformer import attention
+
+    from cherry_megatron import pretrain
+    from cherry_megatron.model.fused import rotate_qkv
+
+    calls = []
+
+    def counted(*given):
+        calls.append(1)
+        return rotate_qkv(*given)
+
+    prepare = pretrain.prepare_config
+
+    def prepared(*given):
+        config = prepare(*given)
+        config.fused_single_qkv_rope = fused
+        return config
+
+    attention.HAVE_FUSED_QKV_ROPE, attention.apply_fused_qkv_rotary_pos_emb = True, counted
+    pretrain.prepare_config = prepared
+    _train(path, [], [])
+    return bool(calls)
+
+
+def test_a_training_that_rotates_the_unsplit_product_is_megatrons(tmp_path, write_config):
+    steps = []
+    for fused in (False, True):
+        path = write_config(tmp_path / str(fused))
+        assert run_ranks(tmp_path / str(fused), 1, train_rotating, path, fused) == [fused]
+        steps.append([(step["loss"], step["grad_norm"]) for step in read_steps(tmp_path / str(fused) / "run")])
+    assert steps[1] == [pytest.approx(step, rel=1e-6) for step in steps[0]]
