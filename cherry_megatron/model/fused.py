@@ -138,7 +138,7 @@ def _rotate(qkv: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, 
 
 @jit_fuser
 def _rotate_back(queries: Tensor, keys: Tensor, values: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """The gradient of qkv from those of its parts, [s, b, g, n, 2, d/2]: rotations are undone by their transposes."""
+    """The gradient of qkv from its parts', [s, b, g, n, 2, d/2]: a rotation is undone by its transpose."""
     return torch.cat((_turned(queries, cosine, -sine), _turned(keys, cosine, -sine), values), 3)
 
 
