@@ -2,23 +2,28 @@
 
     python benchmarks/moee_speed.py --tokenizer DIR --data PREFIX --output RESULT.md [--steps 15] [--only NAME ...]
 
-Each part trains real text by `cherry pretrain` at full width and says what it found as soon as it has it:
+Each part trains real text by `cherry pretrain`, at full width if it names no other, and says what it found as soon
+as it has it:
 
 cost        step time of 2 and 4 experts on one GPU against one, both granularities
-parallel    the losses of two experts on two GPUs against those on one
+parallel    losses and gradient norms of two experts on two GPUs against those on one, in FP32 at the reduced width
+            and in BF16, beside what one GPU's rounding does to them in other micro-batches
 fp8         experts inside layers in FP8 against BF16: losses of 200 steps, router counts of the first
-full        CHERRY-1.8B, 8 experts of 227M, on all GPUs there are
+full        CHERRY-1.8B, 8 experts of 227M, on all GPUs there are, in micro-batches of 1 and 4
 """
 
 import argparse
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from precision import REDUCED
 from pretraining import FP8, GRAPH, SEQUENCES, median_seconds, train_in
 
+from cherry_megatron.config import load
 from cherry_megatron.versions import git_state
 
 ALONE = "megatron.expert-model-parallel-size=1"
@@ -49,6 +54,17 @@ COST: list[dict[str, tuple[str, list[str], str]]] = [
         "4 experts, 2 see a sequence": ("cherry_1p8b", [*mixture(4, 2), *FOUR], ""),
         "layers of 2 experts, 2 a token": ("layers_227m", ["megatron.num-experts=2", *FOUR], ""),
         "layers of 8 experts, 2 a token": ("layers_227m", FOUR, ""),
+    },
+]
+
+FP32 = [*REDUCED, "megatron.bf16=false"]
+# name: (overrides of cherry_1p8b, ranks); the rows of one list train the same and are held against its first.
+PARALLEL: list[dict[str, tuple[list[str], int]]] = [
+    {"FP32, width 512, one GPU": (FP32, 1), "FP32, width 512, two GPUs (EP=2)": (FP32, 2)},
+    {
+        "BF16, one GPU": (several(2), 1),
+        "BF16, two GPUs (EP=2)": (several(2), 2),
+        "BF16, one GPU, micro-batches of 4": (FOUR, 1),
     },
 ]
 
@@ -86,29 +102,41 @@ def cost(part: Part) -> None:
 
 def parallel(part: Part) -> None:
     """The same sequences a step on either number of ranks."""
-    overrides = [*mixture(2), *several(2), *SAME]
-    alone = part.steps("cherry_1p8b", overrides, f"--global-batch-size {2 * SEQUENCES}")
-    pair = part.steps("cherry_1p8b", [*overrides, "megatron.expert-model-parallel-size=2"], ranks=2)
-    if alone is None or pair is None:
-        return
-    worst = max(abs(a["loss"] - b["loss"]) / a["loss"] for a, b in zip(alone, pair, strict=True))
-    one, two = median_seconds(alone), median_seconds(pair)
+    sequences = 2 * SEQUENCES
+    part.say(f"2 experts, {sequences} sequences a step, {part.options.steps} steps.\n")
     part.say(
-        f"2 experts, {2 * SEQUENCES} sequences a step, {len(alone)} steps: losses of two ranks (EP=2) differ from "
-        f"one rank's by at most {worst:.1e} of them (at the end {alone[-1]['loss']:.4f} and "
-        f"{pair[-1]['loss']:.4f}); {one:.3f} s a step on one GPU, {two:.3f} on two; "
-        f"{pair[-1]['moee']['bytes-per-token']:.0f} bytes a token sent by a rank."
+        "| training | s a step | tokens/s | largest difference of a loss from its first row, relative "
+        "| of a gradient norm | loss of the last step | bytes a token sent by a rank |"
     )
+    part.say("|---|---|---|---|---|---|---|")
+    for rows in PARALLEL:
+        first, *_ = rows
+        trained: dict[str, list[dict[str, Any]]] = {}
+        for name, (given, ranks) in rows.items():
+            overrides = [*mixture(2), *SAME, *given, f"megatron.expert-model-parallel-size={ranks}"]
+            steps = part.steps("cherry_1p8b", overrides, f"--global-batch-size {sequences}", ranks)
+            if steps is None:
+                continue
+            trained[name] = steps
+            seconds = median_seconds(steps)
+            tokens = sequences * load(Path("configs/cherry_1p8b.yaml"), overrides).value("seq-length")
+            cells = [f"{seconds:.3f}", f"{tokens / seconds:,.0f}"]
+            for key in ("loss", "grad_norm"):
+                cells.append(f"{largest(key, steps, trained[first]):.1e}" if first in trained else "-")
+            cells += [f"{steps[-1]['loss']:.4f}", f"{steps[-1]['moee']['bytes-per-token']:.0f}"]
+            part.say(f"| {name} | {' | '.join(cells)} |")
+
+
+def largest(key: str, steps: list[dict[str, Any]], first: list[dict[str, Any]]) -> float:
+    """The largest difference of a step's value from the first training's, relative to that."""
+    return max(abs(one[key] - other[key]) / other[key] for one, other in zip(steps, first, strict=True))
 
 
 def fp8(part: Part) -> None:
     """The reduced family's width: 200 steps of the true one would take minutes."""
-    small = [
-        "megatron.hidden-size=512", "megatron.ffn-hidden-size=1280", "megatron.num-attention-heads=4",
-        "megatron.seq-length=1024", "megatron.max-position-embeddings=1024", *several(8), "megatron.num-experts=8",
-        # The first router has a norm of the embedding before it, and nothing of FP8.
-        "recurrence.pattern=E[(*E)x2]x4*-", "megatron.lr=1e-3", "megatron.log-interval=1",
-    ]  # fmt: skip
+    # The first router has a norm of the embedding before it, and nothing of FP8.
+    pattern = "recurrence.pattern=E[(*E)x2]x4*-"
+    small = [*REDUCED, pattern, "megatron.num-experts=8", "megatron.log-interval=1"]
     length = "--train-iters 200"
     bf16 = part.steps("layers_227m", small, length)
     low = part.steps(
@@ -130,16 +158,20 @@ def fp8(part: Part) -> None:
 
 
 def full(part: Part) -> None:
+    """Python launches every expert for every micro-batch: larger ones ask less of it."""
     count = torch.cuda.device_count()
-    steps = part.steps("cherry_1p8b", [f"megatron.expert-model-parallel-size={count}"], ranks=count)
-    if steps is not None:
+    part.say(f"CHERRY-1.8B, 8 experts on {count} GPUs, {SEQUENCES * count} sequences a step.\n")
+    part.say("| micro-batch | s a step | tokens/s | peak GiB | first loss | last loss |")
+    part.say("|---|---|---|---|---|---|")
+    for size in (1, 4):
+        overrides = [*several(size), f"megatron.expert-model-parallel-size={count}"]
+        if (steps := part.steps("cherry_1p8b", overrides, ranks=count)) is None:
+            continue
         seconds = median_seconds(steps)
-        part.say(
-            f"CHERRY-1.8B, 8 experts on {count} GPUs, micro-batches of 1: {seconds:.3f} s a step of "
-            f"{SEQUENCES * count} sequences, {SEQUENCES * count * 4096 / seconds:,.0f} tokens/s, peak "
-            f"{max(step['peak_gib'] for step in steps):.1f} GiB, losses {steps[0]['loss']:.3f} to "
-            f"{steps[-1]['loss']:.3f}."
-        )
+        cells = [f"{seconds:.3f}", f"{SEQUENCES * count * 4096 / seconds:,.0f}"]
+        cells += [f"{max(step['peak_gib'] for step in steps):.1f}"]
+        cells += [f"{step['loss']:.3f}" for step in (steps[0], steps[-1])]
+        part.say(f"| {size} | {' | '.join(cells)} |")
 
 
 PARTS = {"cost": cost, "parallel": parallel, "fp8": fp8, "full": full}
@@ -154,12 +186,13 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=200, help="seconds a training may take")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     options = parser.parse_args()
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # as in precision.py: FP32 is no TF32
     lines = [
         "# What a mixture costs",
         "",
         f"`python benchmarks/moee_speed.py --steps {options.steps}` on {torch.cuda.device_count()} "
-        f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, BF16, commit "
-        f"{git_state().get('commit', 'unknown')}. Adam step included.",
+        f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, commit "
+        f"{git_state().get('commit', 'unknown')}. BF16 where nothing else is said, Adam step included.",
     ]
 
     def say(line: str) -> None:

@@ -23,23 +23,23 @@ from pretraining import train_in
 from cherry_megatron.versions import git_state
 
 FIRST, LAST = 12, 15  # steps that are traced
-COMMUNICATION = "communication"
+COMMUNICATION, REST = "communication", "other element-wise"
 GPU_EVENTS = ("kernel", "gpu_memcpy", "gpu_memset")
-# The first that matches a kernel's name.
+# The first that matches a kernel's name. Inductor's tell all that is fused: casts and copies among it come last.
 CLASSES = {
     COMMUNICATION: r"nccl",
     "attention": r"flash|fmha|sdpa|attention|attn",
     "optimizer": r"adam|multi_tensor|l2norm",
     "matrix products": r"gemm|nvjet|cutlass|xmma|cublas|splitk",
     "cross-entropy": r"cross_entropy|softmax|nll",
-    "norms": r"rmsnorm|layernorm|layer_norm|rms_norm",
+    "norms": r"rmsnorm|layernorm|layer_norm|rms_norm|triton_.*(rsqrt|mean_mul_sub_sum)",
     "rotary positions": r"rope|rotary",
     "SwiGLU": r"swiglu|silu|glu",
+    REST: r"triton_poi_fused_add_",
     # Names of kernels without a cast say so: impl_nocast, LoadWithoutCast.
     "casts and transposes": r"(?<!no)(?<!without)(?<!broad)cast|transpose|quantize|amax|scale_inv",
     "copies": r"memcpy|memset|copy",
 }
-REST = "other element-wise"
 LONG = 20.0  # microseconds of a gap: what is shorter lies between kernels that were launched in time
 
 

@@ -57,7 +57,7 @@ export CHERRY_TOKENIZER="$tokenizer" CHERRY_DATA="$data"
     cp "$out/work/shared/evaluations.jsonl" "$out/heads-shared.jsonl"
 ) &
 wait
-measure moee-parallel 480 moee_speed.py --only parallel full --steps 12 --limit 160
+measure moee-parallel 900 moee_speed.py --only parallel full --steps 12 --limit 160
 part planner 600 benchmarks/calibrate_planner.py --tokenizer "$tokenizer" --data "$data" --work "$out/work/planner" \
     --check "$out/planner.md" --seconds 560
 (

@@ -115,6 +115,18 @@ def norms_of(submodules: Any, kind: str) -> Any:
     return submodules
 
 
+def gradients_of(model: Any) -> Tensor:
+    """All of them in the order of their names, whether a norm stands alone or is part of the next linear layer."""
+    from cherry_megatron.model.specs import _NORM_KEYS
+
+    found = {}
+    for name, parameter in model.named_parameters():
+        for alone, in_linear in _NORM_KEYS.items():
+            name = name.replace(in_linear, alone)
+        found[name] = parameter.main_grad.flatten().cpu()
+    return torch.cat([found[name] for name in sorted(found)])
+
+
 class Bench:
     """Builds and measures.
 
@@ -196,8 +208,7 @@ class Bench:
             replay, loss = _recorded(run)
             graph, kernels = _seconds(replay, 1), _kernels(replay)
         peak = torch.cuda.max_memory_allocated() / 2**30 if has_gpu else 0.0
-        gradients = torch.cat([parameter.main_grad.flatten().cpu() for parameter in model.parameters()])
-        return Found(eager, graph, peak, float(loss), gradients, kernels)
+        return Found(eager, graph, peak, float(loss), gradients_of(model), kernels)
 
 
 def _forget() -> None:

@@ -31,6 +31,17 @@ def test_a_kernel_that_does_not_cast_is_no_cast(benchmark_script):
         assert class_of(name) == "other element-wise"
 
 
+def test_a_kernel_of_inductor_is_what_it_computes(benchmark_script):
+    """Whatever casts, views and copies its name has beside that."""
+    class_of = benchmark_script("profile_step").class_of
+    for name in ("red_fused__to_copy_add_mean_mul_pow_rsqrt_0", "per_fused__to_copy_add_mean_mul_sub_sum_0"):
+        assert class_of(f"triton_{name}") == "norms"
+    for name in ("add_0", "add_transpose_view_1", "add_copy__2"):
+        assert class_of(f"triton_poi_fused_{name}") == "other element-wise"
+    assert class_of("triton_poi_fused_add_cat_mul_rsub_sigmoid_silu_split_0") == "SwiGLU"
+    assert class_of("triton_poi_fused__to_copy_0") == "copies"
+
+
 def test_report(benchmark_script):
     events = [
         kernel("nvjet_hsh_256x128", 0, 600),

@@ -3,6 +3,8 @@
 import os
 import sys
 
+import torch
+
 from tests.benchmarks.conftest import FOLDER
 from tests.conftest import run_ranks
 
@@ -38,6 +40,41 @@ def test_variants_are_compared(tmp_path, write_config):
     loss, gradient = found["other"]  # its gradient is rounded to BF16
     assert loss <= 1e-5
     assert 1e-4 < gradient < 1e-2
+
+
+class Named(torch.nn.Module):
+    """Parameters of the given names, in their order, each with its gradient."""
+
+    def __init__(self, gradients):
+        super().__init__()
+        for name, value in gradients.items():
+            *path, last = name.split(".")
+            at = self
+            for part in path:
+                if part not in dict(at.named_children()):
+                    at.add_module(part, torch.nn.Module())
+                at = at.get_submodule(part)
+            parameter = torch.nn.Parameter(torch.zeros(2))
+            parameter.main_grad = torch.tensor(value)
+            at.register_parameter(last, parameter)
+
+
+def test_gradients_are_held_against_those_of_the_same_name(benchmark_script):
+    """A norm within the next linear layer has another name there, and another place."""
+    alone = {
+        "layers.0.input_layernorm.weight": [1.0, 2.0],
+        "layers.0.self_attention.linear_qkv.weight": [3.0, 4.0],
+        "layers.1.pre_mlp_layernorm.weight": [5.0, 6.0],
+        "layers.1.mlp.linear_fc1.weight": [7.0, 8.0],
+    }
+    in_linear = {
+        "layers.0.self_attention.linear_qkv.layer_norm_weight": [1.0, 2.0],
+        "layers.0.self_attention.linear_qkv.weight": [3.0, 4.0],
+        "layers.1.mlp.linear_fc1.weight": [7.0, 8.0],
+        "layers.1.mlp.linear_fc1.layer_norm_weight": [5.0, 6.0],
+    }
+    gradients_of = benchmark_script("variants").gradients_of
+    assert torch.equal(gradients_of(Named(alone)), gradients_of(Named(in_linear)))
 
 
 def backends(path):
