@@ -163,7 +163,7 @@ def full(part: Part) -> None:
     part.say(f"CHERRY-1.8B, 8 experts on {count} GPUs, {SEQUENCES * count} sequences a step.\n")
     part.say("| micro-batch | s a step | tokens/s | peak GiB | first loss | last loss |")
     part.say("|---|---|---|---|---|---|")
-    for size in (1, 4):
+    for size in (4, 1):
         overrides = [*several(size), f"megatron.expert-model-parallel-size={count}"]
         if (steps := part.steps("cherry_1p8b", overrides, ranks=count)) is None:
             continue

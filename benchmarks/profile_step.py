@@ -33,7 +33,7 @@ CLASSES = {
     "matrix products": r"gemm|nvjet|cutlass|xmma|cublas|splitk",
     "cross-entropy": r"cross_entropy|softmax|nll",
     "norms": r"rmsnorm|layernorm|layer_norm|rms_norm|triton_.*(rsqrt|mean_mul_sub_sum)",
-    "rotary positions": r"rope|rotary",
+    "rotary positions": r"rope|rotary|triton_.*flip",
     "SwiGLU": r"swiglu|silu|glu",
     REST: r"triton_poi_fused_add_",
     # Names of kernels without a cast say so: impl_nocast, LoadWithoutCast.

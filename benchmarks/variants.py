@@ -49,12 +49,14 @@ class Variant:
         fused_gradients: Transformer Engine's products add their weights' gradients to main_grad themselves.
         norms: Transformer Engine's instead of ours: `linear` in one module with the next linear layer, as Megatron
             has them; `residual` with the residual stream's gradient.
+        rotation: Transformer Engine's of the unsplit product, instead of ours.
     """
 
     args: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     fused_gradients: bool = False
     norms: str = ""
+    rotation: bool = False
 
 
 _LOSS = {"cross_entropy_loss_fusion": False}
@@ -66,6 +68,7 @@ VARIANTS = {
     "cross-entropy in float32": Variant(config=_LOSS),
     "Megatron's fused cross-entropy": Variant(config=_NATIVE),
     "rotary positions on split qkv": Variant(config=_ROTATION),
+    "TE's rotary positions on unsplit qkv": Variant(rotation=True),
     "Megatron's SwiGLU": Variant(config=_SWIGLU),
     "norms in the linear layers": Variant(norms="linear"),
     "TE's norms with the residual": Variant(config={"fused_residual_rmsnorm": True}, norms="residual"),
@@ -161,6 +164,10 @@ class Bench:
         config = build.prepare_config(core_transformer_config_from_args(args), self.config.recurrence)
         for name, value in variant.config.items():
             setattr(config, name, value)
+        if variant.rotation:
+            from transformer_engine.pytorch.attention.rope import apply_fused_qkv_rotary_pos_emb
+
+            build.attention.apply_fused_qkv_rotary_pos_emb = apply_fused_qkv_rotary_pos_emb
         specs = build.stack_submodules
         if variant.norms:
             build.stack_submodules = lambda *given: norms_of(specs(*given), variant.norms)

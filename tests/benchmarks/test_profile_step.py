@@ -39,6 +39,7 @@ def test_a_kernel_of_inductor_is_what_it_computes(benchmark_script):
     for name in ("add_0", "add_transpose_view_1", "add_copy__2"):
         assert class_of(f"triton_poi_fused_{name}") == "other element-wise"
     assert class_of("triton_poi_fused_add_cat_mul_rsub_sigmoid_silu_split_0") == "SwiGLU"
+    assert class_of("triton_poi_fused__to_copy_add_flip_mul_0") == "rotary positions"
     assert class_of("triton_poi_fused__to_copy_0") == "copies"
 
 
