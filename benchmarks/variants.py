@@ -118,6 +118,13 @@ def norms_of(submodules: Any, kind: str) -> Any:
     return submodules
 
 
+def _rotation_of_transformer_engine() -> Callable[..., Any]:
+    from transformer_engine.pytorch.attention.rope import apply_fused_qkv_rotary_pos_emb
+
+    found: Callable[..., Any] = apply_fused_qkv_rotary_pos_emb
+    return found
+
+
 def gradients_of(model: Any) -> Tensor:
     """All of them in the order of their names, whether a norm stands alone or is part of the next linear layer."""
     from cherry_megatron.model.specs import _NORM_KEYS
@@ -156,6 +163,8 @@ class Bench:
         from megatron.training.arguments import core_transformer_config_from_args
 
         from cherry_megatron.model import build
+        from cherry_megatron.model.fused import rotate_qkv
+        from cherry_megatron.platform.rotation import rotate_by
 
         args = copy.copy(self.args)
         for name, value in variant.args.items():
@@ -164,10 +173,7 @@ class Bench:
         config = build.prepare_config(core_transformer_config_from_args(args), self.config.recurrence)
         for name, value in variant.config.items():
             setattr(config, name, value)
-        if variant.rotation:
-            from transformer_engine.pytorch.attention.rope import apply_fused_qkv_rotary_pos_emb
-
-            build.attention.apply_fused_qkv_rotary_pos_emb = apply_fused_qkv_rotary_pos_emb
+        rotate_by(_rotation_of_transformer_engine() if variant.rotation else rotate_qkv)
         specs = build.stack_submodules
         if variant.norms:
             build.stack_submodules = lambda *given: norms_of(specs(*given), variant.norms)

@@ -29,6 +29,7 @@ from cherry_megatron.flags import megatron_arguments
 from cherry_megatron.keeping import Keeping
 from cherry_megatron.loading import Loading
 from cherry_megatron.model.build import build_mixture, build_model, prepare_config
+from cherry_megatron.model.fused import rotate_qkv
 from cherry_megatron.monitor.accounting import training_flops
 from cherry_megatron.monitor.board import board
 from cherry_megatron.monitor.console import Console
@@ -39,6 +40,7 @@ from cherry_megatron.platform.joining import joining
 from cherry_megatron.platform.leaving import end_on_user_signal
 from cherry_megatron.platform.machine import Machine
 from cherry_megatron.platform.reading import read_by
+from cherry_megatron.platform.rotation import rotate_by
 from cherry_megatron.platform.saving import around_each_save
 from cherry_megatron.platform.steps import around_each_step
 from cherry_megatron.runs import make_run_folder, only_training, record_start
@@ -189,6 +191,7 @@ def initialize(config: Config, machine: Machine, extra: dict[str, Any]) -> Any:
         # Some of its checks say nothing; the line that failed does.
         says = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
         raise CherryError(f"{config.source}: Megatron refuses these flags: {says}") from None
+    rotate_by(rotate_qkv)
     # Copies of the core on several stages are one layer: what a checkpoint records must not change.
     args.num_layers = len(config.recurrence.parsed.symbols)
     if config.has_experts:

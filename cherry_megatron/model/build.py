@@ -4,11 +4,10 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer import ModuleSpec, TransformerConfig, attention
+from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.utils import init_method_normal
 from torch import Tensor
 
-from cherry_megatron.model.fused import rotate_qkv
 from cherry_megatron.model.head import RecurrentModel
 from cherry_megatron.model.mixture import MixtureModel
 from cherry_megatron.model.options import Mixture, Recurrence
@@ -34,7 +33,7 @@ def prepare_config(config: TransformerConfig, recurrence: Recurrence) -> Transfo
 
 
 def _use_fast_kernels(config: TransformerConfig) -> None:
-    """Have Transformer Engine's where they compute what the configuration asks for."""
+    """Have Transformer Engine's and those of fused.py where they compute what the configuration asks for."""
     if not config.cross_entropy_loss_fusion and not config.fp16:  # of which it has none
         # One kernel each way over the logits as they are, instead of ten over a copy in float32. Megatron's
         # parser refuses it for errors that Transformer Engine no longer has (Megatron-LM's pull request 7339).
@@ -45,7 +44,6 @@ def _use_fast_kernels(config: TransformerConfig) -> None:
     other = config.rotary_interleaved or config.qk_l2_norm or config.flash_decode or config.test_mode
     shared = (config.num_query_groups or config.num_attention_heads) < config.tensor_model_parallel_size
     config.fused_single_qkv_rope = config.apply_rope_fusion and not (other or shared)
-    attention.apply_fused_qkv_rotary_pos_emb = rotate_qkv
     # Experts inside layers have a SwiGLU weighted by their gates, which is Megatron's.
     swiglu = config.gated_linear_unit and config.activation_func is torch.nn.functional.silu
     kept_whole = not config.activation_func_fp8_input_store

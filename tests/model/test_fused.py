@@ -117,17 +117,17 @@ def test_the_rotation_is_megatrons(dtype, groups, queries, tmp_path):
 
 
 def train_rotating(path, fused):
-    """A training by Megatron's split queries, or by ours of the unsplit product; how often it was called."""
+    """A training by Megatron's split queries, or by ours of the unsplit product; whether ours was called."""
     from megatron.core.transformer import attention
 
     from cherry_megatron import pretrain
-    from cherry_megatron.model.fused import rotate_qkv
 
     calls = []
+    ours = pretrain.rotate_qkv
 
     def counted(*given):
         calls.append(1)
-        return rotate_qkv(*given)
+        return ours(*given)
 
     prepare = pretrain.prepare_config
 
@@ -136,8 +136,8 @@ def train_rotating(path, fused):
         config.fused_single_qkv_rope = fused
         return config
 
-    attention.HAVE_FUSED_QKV_ROPE, attention.apply_fused_qkv_rotary_pos_emb = True, counted
-    pretrain.prepare_config = prepared
+    attention.HAVE_FUSED_QKV_ROPE = True
+    pretrain.rotate_qkv, pretrain.prepare_config = counted, prepared
     _train(path, [], [])
     return bool(calls)
 
