@@ -5,7 +5,8 @@
 Each part trains real text by `cherry pretrain`, at full width if it names no other, and says what it found as soon
 as it has it:
 
-cost        step time of 2 and 4 experts on one GPU against one, both granularities
+graph       step time of 2 experts on one GPU against one, as one CUDA graph
+cost        the same without a graph, of 2 and 4 experts and of both granularities
 parallel    losses and gradient norms of two experts on two GPUs against those on one, in FP32 at the reduced width
             and in BF16, beside what one GPU's rounding does to them in other micro-batches
 fp8         experts inside layers in FP8 against BF16: losses of 200 steps, router counts of the first
@@ -16,6 +17,7 @@ import argparse
 import os
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,21 +43,21 @@ def mixture(experts: int, top_k: int = 0) -> list[str]:
 
 
 FOUR = several(4)
-# name: (configuration, overrides, flags); the rows of one list are held against its first.
-COST: list[dict[str, tuple[str, list[str], str]]] = [
-    {
+# name: (configuration, overrides, flags); the rows of a part are held against its first.
+COST: dict[str, dict[str, tuple[str, list[str], str]]] = {
+    "graph": {
         "one expert, one graph": ("cherry_227m", FOUR, GRAPH),
         "2 experts, all see a sequence, one graph": ("cherry_1p8b", [*mixture(2), *FOUR], GRAPH),
         "one expert, one graph, again": ("cherry_227m", FOUR, GRAPH),
     },
-    {
+    "cost": {
         "one expert": ("cherry_227m", FOUR, ""),
         "2 experts, all see a sequence": ("cherry_1p8b", [*mixture(2), *FOUR], ""),
         "4 experts, 2 see a sequence": ("cherry_1p8b", [*mixture(4, 2), *FOUR], ""),
         "layers of 2 experts, 2 a token": ("layers_227m", ["megatron.num-experts=2", *FOUR], ""),
         "layers of 8 experts, 2 a token": ("layers_227m", FOUR, ""),
     },
-]
+}
 
 FP32 = [*REDUCED, "megatron.bf16=false"]
 # name: (overrides of cherry_1p8b, ranks); the rows of one list train the same and are held against its first.
@@ -86,18 +88,17 @@ class Part:
             return None
 
 
-def cost(part: Part) -> None:
+def cost(name: str, part: Part) -> None:
     part.say(f"| {SEQUENCES} sequences of 4096 a step | s a step | against one | tokens/s | peak GiB |")
     part.say("|---|---|---|---|---|")
-    for rows in COST:
-        one = None
-        for name, (configuration, overrides, flags) in rows.items():
-            if (steps := part.steps(configuration, overrides, flags)) is None:
-                continue
-            seconds = median_seconds(steps)
-            one = one or seconds
-            cells = [f"{seconds:.3f}", f"{seconds / one:.2f}", f"{SEQUENCES * 4096 / seconds:,.0f}"]
-            part.say(f"| {name} | {' | '.join(cells)} | {steps[-1]['peak_gib']:.1f} |")
+    one = None
+    for row, (configuration, overrides, flags) in COST[name].items():
+        if (steps := part.steps(configuration, overrides, flags)) is None:
+            continue
+        seconds = median_seconds(steps)
+        one = one or seconds
+        cells = [f"{seconds:.3f}", f"{seconds / one:.2f}", f"{SEQUENCES * 4096 / seconds:,.0f}"]
+        part.say(f"| {row} | {' | '.join(cells)} | {steps[-1]['peak_gib']:.1f} |")
 
 
 def parallel(part: Part) -> None:
@@ -174,7 +175,12 @@ def full(part: Part) -> None:
         part.say(f"| {size} | {' | '.join(cells)} |")
 
 
-PARTS = {"cost": cost, "parallel": parallel, "fp8": fp8, "full": full}
+PARTS: dict[str, Callable[[Part], None]] = {
+    **{name: partial(cost, name) for name in COST},
+    "parallel": parallel,
+    "fp8": fp8,
+    "full": full,
+}
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ def rows(part):
     return [line.strip("| ").split(" | ") for line in part.said if line.startswith("| ")][1:]
 
 
-@pytest.mark.parametrize("name", ["cost", "parallel", "fp8", "full"])
+@pytest.mark.parametrize("name", ["graph", "cost", "parallel", "fp8", "full"])
 def test_trainings_are_allowed(name, part, benchmark_script):
     benchmark_script("moee_speed").PARTS[name](part)
     assert part.asked

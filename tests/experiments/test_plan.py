@@ -250,3 +250,18 @@ def test_the_dense_models_beside_our_mixtures_have_their_active_size_and_tokens(
 def load_of(experiment: Experiment, name: str) -> Config:
     stage = experiment.stage(name)
     return load(stage.config, Task(stage, stage.seeds[0]).overrides(Path("o")))
+
+
+def test_our_larger_point_can_be_trained_as_declared(monkeypatch):
+    for name in ("CHERRY_SHARDS", "CHERRY_PAIRS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(OURS.parents[1])
+    larger = read(OURS / "larger.yaml")
+    check(larger, Path("o"))
+    small = {name: load_of(read(OURS / "depth.yaml"), name) for name in ("dense-48", "average-distilled")}
+    for name, config in small.items():
+        wide = load_of(larger, name)
+        assert wide.recurrence == config.recurrence and wide.shape.hidden == 2 * config.shape.hidden
+    assert load_of(larger, "dense-24-flops").value("train-iters") == 2 * load_of(larger, "dense-48").value(
+        "train-iters"
+    )
