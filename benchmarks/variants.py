@@ -210,6 +210,7 @@ class Bench:
 
         def run() -> Tensor:
             model.zero_grad_buffer()
+            model.set_is_first_microbatch()  # FP8 copies of the weights are made anew, with the scales of now
             losses: Tensor = model(self.tokens, self.positions, None, labels=self.labels)
             total = losses.float().sum()
             total.backward()
