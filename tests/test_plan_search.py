@@ -76,9 +76,11 @@ def _losses(path: Path, overrides: tuple[str, ...] = ()) -> list[float]:
     losses: list[float] = []
 
     def evaluation(config, progress, run):
-        return lambda model: losses.append(
-            mean_losses(model, progress.train_dataset, config.evaluation.batches, run)["lm loss"]
-        )
+        def add(model):  # of the last pipeline stage
+            means = mean_losses(model, progress.train_dataset, config.evaluation.batches, run)
+            losses.extend([means["lm loss"]] if means else [])
+
+        return add
 
     extra = {"skip-train": True, "no-load-optim": True, "no-load-rng": True}
     pretrain(load(path, overrides), prepare(), extra, evaluation=evaluation)

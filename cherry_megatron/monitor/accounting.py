@@ -264,10 +264,10 @@ def memory(
         last = stage == count - 1
         learning = [visit for visit in visits if not recurrence.is_cut(visit)]
         kept, again = _activations(plan, shape, layout, recurrence, learning, plan.depths if last else 0)
-        # In float32 the probabilities take the place of the logits; else they stand beside them for a time.
-        words = last * shape.vocabulary / layout.tensor
-        kept_words = 4 * words * (1 + plan.depths)
-        beside = 0 if layout.width == 4 else layout.width * words
+        # In float32 the probabilities take the place of the logits; else a copy of these is kept.
+        words = layout.width * last * shape.vocabulary / layout.tensor
+        kept_words = words * (1 + plan.depths)
+        beside = 0 if layout.width == 4 else words
         stages.append(
             {
                 "weights": (parameters + experts + router) * layout.width

@@ -12,11 +12,11 @@ from cherry_megatron.planner.job import Job, Setting
 from cherry_megatron.planner.rates import Rates
 
 # Kernels of a sublayer, forward and backward.
-_KERNELS = {ATTENTION: (8, 16), MLP: (5, 12)}
+_KERNELS = {ATTENTION: (6, 13), MLP: (5, 10)}
 _EXPERTS_KERNELS = (30, 50)
 # Python's share of a layer of experts, in sublayers: router, permutation, dispatcher. Not measured.
 _EXPERTS_HOST = 4
-_CROSS_ENTROPY = (38, 14)  # bytes a logit: cast, maximum, difference, exponential, sum, quotient; gradient, cast
+_CROSS_ENTROPY = (2, 2)  # passes over the logits: read, and a copy kept; read, and the gradient in its place
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,10 @@ class Walk:
         shape, tensor = self.job.shape, self.setting.tensor
         states = shape.hidden / tensor  # sequence parallelism goes with tensor parallelism
         query, groups = shape.heads * shape.head_size / tensor, shape.groups * shape.head_size / tensor
-        forward, backward = 5 * states, 6 * states
+        forward, backward = 5 * states, 4 * states  # the stream's gradient is added by the norm's kernel
         if symbol == ATTENTION:
-            forward += 2 * (query + groups)
-            backward += 2 * (query + groups) + 2 * (query + 2 * groups)
+            forward += 2 * (query + 2 * groups)
+            backward += 2 * (query + 2 * groups)
         else:
             inner, copies = shape.ffn / tensor, 1
             if symbol != MLP:
@@ -125,24 +125,23 @@ class Walk:
         forward = backward = Pass()
         for number, (inputs, outputs) in enumerate(self.job.shape.linears(symbols)):
             cut = self.setting.tensor
-            first = number % 2 == 0  # behind a norm
-            size = (inputs, outputs / cut) if first else (inputs / cut, outputs)
-            forward, backward = _sum((forward, backward), self._linear(self.tokens, size[0], size[1], first))
+            size = (inputs, outputs / cut) if number % 2 == 0 else (inputs / cut, outputs)
+            forward, backward = _sum((forward, backward), self._linear(self.tokens, *size))
         # Autograd adds up the gradients of a weight over its walks.
         weights = self.job.shape.matmul_weights(symbols) / self.setting.tensor
         return forward, backward + Pass(elementwise=self.rates.stream(3 * weights * self.job.width))
 
-    def _linear(self, rows: float, inputs: float, outputs: float, normed: bool, experts: float = 1) -> Both:
+    def _linear(self, rows: float, inputs: float, outputs: float, experts: float = 1) -> Both:
         fp8, width = self.job.fp8, self.job.width
         once = self.rates.product(rows, inputs, outputs, fp8 is not None, width)
         others = self.rates.product(rows, outputs, inputs, fp8 is not None, width)
         others += self.rates.product(inputs, rows, outputs, fp8 is not None, width)
         casts = [0.0, 0.0]
         if fp8:
-            # Read in BF16, written in FP8 twice, as it is and transposed; a fused norm has it in FP8 already. The
-            # delayed recipe knows its scales, the others look for the largest value first.
+            # Read in BF16, written in FP8 twice, as it is and transposed. The delayed recipe knows its scales, the
+            # others look for the largest value first.
             look = 0 if fp8 == "delayed" else 2
-            casts = [rows * inputs * ((2 if normed else 4) + look), rows * outputs * (4 + look)]
+            casts = [rows * inputs * (4 + look), rows * outputs * (4 + look)]
         forward, backward = (
             Pass(products=seconds, elementwise=self.rates.stream(moved))
             for seconds, moved in zip((once, others), casts, strict=True)
@@ -169,9 +168,9 @@ class Walk:
         here = shape.experts / setting.expert
         copies = self.tokens * shape.top_k * setting.expert_tensor / setting.tensor / here
         inner = shape.expert_ffn / setting.expert_tensor
-        first = self._linear(copies, shape.hidden, inner * (2 if shape.gated else 1), False, here)
-        second = self._linear(copies, inner, shape.hidden, False, here)
-        router = self._linear(self.tokens / setting.tensor, shape.hidden, shape.experts, False)
+        first = self._linear(copies, shape.hidden, inner * (2 if shape.gated else 1), here)
+        second = self._linear(copies, inner, shape.hidden, here)
+        router = self._linear(self.tokens / setting.tensor, shape.hidden, shape.experts)
         weights = shape.expert_weights("E") * here / setting.expert_tensor
         summed = Pass(elementwise=self.rates.stream(3 * weights * self.job.width))
         return _sum(first, second, router, (Pass(), summed))
@@ -194,16 +193,13 @@ class Walk:
         recurrence, shape, tensor = self.job.recurrence, self.job.shape, self.setting.tensor
         forward = backward = Pass()
         if recurrence.loop_scales:
-            # A norm of its own; an output that is scaled, whose gradient also goes to the scale.
+            # An output that is scaled, whose gradient also goes to the scale.
             host = self.rates.measured.host_unfused
             forward += self._elementwise(2 * shape.hidden / tensor, 3) + Pass(host=host)
             backward += self._elementwise(5 * shape.hidden / tensor, 6) + Pass(host=host)
         for inputs, outputs in shape.linears(symbol) if recurrence.loop_rank else ():
             rank = recurrence.loop_rank
-            down, up = (
-                self._linear(self.tokens, inputs, rank, False),
-                self._linear(self.tokens, rank, outputs, False),
-            )
+            down, up = self._linear(self.tokens, inputs, rank), self._linear(self.tokens, rank, outputs)
             added = self._elementwise(3 * outputs, 2), self._elementwise(inputs * 3, 2)
             launched = Pass(host=self.rates.measured.host_unfused)
             forward, backward = _sum((forward, backward), down, up, added, (launched, launched))
@@ -216,21 +212,20 @@ class Walk:
         return self._elementwise(2 * shape.hidden / tensor, 4), Pass(elementwise=matrix)
 
     def head(self) -> Both:
-        """Output layer and cross-entropy, which are in BF16 and float32 whatever the layers are in."""
+        """Output layer and cross-entropy, which are in BF16 whatever the layers are in."""
         shape, tensor = self.job.shape, self.setting.tensor
         columns, width = shape.vocabulary / tensor, self.job.width
         once = self.rates.product(self.tokens, shape.hidden, columns, width=width)
         others = self.rates.product(self.tokens, columns, shape.hidden, width=width)
         others += self.rates.product(shape.hidden, self.tokens, columns, width=width)
-        loss = [self.rates.stream(each * self.tokens * columns) for each in _CROSS_ENTROPY]
+        loss = [self.rates.stream(each * self.tokens * columns * width) for each in _CROSS_ENTROPY]
         both = Pass(products=once, elementwise=loss[0]), Pass(products=others, elementwise=loss[1])
         return _sum(both, self._between_tensor_ranks())
 
     def ahead(self) -> Both:
         """A depth of multi-token prediction: its layer, what joins its inputs, and the head once more."""
-        joined = self._linear(
-            self.tokens, 2 * self.job.shape.hidden, self.job.shape.hidden / self.setting.tensor, True
-        )
+        hidden = self.job.shape.hidden
+        joined = self._linear(self.tokens, 2 * hidden, hidden / self.setting.tensor)
         return _sum(joined, *(self.sublayer(symbol, False) for symbol in AHEAD), self.head())
 
 
