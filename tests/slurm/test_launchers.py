@@ -213,8 +213,6 @@ def test_container(project: Path, no_slurm: dict[str, str]) -> None:
         (["--set"], {}, "--set needs KEY=VALUE"),
         (["unnamed.yaml"], {}, "names no run folder"),
         (["variable.yaml"], {}, "needs the variable NOBODY_SETS_IT"),
-        ([], {"CLUSTER_NODES": "two"}, "CLUSTER_NODES is 'two'"),
-        ([], {"CLUSTER_GPUS_PER_NODE": "0"}, "CLUSTER_GPUS_PER_NODE is '0'"),
         ([], {}, "there is no sbatch here"),
     ],
 )
@@ -229,6 +227,53 @@ def test_mistakes_are_one_sentence(
     assert told in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (project / "runs").exists(), "nothing was started"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("CLUSTER_TIME", "banana", "minutes, hours:minutes:seconds, or days-hours:minutes:seconds"),
+        ("CLUSTER_TIME", "-5", "minutes, hours:minutes:seconds, or days-hours:minutes:seconds"),
+        ("CLUSTER_TIME", "24:00:00:00", "minutes, hours:minutes:seconds, or days-hours:minutes:seconds"),
+        ("CLUSTER_NODES", "-3", "a positive number"),
+        ("CLUSTER_NODES", "two", "a positive number"),
+        ("CLUSTER_GPUS_PER_NODE", "x", "a positive number, or TYPE:NUMBER"),
+        ("CLUSTER_GPUS_PER_NODE", "0", "a positive number, or TYPE:NUMBER"),
+        ("CLUSTER_CPUS_PER_TASK", "1.5", "a positive number"),
+        ("BRANCHES", "all", "of the form 0-3,5"),
+    ],
+)
+def test_a_setting_without_sense_is_refused(
+    project: Path, no_slurm: dict[str, str], name: str, value: str, expected: str
+) -> None:
+    """Printed, submitted or begun by sbatch, of the environment or the file, whichever script it is."""
+    told = f"{name} is '{value}'; it must be {expected}\n"
+    for script in sorted((project / "slurm").glob("*.sh")):
+        if script.name != "common.sh":
+            done = launch(project, {**no_slurm, "DRY_RUN": "1", name: value}, script=f"slurm/{script.name}")
+            assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{script.name}: {told}")
+    (project / "slurm/cluster.env").write_text(f"{name}={value}\n")
+    for env in ({}, {"SLURM_JOB_ID": "7"}):
+        done = launch(project, {**no_slurm, **env})
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{Path(SCRIPT).name}: {told}")
+    assert not (project / "runs").exists(), "nothing was started"
+
+
+@pytest.mark.parametrize("time", ["90", "90:00", "24:00:00", "1-0", "1-12:30", "7-00:00:00", "UNLIMITED"])
+def test_times_that_sbatch_takes(project: Path, no_slurm: dict[str, str], time: str) -> None:
+    sbatch, _ = dry_run(project, {**no_slurm, "CLUSTER_TIME": time})
+    assert options(sbatch)["time"] == time
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"), [("nodes", "2-4", "a positive number"), ("array", "*", "of the form 0-3,5")]
+)
+def test_further_options_that_the_script_must_understand(
+    project: Path, no_slurm: dict[str, str], option: str, value: str, expected: str
+) -> None:
+    done = launch(project, {**no_slurm, "DRY_RUN": "1", "CLUSTER_SBATCH_OPTIONS": f"--{option}={value}"})
+    told = f"--{option} of CLUSTER_SBATCH_OPTIONS is '{value}'; it must be {expected}\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{Path(SCRIPT).name}: {told}")
 
 
 def test_a_misspelled_key_is_not_submitted(
