@@ -303,8 +303,12 @@ requeue_at_limit() {
 # Ends the job as what became of its ranks asks for.
 follow_up() {
     local state without verdict=0
-    # Not RUNNING: SLURM has cancelled or requeued it, which is not to be undone.
-    state=$(timeout 60 squeue --noheader --jobs="$job" --format=%T 2>/dev/null) || state=UNKNOWN
+    # Not RUNNING: SLURM has cancelled or requeued it, which is not to be undone. Its controller may be away for a while.
+    for _ in {1..10}; do
+        state=$(timeout 60 squeue --noheader --jobs="$job" --format=%T 2>/dev/null) && break
+        state=UNKNOWN
+        sleep 30
+    done
     without=$(ask end --status "$status" --state "$state" --errors "$records/srun.err") || verdict=$?
     [ "$verdict" = 10 ] || exit "$verdict"
     [ -z "$without" ] || find_exclusion "$without"

@@ -317,6 +317,34 @@ def test_a_misspelled_setting_of_the_environment_is_refused(project: Path, no_sl
     assert done.returncode == 0, "a node's own"
 
 
+JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "1"}
+# What a job calls, each noting how; `squeue` does not answer before it is asked a third time.
+CALLED = """\
+#!/bin/bash
+echo "${0##*/} $*" >>'FOLDER/called'
+case "${0##*/} $*" in
+    "scontrol show hostnames"*) echo n1 ;;
+    squeue*) [ "$(grep -c squeue 'FOLDER/called')" = 3 ] && echo RUNNING ;;
+    "cherry job end"*) exit 10 ;;
+esac
+"""
+
+
+def test_a_controller_that_is_away_as_the_ranks_end(project: Path, tmp_path: Path) -> None:
+    """Else the job would pass for one that SLURM has ended, and not go on."""
+    (tmp_path / "bin").mkdir()
+    for name in ("scontrol", "squeue", "srun", "sleep", "cherry"):
+        (tmp_path / "bin" / name).write_text(CALLED.replace("FOLDER", str(tmp_path)))
+        (tmp_path / "bin" / name).chmod(0o755)
+    (project / "runs/cherry_1p8b/jobs/7-0").mkdir(parents=True)
+    done = launch(project, {**JOB, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "HOME": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    called = (tmp_path / "called").read_text().splitlines()
+    (end,) = (line for line in called if line.startswith("cherry job end"))
+    assert "--status 0 --state RUNNING " in end and called.count("sleep 30") == 2
+    assert called[-1] == "scontrol requeue 7"
+
+
 def test_settings_are_known_and_documented(project: Path, no_slurm: dict[str, str]) -> None:
     """A misspelled setting is refused; the example names every one, and works as it is."""
     settings = project / "slurm/cluster.env"
