@@ -1,4 +1,4 @@
-"""What is done around each training step: see platform/steps.py for the order."""
+"""What is done around each training step: see platform/steps.py for the order. The start is watched too."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +15,11 @@ from cherry_megatron.monitor.stragglers import RankTimes
 from cherry_megatron.objective import Objective
 from cherry_megatron.platform.steps import Hooks
 from cherry_megatron.platform.watchdog import Watchdog
+from cherry_megatron.storage.tracker import step_saved
+
+# Of each minute of distributed-timeout-minutes, that a part of the start may take: before the ranks that wait for
+# one that hangs give up, so that each has told where it was.
+_SECONDS = 54.0
 
 
 class AroundStep(Hooks):
@@ -25,18 +30,29 @@ class AroundStep(Hooks):
         objective: what is trained for.
         progress: where it is told.
         evaluate: as `BeforeStep` takes it.
-        rank: of this process.
+        args: Megatron's arguments.
     """
 
     def __init__(
-        self, config: Config, objective: Objective, progress: Progress, evaluate: Callable[..., Any], rank: int
+        self, config: Config, objective: Objective, progress: Progress, evaluate: Callable[..., Any], args: Any
     ) -> None:
         self._before_step = BeforeStep(config, objective, progress, evaluate)
         self._first = True
         self._config, self._progress = config, progress
         self._guard = Guard(config, progress)
         self._times = RankTimes(progress, config.guards.straggler)
-        self._watchdog = Watchdog(config.guards.hang_seconds, config.run / "logs" / f"rank{rank}.log", self._hangs)
+        log = config.run / "logs" / f"rank{args.rank}.log"
+        self._watchdog = Watchdog(config.guards.hang_seconds, log, self._hangs)
+        self._watched_step = step_saved(config.run)
+        self._start_seconds = int(args.distributed_timeout_minutes * _SECONDS)
+
+    def starts(self, what: str) -> None:
+        """A part of the start begins."""
+        self._watchdog.begin(what, self._start_seconds, "nine tenths of distributed-timeout-minutes")
+
+    def started(self) -> None:
+        """The last of them has ended."""
+        self._watchdog.end()
 
     def prepare(self, data_iterator: Any, model: list[torch.nn.Module], config: Any) -> Any:
         if not self._first:  # an evaluation may come before the first
@@ -68,10 +84,11 @@ class AroundStep(Hooks):
         self._watchdog.end()
 
     def _watch(self) -> None:
-        self._watchdog.begin(f"step {self._progress.iteration}")
+        self._watched_step = self._progress.iteration
+        self._watchdog.begin(f"step {self._watched_step}")
 
     def _hangs(self, text: str) -> None:
         if self._progress.records:
-            self._progress.alarm("hang", text, self._progress.iteration)
+            self._progress.alarm("hang", text, self._watched_step)
         else:  # the rank that keeps the records may be the one that is frozen
-            record_alarm(self._config.run, "hang", text, self._progress.iteration)
+            record_alarm(self._config.run, "hang", text, self._watched_step)

@@ -49,6 +49,14 @@ def append_lines(path: Path) -> TextIO:
     return file
 
 
+def add_line(path: Path, value: Any) -> None:
+    """Add a JSON value to a file of lines; it is on the disk when this returns."""
+    with append_lines(path) as file:
+        file.write(json.dumps(value) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def read_lines(path: Path) -> Iterator[Any]:
     """The JSON value of each line; what a killed process left half written is skipped."""
     with path.open("rb") as file:

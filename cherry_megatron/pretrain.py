@@ -95,9 +95,18 @@ def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Call
     evaluation = make_evaluation(config, progress, objective.run_micro_batch)
     loading = Loading(config, args, progress.say, progress.keep_alarm)
     read_by(loader_of(config))
+    build = model_provider(config)
+    around: AroundStep | None = None
+
+    def model(*given: Any, **named: Any) -> torch.nn.Module:
+        if around is not None:
+            around.starts("building and loading the model")
+        return build(*given, **named)
 
     def datasets(samples: tuple[int, int, int]) -> tuple[Any, Any, Any]:
         loading.done()
+        if around is not None:
+            around.starts("building the data sets")
         if args.rank == 0 and not args.skip_train:
             progress.say(where_from(config, args))
         reading: dict[str, Any] = {"selection": config.sgt and config.sgt.marks, "shuffle": config.data.shuffle}
@@ -114,6 +123,8 @@ def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Call
             device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
             share = objective.supervision.share if objective.supervision else None
             record_start(config, args.world_size, device, share)
+        if around is not None:
+            around.started()
         # Megatron would report the test split under the validation's tags.
         return train, valid, None
 
@@ -124,7 +135,7 @@ def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Call
             unchanged_start(config, args)
             keeping = stack.enter_context(Keeping(config, args, progress.say))
             around_each_save(keeping.saves)
-            around = AroundStep(config, objective, progress, evaluation, args.rank)
+            around = AroundStep(config, objective, progress, evaluation, args)
             stack.callback(around.close)
             around_each_step(around)
             stack.enter_context(board(config, args, torch.cuda.is_available()))
@@ -136,7 +147,7 @@ def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Call
             datasets,
             ModelType.encoder_or_decoder,
             objective.forward_step,
-            model_provider(config),
+            model,
             non_loss_data_func=evaluation,
         )
     return evaluation

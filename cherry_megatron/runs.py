@@ -18,7 +18,6 @@ lock              held by the training that writes here
 """
 
 import datetime
-import json
 import os
 import shlex
 import socket
@@ -32,7 +31,7 @@ import yaml
 
 from cherry_megatron.config import Config
 from cherry_megatron.errors import CherryError
-from cherry_megatron.files import lock_or_refuse, read_last_lines, read_lines, write_atomically
+from cherry_megatron.files import add_line, lock_or_refuse, read_last_lines, read_lines, write_atomically
 from cherry_megatron.storage.fallback import newest_whole
 from cherry_megatron.storage.tracker import newest, saved_folder, why_none
 from cherry_megatron.versions import git_state, installed_versions
@@ -69,8 +68,7 @@ def why_lost(run: Path) -> str | None:
 def record_saved_step(run: Path, iteration: int) -> None:
     """Remember that there is a checkpoint: without it the run must not begin anew."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    with (run / SAVES).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": now, "iteration": iteration}) + "\n")
+    add_line(run / SAVES, {"time": now, "iteration": iteration})
 
 
 def checkpoint_to_load(config: Config, training: bool = False) -> Path | None:
@@ -147,8 +145,7 @@ def record_start(config: Config, world_size: int, device: str, rho: float | None
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         **({} if rho is None else {"rho": rho}),
     }
-    with (config.run / "starts.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(start) + "\n")
+    add_line(config.run / "starts.jsonl", start)
 
 
 def read_steps(run: Path) -> list[dict[str, float]]:

@@ -43,6 +43,24 @@ if [ -f "$slurm_folder/cluster.env" ]; then
     eval "$environment" # what the environment already held wins over the file
 fi
 
+positive='[1-9][0-9]{0,5}'
+day_time='[0-9]{1,9}|[0-9]{1,6}:[0-9]{2}(:[0-9]{2})?|[0-9]{1,4}-[0-9]{1,2}(:[0-9]{2}){0,2}|UNLIMITED'
+part='[0-9]{1,6}(-[0-9]{1,6})?'
+tasks_of_array="$part(,$part)*(%$positive)?"
+
+# check_value NAME VALUE PATTERN WHAT: refuses what sbatch would refuse, or understand otherwise.
+check_value() {
+    [ -z "$2" ] || [[ $2 =~ ^($3)$ ]] || fail "$1 is '$2'; it must be $4"
+}
+
+# Also in a job, and also those that the script at hand does not use: one file is for all of them.
+check_value CLUSTER_TIME "${CLUSTER_TIME:-}" "$day_time" "minutes, hours:minutes:seconds, or days-hours:minutes:seconds"
+check_value CLUSTER_NODES "${CLUSTER_NODES:-}" "$positive" "a positive number"
+check_value CLUSTER_GPUS_PER_NODE "${CLUSTER_GPUS_PER_NODE:-}" "([A-Za-z0-9_.-]+:)?$positive" \
+    "a positive number, or TYPE:NUMBER"
+check_value CLUSTER_CPUS_PER_TASK "${CLUSTER_CPUS_PER_TASK:-}" "$positive" "a positive number"
+check_value BRANCHES "${BRANCHES:-}" "$tasks_of_array" "of the form 0-3,5"
+
 # --- arguments ---
 
 # Sets config, run, sets and flags.
@@ -133,26 +151,17 @@ get_option() {
     printf '%s\n' "$value"
 }
 
-# set_count NAME OPTION: a setting that must be a positive number.
-set_count() {
-    [ -n "${!1:-}" ] || return 0
-    [[ ${!1} =~ ^[1-9][0-9]*$ ]] || fail "$1 is '${!1}'; it must be a positive number"
-    set_option "$2" "${!1}"
-}
-
 # Sets options: the #SBATCH lines, overridden by the settings.
 resolve_options() {
-    local extra on_gpus gpus=${CLUSTER_GPUS_PER_NODE:-}
+    local extra on_gpus name gpus=${CLUSTER_GPUS_PER_NODE:-}
     mapfile -t options < <(sed -n 's/^#SBATCH //p' "$slurm_folder/$script")
     [ -z "${CLUSTER_ACCOUNT:-}" ] || set_option account "$CLUSTER_ACCOUNT"
     [ -z "${CLUSTER_PARTITION:-}" ] || set_option partition "$CLUSTER_PARTITION"
     [ -z "${CLUSTER_TIME:-}" ] || set_option time "$CLUSTER_TIME"
-    set_count CLUSTER_CPUS_PER_TASK cpus-per-task
-    on_gpus=$(get_option gpus-per-node)
-    [ -z "$on_gpus" ] || set_count CLUSTER_NODES nodes # what uses no GPU runs on one node
+    [ -z "${CLUSTER_CPUS_PER_TASK:-}" ] || set_option cpus-per-task "$CLUSTER_CPUS_PER_TASK"
+    on_gpus=$(get_option gpus-per-node) # what uses no GPU runs on one node
+    if [ -n "${CLUSTER_NODES:-}" ] && [ -n "$on_gpus" ]; then set_option nodes "$CLUSTER_NODES"; fi
     if [ -n "$gpus" ] && [ -n "$on_gpus" ]; then
-        [[ $gpus =~ ^([A-Za-z0-9_.-]+:)?[1-9][0-9]*$ ]] ||
-            fail "CLUSTER_GPUS_PER_NODE is '$gpus'; it must be a positive number, or TYPE:NUMBER"
         set_option gpus-per-node "$gpus"
         set_option ntasks-per-node "${gpus##*:}"
     fi
@@ -162,6 +171,10 @@ resolve_options() {
     [ -z "${COMMENT:-}" ] || set_option comment "$COMMENT"
     read -ra extra <<<"${CLUSTER_SBATCH_OPTIONS:-}"
     options+=("${extra[@]}")
+    for name in nodes ntasks-per-node cpus-per-task; do
+        check_value "--$name of CLUSTER_SBATCH_OPTIONS" "$(get_option "$name")" "$positive" "a positive number"
+    done
+    check_value "--array of CLUSTER_SBATCH_OPTIONS" "$(get_option array)" "$tasks_of_array" "of the form 0-3,5"
 }
 
 # --- what is started in the job ---
@@ -290,8 +303,12 @@ requeue_at_limit() {
 # Ends the job as what became of its ranks asks for.
 follow_up() {
     local state without verdict=0
-    # Not RUNNING: SLURM has cancelled or requeued it, which is not to be undone.
-    state=$(timeout 60 squeue --noheader --jobs="$job" --format=%T 2>/dev/null) || state=UNKNOWN
+    # Not RUNNING: SLURM has cancelled or requeued it, which is not to be undone. Its controller may be away for a while.
+    for _ in {1..10}; do
+        state=$(timeout 60 squeue --noheader --jobs="$job" --format=%T 2>/dev/null) && break
+        state=UNKNOWN
+        sleep 30
+    done
     without=$(ask end --status "$status" --state "$state" --errors "$records/srun.err") || verdict=$?
     [ "$verdict" = 10 ] || exit "$verdict"
     [ -z "$without" ] || find_exclusion "$without"
@@ -335,7 +352,7 @@ make_logs() {
 array_numbers() {
     local part
     for part in $(tr ',' ' ' <<<"${1%%%*}"); do
-        seq "${part%-*}" "${part#*-}" || fail "the array $1 is not of the form 0-3,5"
+        seq "${part%-*}" "${part#*-}"
     done
 }
 

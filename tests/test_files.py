@@ -4,11 +4,12 @@ import errno
 import fcntl
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
 from cherry_megatron.errors import CherryError
-from cherry_megatron.files import is_locked, lock_or_refuse, read_lines, write_atomically
+from cherry_megatron.files import add_line, is_locked, lock_or_refuse, read_lines, write_atomically
 
 
 def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path):
@@ -21,6 +22,16 @@ def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path):
 def test_lines_that_were_torn_are_passed_over(tmp_path):
     (tmp_path / "lines").write_bytes(b'{"a": 1}\n\x00\xff\xfe\n{"a"\n{"a": 2}\n\x00\x00')
     assert list(read_lines(tmp_path / "lines")) == [{"a": 1}, {"a": 2}]
+
+
+def test_a_line_that_is_added_is_on_the_disk_and_spoils_no_other(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.append(Path(f"/proc/self/fd/{file}").readlink()))
+    path = tmp_path / "lines"
+    path.write_text('{"a": 1}\n{"half')
+    add_line(path, {"a": 2})
+    add_line(path, {"a": 3})
+    assert list(read_lines(path)) == [{"a": 1}, {"a": 2}, {"a": 3}] and flushed == [path] * 2
 
 
 def test_a_lock_is_held_until_its_file_is_closed(tmp_path):

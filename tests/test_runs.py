@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from cherry_megatron.monitor.alarms import read_alarms
-from cherry_megatron.runs import read_steps
+from cherry_megatron.runs import read_steps, record_saved_step
 from cherry_megatron.storage.ancestry import describe
 from cherry_megatron.storage.fallback import newest_whole
 from cherry_megatron.storage.integrity import damage
@@ -80,6 +80,8 @@ def test_checkpoints_without_a_tracker_are_not_written_over(copy):
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(copy):
     saved = copy.parent / "run/checkpoints"
     shutil.rmtree(saved)
+    (copy.parent / "run/saves.jsonl").write_text('{"time": "')  # of a save that was killed
+    record_saved_step(copy.parent / "run", 4)
     assert f"has saved a checkpoint of step 4, and now there is none; restore {saved}" in refused(copy)
     saved.touch()
     assert f"cannot write the run's folder {saved}: {saved} is not a folder; choose another" in refused(copy)

@@ -9,7 +9,6 @@ A training whose checkpoints are gone is not begun anew.
 """
 
 import datetime
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cherry_megatron.errors import CherryError
-from cherry_megatron.files import append_lines, cannot_write, read_lines
+from cherry_megatron.files import add_line, cannot_write, read_lines
 from cherry_megatron.platform.leaving import AGAIN
 from cherry_megatron.runs import why_lost
 
@@ -264,8 +263,7 @@ def _size(path: Path) -> int:
 def _write(run: Path, record: dict[str, Any]) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
-        with append_lines(run / ATTEMPTS) as file:
-            time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            file.write(json.dumps({"time": time, **record}) + "\n")
+        time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        add_line(run / ATTEMPTS, {"time": time, **record})
     except OSError as error:
         raise cannot_write(run / ATTEMPTS, error) from None

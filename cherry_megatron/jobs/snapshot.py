@@ -10,7 +10,9 @@ from cherry_megatron.files import cannot_write, make_folder, write_atomically
 from cherry_megatron.versions import git_difference, git_state
 
 # Variables whose values are nobody's business.
-_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE|COOKIE|AUTH", re.IGNORECASE)
+_SECRET = re.compile(
+    r"TOKEN|SECRET|PASSW|PASSPHRASE|_PWD|JWT|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE|COOKIE|AUTH", re.IGNORECASE
+)
 _IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # user and password
 _NO_SECRET = ("CHERRY_TOKENIZER", "TOKENIZERS_PARALLELISM")
 

@@ -6,12 +6,10 @@ back to, and leaves_out, the steps whose batches are left out.
 """
 
 import datetime
-import json
-import os
 from pathlib import Path
 from typing import Any
 
-from cherry_megatron.files import append_lines, read_lines
+from cherry_megatron.files import add_line, read_lines
 
 ALARMS = "alarms.jsonl"
 
@@ -19,10 +17,7 @@ ALARMS = "alarms.jsonl"
 def record_alarm(run: Path, kind: str, text: str, iteration: int, **details: Any) -> None:
     """Add a line, which is on the disk when this returns."""
     time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    with append_lines(run / ALARMS) as file:
-        file.write(json.dumps({"time": time, "iteration": iteration, "kind": kind, "text": text, **details}) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    add_line(run / ALARMS, {"time": time, "iteration": iteration, "kind": kind, "text": text, **details})
 
 
 def read_alarms(run: Path) -> list[dict[str, Any]]:

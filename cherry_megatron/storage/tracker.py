@@ -66,7 +66,12 @@ def step_saved(run: Path) -> int:
     """
     if (saved := saved_folder(run / "checkpoints")) is None:
         return 0
-    return int((step_named(saved) or newest(saved)).name.removeprefix("iter_"))
+    folder = step_named(saved) or newest(saved)
+    if not folder.name.startswith("iter_"):
+        raise CherryError(
+            f"{saved / TRACKER} names no step but {folder.name!r}; write the number of a checkpoint into it"
+        )
+    return int(folder.name.removeprefix("iter_"))
 
 
 def way_back(folder: Path) -> str:

@@ -55,6 +55,12 @@ def test_a_damaged_checkpoint_is_left_to_the_training() -> None:
     Path("runs/base_1b/checkpoints/latest_checkpointed_iteration.txt").write_text("2x")
     with pytest.raises(CherryError, match="says '2x', which is no checkpoint"):
         stage_of("pretrain", BASE)
+    released = Path("runs/base_1b/checkpoints/release/.metadata")
+    released.parent.mkdir()
+    released.touch()
+    Path("runs/base_1b/checkpoints/latest_checkpointed_iteration.txt").write_text("release")
+    with pytest.raises(CherryError, match="names no step but 'release'; write the number of a checkpoint"):
+        stage_of("pretrain", BASE)
 
 
 def test_what_a_mixture_starts_from() -> None:
@@ -163,7 +169,8 @@ def test_a_job_asks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     assert main(begin) == 2
     assert "there is no SLURM_JOB_ID" in capsys.readouterr().err
     monkeypatch.setenv("SLURM_JOB_ID", "5")
-    monkeypatch.setenv("WANDB_API_KEY", "hidden value")
+    for name in ("WANDB_API_KEY", "SLURM_JWT", "SSL_PASSPHRASE", "MYSQL_PWD"):
+        monkeypatch.setenv(name, "hidden value")
     monkeypatch.setenv("https_proxy", "http://me:hidden@proxy:3128")
     assert main([*begin, "--load", "a", "--", "--lr", "1e-4"]) == 0
     assert capsys.readouterr().out.split() == ["--set", "megatron.load=a", "--set", "megatron.finetune=true"]

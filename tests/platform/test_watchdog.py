@@ -9,6 +9,8 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import pytest
+
 from cherry_megatron.monitor.alarms import read_alarms, record_alarm
 from cherry_megatron.platform import watchdog
 from cherry_megatron.platform.leaving import AGAIN
@@ -51,10 +53,10 @@ def test_what_hangs_is_ended_with_its_stack_in_the_log(tmp_path):
     assert " in stuck" in log and log.count("did not end") == 1
 
 
-def _hang(rank: int, path: Path, port: int, frozen: bool) -> None:
+def _hang(rank: int, path: Path, port: int, frozen: str) -> None:
     from megatron.training import get_args
 
-    from cherry_megatron import cli
+    from cherry_megatron import around_step, cli, pretrain
     from cherry_megatron.objective import Objective
 
     healthy = Objective.forward_step
@@ -63,13 +65,24 @@ def _hang(rank: int, path: Path, port: int, frozen: bool) -> None:
         time.sleep(100)
 
     def forward_step(self, *given):
-        if frozen and rank == 1 and get_args().curr_iteration == 2:
+        if frozen == "step" and rank == 1 and get_args().curr_iteration == 2:
             os.kill(os.getpid(), signal.SIGSTOP)
         if not frozen and rank == 0 and get_args().curr_iteration == 2:
             never_ends_on_one_rank()
         return healthy(self, *given)
 
+    def freezes_before(function):
+        def call(*given, **named):
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return function(*given, **named)
+
+        return call
+
     Objective.forward_step = forward_step
+    if frozen in ("build_model", "build_datasets"):
+        setattr(pretrain, frozen, freezes_before(getattr(pretrain, frozen)))
+        around_step._SECONDS = 0.4  # of 10 minutes
     watchdog._GRACE = 2.0
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
@@ -78,7 +91,7 @@ def _hang(rank: int, path: Path, port: int, frozen: bool) -> None:
     cli.program(["pretrain", "--config", str(path)])
 
 
-def _two_ranks(path: Path, frozen: bool = False) -> list[BaseProcess]:
+def _two_ranks(path: Path, frozen: str = "") -> list[BaseProcess]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -104,13 +117,35 @@ def test_every_rank_says_where_it_was(tmp_path, write_config):
 
 
 def test_a_hang_of_the_rank_that_keeps_the_records_is_recorded(tmp_path, write_config):
-    ranks = _two_ranks(write_config(tmp_path, guards={"hang_seconds": 3}), frozen=True)
+    ranks = _two_ranks(write_config(tmp_path, guards={"hang_seconds": 3}), "step")
     ranks[0].join(120)
     ranks[1].kill()
     ranks[1].join()
     assert ranks[0].exitcode == AGAIN
     (alarm,) = read_alarms(tmp_path / "run")
     assert (alarm["kind"], alarm["iteration"]) == ("hang", 3)
+
+
+@pytest.mark.parametrize(
+    ("where", "what"),
+    [("build_model", "building and loading the model"), ("build_datasets", "building the data sets")],
+)
+def test_a_rank_that_is_frozen_before_the_first_step(where, what, tmp_path, write_config):
+    """Also where a step may take for ever as far as this test goes."""
+    ranks = _two_ranks(write_config(tmp_path), where)
+    ranks[0].join(120)
+    assert ranks[1].is_alive()
+    ranks[1].kill()
+    ranks[1].join()
+    assert ranks[0].exitcode == AGAIN
+    (alarm,) = read_alarms(tmp_path / "run")
+    assert (alarm["kind"], alarm["iteration"]) == ("hang", 0)
+    told = (
+        f"{what} did not end within 4 s (nine tenths of distributed-timeout-minutes): ends, see the stacks in logs/"
+    )
+    assert alarm["text"] == f"{told}rank*.log"
+    log = (tmp_path / "run/logs/rank0.log").read_text()
+    assert told in log and " in _pretrain" in log
 
 
 def test_a_hang_that_every_rank_tells_is_one(tmp_path):

@@ -213,8 +213,6 @@ def test_container(project: Path, no_slurm: dict[str, str]) -> None:
         (["--set"], {}, "--set needs KEY=VALUE"),
         (["unnamed.yaml"], {}, "names no run folder"),
         (["variable.yaml"], {}, "needs the variable NOBODY_SETS_IT"),
-        ([], {"CLUSTER_NODES": "two"}, "CLUSTER_NODES is 'two'"),
-        ([], {"CLUSTER_GPUS_PER_NODE": "0"}, "CLUSTER_GPUS_PER_NODE is '0'"),
         ([], {}, "there is no sbatch here"),
     ],
 )
@@ -229,6 +227,53 @@ def test_mistakes_are_one_sentence(
     assert told in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (project / "runs").exists(), "nothing was started"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("CLUSTER_TIME", "banana", "minutes, hours:minutes:seconds, or days-hours:minutes:seconds"),
+        ("CLUSTER_TIME", "-5", "minutes, hours:minutes:seconds, or days-hours:minutes:seconds"),
+        ("CLUSTER_TIME", "24:00:00:00", "minutes, hours:minutes:seconds, or days-hours:minutes:seconds"),
+        ("CLUSTER_NODES", "-3", "a positive number"),
+        ("CLUSTER_NODES", "two", "a positive number"),
+        ("CLUSTER_GPUS_PER_NODE", "x", "a positive number, or TYPE:NUMBER"),
+        ("CLUSTER_GPUS_PER_NODE", "0", "a positive number, or TYPE:NUMBER"),
+        ("CLUSTER_CPUS_PER_TASK", "1.5", "a positive number"),
+        ("BRANCHES", "all", "of the form 0-3,5"),
+    ],
+)
+def test_a_setting_without_sense_is_refused(
+    project: Path, no_slurm: dict[str, str], name: str, value: str, expected: str
+) -> None:
+    """Printed, submitted or begun by sbatch, of the environment or the file, whichever script it is."""
+    told = f"{name} is '{value}'; it must be {expected}\n"
+    for script in sorted((project / "slurm").glob("*.sh")):
+        if script.name != "common.sh":
+            done = launch(project, {**no_slurm, "DRY_RUN": "1", name: value}, script=f"slurm/{script.name}")
+            assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{script.name}: {told}")
+    (project / "slurm/cluster.env").write_text(f"{name}={value}\n")
+    for env in ({}, {"SLURM_JOB_ID": "7"}):
+        done = launch(project, {**no_slurm, **env})
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{Path(SCRIPT).name}: {told}")
+    assert not (project / "runs").exists(), "nothing was started"
+
+
+@pytest.mark.parametrize("time", ["90", "90:00", "24:00:00", "1-0", "1-12:30", "7-00:00:00", "UNLIMITED"])
+def test_times_that_sbatch_takes(project: Path, no_slurm: dict[str, str], time: str) -> None:
+    sbatch, _ = dry_run(project, {**no_slurm, "CLUSTER_TIME": time})
+    assert options(sbatch)["time"] == time
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"), [("nodes", "2-4", "a positive number"), ("array", "*", "of the form 0-3,5")]
+)
+def test_further_options_that_the_script_must_understand(
+    project: Path, no_slurm: dict[str, str], option: str, value: str, expected: str
+) -> None:
+    done = launch(project, {**no_slurm, "DRY_RUN": "1", "CLUSTER_SBATCH_OPTIONS": f"--{option}={value}"})
+    told = f"--{option} of CLUSTER_SBATCH_OPTIONS is '{value}'; it must be {expected}\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{Path(SCRIPT).name}: {told}")
 
 
 def test_a_misspelled_key_is_not_submitted(
@@ -270,6 +315,34 @@ def test_a_misspelled_setting_of_the_environment_is_refused(project: Path, no_sl
     assert "environment: unknown setting CLUSTER_PARTITON (if it is another program's, unset it)" in done.stderr
     done = launch(project, {**no_slurm, "DRY_RUN": "1", "CLUSTER_NAME": "a", "SLURM_JOB_ID": "7"})
     assert done.returncode == 0, "a node's own"
+
+
+JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "1"}
+# What a job calls, each noting how; `squeue` does not answer before it is asked a third time.
+CALLED = """\
+#!/bin/bash
+echo "${0##*/} $*" >>'FOLDER/called'
+case "${0##*/} $*" in
+    "scontrol show hostnames"*) echo n1 ;;
+    squeue*) [ "$(grep -c squeue 'FOLDER/called')" = 3 ] && echo RUNNING ;;
+    "cherry job end"*) exit 10 ;;
+esac
+"""
+
+
+def test_a_controller_that_is_away_as_the_ranks_end(project: Path, tmp_path: Path) -> None:
+    """Else the job would pass for one that SLURM has ended, and not go on."""
+    (tmp_path / "bin").mkdir()
+    for name in ("scontrol", "squeue", "srun", "sleep", "cherry"):
+        (tmp_path / "bin" / name).write_text(CALLED.replace("FOLDER", str(tmp_path)))
+        (tmp_path / "bin" / name).chmod(0o755)
+    (project / "runs/cherry_1p8b/jobs/7-0").mkdir(parents=True)
+    done = launch(project, {**JOB, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "HOME": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    called = (tmp_path / "called").read_text().splitlines()
+    (end,) = (line for line in called if line.startswith("cherry job end"))
+    assert "--status 0 --state RUNNING " in end and called.count("sleep 30") == 2
+    assert called[-1] == "scontrol requeue 7"
 
 
 def test_settings_are_known_and_documented(project: Path, no_slurm: dict[str, str]) -> None:
