@@ -13,12 +13,13 @@ PREFIX = 8
 
 
 def pairs_of(prompts):
-    """Contexts and continuations: some of one token after the same text, a window of one alone, a full sequence."""
+    """Contexts and continuations: some of one token after the same text, short contexts, a full sequence."""
     texts = [prompt + prompts[2][:7] for prompt in prompts]
     cut = [(text[:-count], text[-count:]) for text, count in zip(texts, SPLITS, strict=True)]
     choices = [(prompts[0], [token]) for token in (5, 300, 77)]
     long = (prompts[2] * 2)[:97]
-    return [*cut, *choices, (long[:1], long[1:]), (long[:60], long[60:])]
+    short = [(text[:2], text[2:]) for text in texts]
+    return [*cut, *choices, *short, (long[:1], long[1:]), (long[:60], long[60:])]
 
 
 def likelihoods(prompts, loops, at_once, model):
@@ -116,7 +117,10 @@ def test_every_layout(name, speaking, single, tmp_path: Path):
 
 
 def mixed(prompts, model):
-    """What `score` gives of a mixture, and sums of probabilities of the experts that each context asks for."""
+    """What `score` gives of a mixture, and sums of probabilities of the experts that each context asks for.
+
+    Also how many choices there are, and how many would be others if what is scored were seen too.
+    """
     import torch
 
     from cherry_megatron.model.mixture import mixture_of
@@ -125,14 +129,19 @@ def mixed(prompts, model):
     mixture.router.outer.data *= 40  # gates that differ from text to text
     found = likelihoods(prompts, 2, 7, model)
     if len(mixture.experts) < mixture.options.experts:
-        return found, None, 0
-    wanted, asked = [], set()
+        return found, None, 0, 0
+    wanted, asked, others = [], set(), 0
+
+    def top(tokens):
+        scores = mixture.router(tokens).exp().mean(1)[0]
+        return sorted(range(len(scores)), key=lambda e: -float(scores[e]))[: mixture.options.top_k]
+
     with torch.no_grad():
         for context, continuation in pairs_of(prompts):
             tokens = [*context, *continuation][:-1]
             read, places = torch.tensor([tokens]), torch.arange(len(tokens))[None]
-            scores = mixture.router(read[:, : len(context)][:, :PREFIX]).exp().mean(1)[0]
-            chosen = sorted(range(len(scores)), key=lambda e: -float(scores[e]))[: mixture.options.top_k]
+            chosen = top(read[:, : len(context)][:, :PREFIX])
+            others += set(chosen) != set(top(read[:, :PREFIX]))
             gates = mixture.router(read)[0].double().exp()[-len(continuation) :]
             experts = [mixture.experts[str(e)].eval()(read, places, None)[0, -len(continuation) :] for e in chosen]
             weight = gates[:, chosen] / gates[:, chosen].sum(1, keepdim=True)
@@ -141,18 +150,19 @@ def mixed(prompts, model):
             total = float(likely.gather(1, said[:, None]).log().sum())
             wanted.append((total, bool((likely.argmax(-1) == said).all())))
             asked.add(tuple(chosen))
-    return found, wanted, len(asked)
+    return found, wanted, len(asked), others
 
 
 def test_a_mixture_gives_the_sum_of_probabilities_on_one_rank_and_on_two(write_mixture, train, tmp_path):  # noqa: F811
     sections = {"megatron": {"seq-length": 96, "max-position-embeddings": 96, "train-iters": 4, "lr": 1e-2}}
     path = write_mixture(tmp_path, sections, experts=4, top_k=2, prefix=PREFIX)
     train(path)
-    ((found, wanted, asked),) = run_ranks(tmp_path / "one", 1, with_model, path, "", mixed)
+    ((found, wanted, asked, others),) = run_ranks(tmp_path / "one", 1, with_model, path, "", mixed)
     assert asked > 1, "texts of the same experts alone are no test"
+    assert others > 0, "contexts that ask for the experts of the whole text are no test of a leak"
     same(found, wanted)
     flags = "--expert-model-parallel-size 2"
-    for theirs, _, _ in run_ranks(tmp_path / "two", 2, with_model, path, flags, mixed):
+    for theirs, *_ in run_ranks(tmp_path / "two", 2, with_model, path, flags, mixed):
         same(theirs, wanted)
 
 

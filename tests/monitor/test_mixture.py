@@ -1,12 +1,15 @@
 """What is kept of a mixture's reports, when an expert counts as left out, how far a router has moved."""
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cherry_megatron.monitor.mixture import MixtureWatch
+from tests.conftest import run_ranks
 
 
 def heard(responsibility, wanted):
@@ -87,3 +90,33 @@ def test_divergence_of_gates(data):
     assert found == pytest.approx(sum(by_hand) / tokens, abs=1e-12)
     assert found >= -1e-12
     assert float(divergence(before, before)) == 0
+
+
+BEFORE, NOW = [[0.9, 0.1], [0.5, 0.5]], [[0.6, 0.4], [0.5, 0.5]]
+
+
+def drift():
+    """What is said of three evaluations: the first one, the gates of another router, and these again."""
+    import torch
+
+    from cherry_megatron.model.options import Mixture
+    from cherry_megatron.monitor.mixture import RouterDrift
+    from tests.model.test_mixture import build
+
+    build(Mixture(experts=2))
+    router, found = RouterDrift(), []
+    for gates, wanted in ((BEFORE, [[1, 0], [1, 0]]), (NOW, [[0, 1], [1, 0]]), (NOW, [[0, 1], [1, 0]])):
+        seen = SimpleNamespace(gates=torch.tensor(gates).log().cuda(), wanted=torch.tensor(wanted).bool().cuda())
+        found.append(router.since_last(SimpleNamespace(seen=seen)))
+    return found
+
+
+def test_a_router_has_moved_since_the_evaluation_before(tmp_path: Path):
+    """KL(before || now), not the other way round."""
+    ((first, moved, still),) = run_ranks(tmp_path, 1, drift)
+    assert first == {}
+    assert moved == {
+        "cherry/moee/router-drift": pytest.approx((0.9 * math.log(1.5) + 0.1 * math.log(0.25)) / 2, rel=1e-5),
+        "cherry/moee/changed-choices": 0.5,
+    }
+    assert still == {"cherry/moee/router-drift": 0, "cherry/moee/changed-choices": 0}

@@ -192,27 +192,37 @@ def test_other_marks_or_order_are_other_text(tmp_path, selective, train):
 
 
 def weighted() -> tuple[float, float]:
-    """The sum of a loss with a teacher, and the same by hand."""
+    """The sum of a loss with a teacher, a balance and two depths, and the same by hand."""
     import torch
 
+    from cherry_megatron.model.multi_token import Ahead
     from cherry_megatron.sgt.loss import loss_function
 
     draw = torch.Generator().manual_seed(3)
     losses, divergence = (torch.rand(2, 5, generator=draw) for _ in range(2))
     mask, selected = ((torch.rand(2, 5, generator=draw) < 0.6).float() for _ in range(2))
     weights = 0.3 + 0.7 * selected / 0.2
-    total, tokens, report = loss_function(mask, losses, selected, weights, divergence=divergence, share=0.25)
+    balance, later = torch.rand(2, generator=draw), torch.rand(2, 2, 5, generator=draw)
+    more = {"balance": balance, "ahead": Ahead(later, None, 0.3)}
+    total, tokens, report = loss_function(
+        mask, losses, selected, weights, divergence=divergence, share=0.25, **more
+    )
     by_hand = sum(
         float(m * w * (0.75 * loss + 0.25 * apart))
         for m, w, loss, apart in zip(
             *(values.flatten() for values in (mask, weights, losses, divergence)), strict=True
         )
     )
+    by_hand += float((balance * mask.sum(1)).sum())
+    for depth, row, t in ((d, row, t) for d in (1, 2) for row in range(2) for t in range(5 - d)):
+        target = row, t + depth
+        by_hand += 0.3 / 2 * float(mask[target] * weights[target] * later[depth - 1, row, t])
     assert int(tokens) == int(mask.sum())
     assert float(report["selected loss"][1] + report["unselected loss"][1]) == float(mask.sum())
     return float(total), by_hand
 
 
-def test_a_teachers_divergence_is_weighted_like_the_loss(tmp_path):
+def test_what_is_added_to_the_loss_has_its_weights_but_for_the_balance(tmp_path):
+    """A teacher's divergence and what is predicted ahead; the balance counts each token of a sequence alike."""
     ((total, by_hand),) = run_ranks(tmp_path, 1, weighted)
     assert total == pytest.approx(by_hand, rel=1e-6)
