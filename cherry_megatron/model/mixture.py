@@ -191,9 +191,11 @@ class MixtureModel(MegatronModule):
         if self.teacher is not None:
             self.divergence = (log_gates.exp() * later.pop()).sum(-1)
         if later:
-            ahead = mixture_loss(log_gates, torch.stack(later))
-            # What the mixture itself finds likeliest no rank knows.
-            self.ahead = Ahead(ahead, None, self.config.mtp_loss_scaling_factor)
+            depths = self.config.mtp_num_layers
+            ahead = mixture_loss(log_gates, torch.stack(later[:depths]))
+            # What the mixture itself finds likeliest no rank knows: what its experts accept of their own.
+            agrees = [(log_gates.exp() * agree).sum(-1) for agree in later[depths:]]
+            self.ahead = Ahead(ahead, torch.stack(agrees) if agrees else None, self.config.mtp_loss_scaling_factor)
         return mixture_loss(log_gates, losses)
 
     def scores(self, log_gates: Tensor) -> Tensor:
@@ -261,7 +263,9 @@ def _numbers(
     rows: Tensor | None,
     teacher: Comparing | None,
 ) -> Tensor:
-    """Numbers of each token by an expert, [numbers, B, s]: its cross-entropy, those of its depths, its divergence.
+    """Numbers of each token by an expert, [numbers, B, s].
+
+    They are its cross-entropy, those of its depths, in evaluation whether it accepts each of these, its divergence.
 
     Args:
         expert: a RecurrentModel.
@@ -271,7 +275,8 @@ def _numbers(
     """
     if rows is None:
         return _pass(expert, tokens, position_ids, labels, None, teacher)
-    count = 1 + (expert.config.mtp_num_layers or 0) + (teacher is not None)
+    of_depth = 1 if expert.training else 2
+    count = 1 + (expert.config.mtp_num_layers or 0) * of_depth + (teacher is not None)
     if not len(rows) and not expert.training:
         return torch.zeros((count, *tokens.shape), device=tokens.device)
     # Without a row of its own it walks one that its gate leaves out: gradients and collectives stay whole.
@@ -291,9 +296,11 @@ def _pass(
     """The numbers of the rows that are given, whose places among the teacher's are `rows`."""
     if teacher is not None:
         teacher.expect(rows)
-    found = [expert(tokens, position_ids, None, labels=labels).float().unsqueeze(0)]
+    found = [expert(tokens, position_ids, None, labels=labels, agreement=not expert.training).float().unsqueeze(0)]
     if expert.ahead is not None:
         found.append(expert.ahead.losses.float())
+        if expert.ahead.agrees is not None:
+            found.append(expert.ahead.agrees.float())
     if teacher is not None:
         found.append(teacher.take().float().unsqueeze(0))
     return torch.cat(found)

@@ -77,7 +77,8 @@ class Ahead:
     Attributes:
         losses: [depths, b, s], cross-entropy of depth d at position t, for the target of position t + d, in nats.
         agrees: [depths, b, s], whether the likeliest token there is the one that the model has at position t + d,
-            once it sees the tokens between: what greedy speculative decoding accepts. Where it is asked for.
+            once it sees the tokens between: what greedy speculative decoding accepts. Where it is asked for. Of a
+            mixture the share of its experts, by their gates, each of which is asked about its own.
         weight: of the mean over depths in the loss.
     """
 

@@ -88,23 +88,36 @@ def test_an_untrained_mixture_is_token_by_token_no_worse_than_its_experts_mean(t
     assert gap > 0.1, "the experts are too alike to show anything"
 
 
-def evaluated_ahead():
-    """The losses of two depths by a mixture that must not compare logits."""
+def accepted(options, ranks):
+    """What a mixture accepts of two depths on this rank's rows, and what its experts do, weighted by its gates."""
     import torch
 
-    from cherry_megatron.model import head
+    model = build(options, ranks, depths=2).eval()
+    every = torch.randint(0, 32, (6, 16), generator=torch.Generator().manual_seed(5)).cuda()
+    tokens = every.chunk(ranks)[torch.distributed.get_rank()]
+    alone = []
+    with torch.no_grad():
+        run(model, tokens)
+        found, gates = model.ahead.agrees, model.seen.log_gates.exp()
+        for expert in model.experts.values() if ranks == 1 else ():
+            run(expert, tokens, agreement=True)
+            alone.append(expert.ahead.agrees)
+    expected = sum(gates[..., number] * agrees for number, agrees in enumerate(alone))
+    return found.tolist(), expected.tolist() if alone else None
+
+
+@pytest.mark.parametrize("top_k", [4, 2])
+def test_a_mixture_accepts_what_its_experts_do_of_their_own(top_k, tmp_path: Path):
+    import torch
+
     from cherry_megatron.model.options import Mixture
 
-    head.likeliest = None
-    model = build(Mixture(experts=2, prefix=4), depths=2).eval()
-    with torch.no_grad():
-        run(model, torch.zeros(2, 16, dtype=torch.long).cuda())
-    return model.ahead.losses.shape, model.ahead.agrees
-
-
-def test_a_mixture_looks_for_no_likeliest_token(tmp_path: Path):
-    """What the mixture itself finds likeliest no rank knows, so what its experts find is of no use."""
-    assert run_ranks(tmp_path, 1, evaluated_ahead) == [((2, 2, 16), None)]
+    options = Mixture(experts=4, top_k=top_k, prefix=4)
+    ((found, expected),) = run_ranks(tmp_path / "one", 1, accepted, options, 1)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected))
+    assert 0 < torch.tensor(found).mean() < 0.9
+    halves = [torch.tensor(half) for half, _ in run_ranks(tmp_path / "two", 2, accepted, options, 2)]
+    torch.testing.assert_close(torch.cat(halves, 1), torch.tensor(found))
 
 
 @settings(deadline=None)  # the first one imports torch

@@ -52,7 +52,8 @@ def step(state, batch, options, model):
 
     Returns:
         Mean loss without the balance and what is predicted ahead, the gradient by name of the whole, what is
-        reported of the mixture, the experts of each row, the mean loss of each depth, and the mean divergence.
+        reported of the mixture, the experts of each row, mean loss and acceptance of each depth, and the mean
+        divergence.
     """
     state = {name: value.double() for name, value in state.items()}
     trained = {name: value.requires_grad_() for name, value in state.items() if name != "router.centre"}
@@ -76,15 +77,17 @@ def step(state, batch, options, model):
     load /= load.sum()  # of what the router wants, whether there is room or not
     mask = batch["loss_mask"].double()
     missed, apart, later = [], [], [[] for _ in range(options["depths"])]
+    accepted = [[] for _ in later]
     added = 0.0
     seen = []  # the row, the gates over its experts, their losses, of each token with a loss
     for row in range(len(gates)):
         found = {e: _likelihoods(models[e], batch, row, len(later), model) for e in sorted(chosen[row])}
-        likelihoods = {e: of_depths[0] for e, of_depths in found.items()}
+        likelihoods = {e: of_depths[0][0] for e, of_depths in found.items()}
         weight = sum(gates[row][:, e] for e in likelihoods)
         for depth in range(1, len(later) + 1):
-            together = sum((gates[row][:, e] / weight)[:-depth] * p[depth] for e, p in found.items())
-            later[depth - 1].append(-together.log())
+            shares = {e: (gates[row][:, e] / weight)[:-depth] for e in found}
+            later[depth - 1].append(-sum(share * found[e][depth][0] for e, share in shares.items()).log())
+            accepted[depth - 1].append(sum(share.detach() * found[e][depth][1] for e, share in shares.items()))
         likelihood = sum(gates[row][:, e] / weight * p for e, p in likelihoods.items())
         missed.append(-likelihood.log())
         if teacher is not None:
@@ -104,8 +107,13 @@ def step(state, batch, options, model):
     ((((1 - share) * missed + share * apart) * counted).sum() + added + ahead).div(tokens).backward()
     report = _report(seen, chosen, wanted, experts)
     gradient = {name: value.grad for name, value in trained.items()}
-    means = [float((of * mask[:, d:]).sum() / mask[:, d:].sum()) for d, of in enumerate((missed, *later))]
-    return means[0], gradient, report, chosen, means[1:], float((apart * mask).sum() / tokens)
+
+    def mean(values, depth=0):
+        return float((values * mask[:, depth:]).sum() / mask[:, depth:].sum())
+
+    of_depths = {f"loss/{d}": mean(of, d) for d, of in enumerate(later, start=1)}
+    of_depths |= {f"acceptance/{d}": mean(torch.stack(of), d) for d, of in enumerate(accepted, start=1)}
+    return mean(missed), gradient, report, chosen, of_depths, mean(apart)
 
 
 def _weights(losses, mask, sgt):
@@ -119,12 +127,16 @@ def _weights(losses, mask, sgt):
 
 
 def _likelihoods(weights, batch, row, depths, model):
-    """What an expert and its depths give the targets of a row: one [s - depth] each."""
+    """What an expert and its depths give the targets of a row, and where it accepts these: [s - depth] of each."""
     tokens, labels = batch["tokens"][row : row + 1], batch["labels"][row]
     sizes = {key: value for key, value in model.items() if key != "walk"}
     x = reference.states(weights, tokens, **model)
     logits = [x @ weights["output_layer.weight"].T, *reference.predicted_ahead(weights, tokens, x, depths, **sizes)]
-    return [F.softmax(each[0], -1).gather(1, labels[depth:, None])[:, 0] for depth, each in enumerate(logits)]
+    likeliest = logits[0][0].argmax(-1)
+    return [
+        (F.softmax(each[0], -1).gather(1, labels[d:, None])[:, 0], (each[0].argmax(-1) == likeliest[d:]).double())
+        for d, each in enumerate(logits)
+    ]
 
 
 def _divergence(gates, models, teacher, tokens, model):
