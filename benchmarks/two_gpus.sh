@@ -48,6 +48,7 @@ export CHERRY_TOKENIZER="$tokenizer" CHERRY_DATA="$data"
 (
     export CUDA_VISIBLE_DEVICES=1
     measure save-cost 300 save_cost.py
+    measure largest-batch 900 largest_batch.py
     part guards 300 -m pytest tests/gpu/test_fused.py tests/gpu/test_guards.py -q -n 6 -p no:cacheprovider
     [ -z "${CHERRY_SHARDS:-}" ] && exit
     pair=models-2-mtp/seed-1
