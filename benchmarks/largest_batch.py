@@ -3,7 +3,8 @@
     python benchmarks/largest_batch.py --tokenizer DIR --data PREFIX --output RESULT.md [--gib 79.2] [--steps 6]
 
 `cherry plan`'s memory model says where to begin; from there micro-batches grow or shrink by one sequence, or a
-sixteenth, until one fits whose successor does not. A step is one micro-batch. A larger GPU gives PyTorch no more than --gib of its memory.
+sixteenth, until one fits whose successor does not. A step is one micro-batch. A larger GPU gives PyTorch no more
+than --gib of its memory.
 """
 
 import argparse

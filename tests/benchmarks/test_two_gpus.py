@@ -27,7 +27,7 @@ def test_parts_and_going_on(tmp_path: Path):
 
     assert not start("0"), "there is no time"
     calls = start()
-    assert len(calls) == 15
+    assert len(calls) == 16
     for call in calls:
         program, *arguments = call.split()
         if program == "-m":
