@@ -89,10 +89,10 @@ class Cluster:
             raise Unavailable(f"not installed: {', '.join(missing)} (make test-deps)")
         if os.geteuid() != 0:
             raise Unavailable("needs root")
-        self._mark = f"# cherry-slurm-test {os.getpid()}"
         self._daemons: list[subprocess.Popen[bytes]] = []
         self.nodes = [f"cherry{os.getpid()}n{i}" for i in range(1, nodes + 1)]
         self._root = Path(tempfile.mkdtemp(prefix="cherry-slurm-"))
+        self._mark = f"# cherry-slurm-test {os.getpid()} {self._root.name}"  # a session may have several clusters
         self.env = {
             **{k: v for k, v in os.environ.items() if not k.startswith(FOREIGN)},
             "SLURM_CONF": str(self._root / "slurm.conf"),
@@ -270,5 +270,5 @@ def _edit_hosts(add: Sequence[str] = (), drop: str | None = None) -> None:
 
 
 def _is_stale(line: str, drop: str | None) -> bool:
-    found = re.search(r"# cherry-slurm-test (\d+)$", line)
+    found = re.search(r"# cherry-slurm-test (\d+) \S+$", line)
     return bool(found) and (found[0] == drop or not Path("/proc", found[1]).exists())
