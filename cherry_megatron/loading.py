@@ -122,6 +122,10 @@ def _damage_by_ranks(folder: Path) -> str | None:
 
 def _first_sentence(error: BaseException, folder: Path) -> str:
     """What an error says, without the folder; a list that its first line announces is part of it."""
+    if isinstance(error, CheckpointException) and error.failures:  # of ranks, each with its own error
+        error = next(iter(error.failures.values()))[0]
+    if "weights_only" in str(error):  # torch advises to load such a file all the same
+        return "it holds objects that no checkpoint needs, which are not made"
     lines = [line.strip() for line in str(error).replace(f" in {folder}", "").splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

@@ -78,6 +78,7 @@ def test_nothing_planted_runs(where, trained, tmp_path):
         assert "Traceback" not in errors
         if arguments[0] == "pretrain" and where != "common.pt":
             assert status == 2 and "restore " in errors
+            assert "CheckpointException" not in errors and "weights_only" not in errors
 
 
 def test_the_payload_is_one(tmp_path):

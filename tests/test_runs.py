@@ -229,6 +229,12 @@ def test_a_checkpoint_that_is_gone_is_fallen_back_from_and_a_run_without_one_sto
     assert "no older checkpoint of the run is whole" in refused(copy, "--", "--train-iters", "6")
 
 
+def test_a_tracker_that_names_a_step_before_all_checkpoints_is_told_what_there_is(copy):
+    (copy.parent / "run/checkpoints/latest_checkpointed_iteration.txt").write_text("0")
+    sentence = refused(copy, "--", "--train-iters", "6")
+    assert "says '0', which is no checkpoint beside it; there are iter_0000002" in sentence
+
+
 def _loses_its_tracker(path: Path) -> tuple[int, str]:
     """When all is verified and Megatron is to load."""
     from cherry_megatron.platform import loading

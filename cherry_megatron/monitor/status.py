@@ -21,6 +21,7 @@ from cherry_megatron.storage.tracker import newest, saved_folder, why_none
 
 _STEPS = 50  # the last ones, of which speed and loss are told
 _SHOWN = 5  # alarms and restarts
+_VERIFIED = "verified: every tensor has its recorded hash"
 _RUNNING = {
     True: "running",
     False: "not running: no training holds its lock",
@@ -40,7 +41,7 @@ def status(run: Path, verify: bool = False) -> tuple[list[str], bool]:
     """
     # A start writes its configuration when all is loaded; one that was refused has none.
     if not any((run / name).is_file() for name in ("config.yaml", ATTEMPTS, LOCK)):
-        return [_no_training(run)], True
+        return _no_training(run, verify)
     config = outline(run / "config.yaml") if (run / "config.yaml").is_file() else None
     steps, running = recent_steps(run), is_locked(run / LOCK)
     attempts = list(read_lines(run / ATTEMPTS)) if (run / ATTEMPTS).exists() else []
@@ -62,14 +63,21 @@ def status(run: Path, verify: bool = False) -> tuple[list[str], bool]:
     return lines, undamaged
 
 
-def _no_training(run: Path) -> str:
-    """What a folder is that no training has written to."""
+def _no_training(run: Path, verify: bool) -> tuple[list[str], bool]:
+    """What a folder is that holds a checkpoint and nothing else of a run, and whether no damage to it was seen."""
     if saved_folder(run) is None and not (run / ".metadata").is_file():
         why = "has no config.yaml yet" if run.exists() else "does not exist"
         raise CherryError(f"{run} is no run's folder: it {why}; name the `run` of a configuration")
     made = read_lineage(open_checkpoint(run).folder) or {}
     by = f"by cherry {made['operation']}, {_ago(made.get('time'))}" if "operation" in made else "elsewhere"
-    return f"{run} is a checkpoint made {by}, and nothing has trained in it; `cherry lineage {run}` tells more"
+    told = [f"{run} is a checkpoint made {by}, and no run's folder; `cherry lineage {run}` tells more"]
+    if not verify:
+        return told, True
+    try:
+        describe(run, verify=True)
+    except CherryError as error:
+        return [*told, f"damaged: {error}"], False
+    return [*told, _VERIFIED], True
 
 
 def _progress(run: Path, steps: list[dict[str, Any]], flags: dict[str, Any]) -> dict[str, list[str]]:
@@ -134,14 +142,14 @@ def _checkpoint(run: Path, running: bool | None, verify: bool, falls_back: bool)
         if verify:
             describe(run, verify=True)
     except CherryError as error:
-        return [f"damaged: {error}", *(_older(saved) if falls_back else [])], False
-    told = "verified: every tensor has its recorded hash" if verify else "hashes recorded, --verify compares them"
+        return [f"damaged: {error}", *(_older(saved, verify) if falls_back else [])], False
+    told = _VERIFIED if verify else "hashes recorded, --verify compares them"
     if made is None:
         told = "without a record of its hashes"
     return [f"step {step_of(folder)}, {_ago((made or {}).get('time'))}, {folder}", told], True
 
 
-def _older(saved: Path) -> list[str]:
+def _older(saved: Path, verify: bool) -> list[str]:
     """What a start does about a damaged newest checkpoint."""
     try:
         _, *older = candidates(saved)
@@ -150,8 +158,11 @@ def _older(saved: Path) -> list[str]:
     for folder in older:
         with suppress(CherryError):
             whole(folder, own=True)
+            if verify:
+                describe(folder, verify=True)
+            so_far = "" if verify else " as far as its sizes tell (--verify compares hashes)"
             return [
-                f"or start again: a start falls back to an older one that is whole by itself, here {folder.name}"
+                f"or start again: a start falls back to the newest older one that is whole, {folder.name}{so_far}"
             ]
     return ["no older checkpoint of the run is whole, so a start stops"]
 

@@ -59,11 +59,14 @@ def newest_whole(saved: Path) -> Path:
         CherryError: what is wrong with the newest, if none is.
     """
     first: CherryError | None = None
-    for folder in candidates(saved):
+    named, *_ = found = candidates(saved)
+    for folder in found:
         try:
             return whole(folder, own=True).folder
         except CherryError as error:
             first = first or error
+    if not named.exists():
+        newest(saved)  # which says what there is instead
     raise CherryError(f"{first}; no older checkpoint of the run is whole")
 
 

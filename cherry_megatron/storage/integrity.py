@@ -15,6 +15,7 @@ from cherry_megatron.errors import CherryError
 INTEGRITY = "integrity.json"
 # What says where tensors lie and in which format: no manifest covers it.
 DESCRIPTION = (".metadata", "metadata.json")
+_READ = ("*.distcp", "common.pt")  # what Megatron reads if it is there
 THREADS = 8  # reading and hashing both let other threads go on
 
 
@@ -32,9 +33,11 @@ def saved_files(folder: Path) -> dict[str, str]:
         files: dict[str, str] = {**content["files"]} if content["algorithm"] == "sha256" else {}
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         files = {}
-    data = {found.name for found in folder.glob("*.distcp")}
-    if not {*DESCRIPTION, *data} <= {*files} or any(Path(name).name != name for name in files):
+    if not {*DESCRIPTION} <= {*files} or any(Path(name).name != name for name in files):
         raise CherryError(f"{path} is damaged")
+    there = {found.name for pattern in _READ for found in folder.glob(pattern)}
+    if foreign := sorted(there - {*files}):
+        raise CherryError(f"{folder / foreign[0]} is none of the files that {path.name} names")
     return files
 
 

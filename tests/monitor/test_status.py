@@ -129,7 +129,27 @@ def test_a_truncated_file_is_seen_by_its_size_and_what_a_start_does_is_told(save
     assert main(["status", str(tmp_path / "run")]) == 0 and main(["status", str(tmp_path / "run"), "--verify"]) == 2
     for text in capsys.readouterr().out.split("run       ")[1:]:
         assert f"damaged: {file} is truncated" in text and "2 of 2 (100.0%)" in text
-        assert "a start falls back to an older one that is whole by itself, here iter_0000001" in text
+        assert "a start falls back to the newest older one that is whole, iter_0000001" in text
+    # Of the older one the hashes are compared too where those of the newest are.
+    _flip(checkpoints / "iter_0000001/__0_0.distcp")
+    assert "as far as its sizes tell" in shown(tmp_path / "run")
+    lines, undamaged = status(tmp_path / "run", verify=True)
+    assert not undamaged and "no older checkpoint of the run is whole, so a start stops" in "\n".join(lines)
+
+
+def test_a_checkpoint_outside_of_a_run_is_verified(saved, tmp_path, capsys):
+    shutil.copytree(saved / "checkpoints", folder := tmp_path / "taken")
+    assert main(["status", str(folder), "--verify"]) == 0
+    assert "no run's folder" in (said := capsys.readouterr().out) and "verified: every tensor" in said
+    _flip(folder / "iter_0000002/__0_0.distcp")
+    assert main(["status", str(folder)]) == 0 and main(["status", str(folder), "--verify"]) == 2
+    assert f"damaged: {folder}/iter_0000002/__0_0.distcp" in capsys.readouterr().out
+
+
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +164,7 @@ def test_the_newest_checkpoint_and_its_hashes(saved, tmp_path):
     assert "verified" in shown(saved, verify=True)
     shutil.copytree(saved, tmp_path / "run")
     (file,) = (tmp_path / "run/checkpoints/iter_0000002").glob("__0_0.distcp")
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+    _flip(file)
     status(tmp_path / "run")
     lines, undamaged = status(tmp_path / "run", verify=True)
     assert not undamaged and "2 of 2 (100.0%)" in (text := "\n".join(lines))

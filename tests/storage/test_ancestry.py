@@ -120,6 +120,14 @@ def test_hashes_that_are_none_are_refused(family):
             describe(family / "small", verify=True)
 
 
+@pytest.mark.parametrize("name", ["common.pt", "__99_0.distcp"])
+def test_what_megatron_would_read_beside_what_was_saved_is_named(name, family):
+    foreign = family / "small/iter_0000000" / name
+    foreign.write_bytes(b"")
+    with pytest.raises(CherryError, match=re.escape(f"{foreign} is none of the files that integrity.json names")):
+        describe(family / "small", verify=True)
+
+
 def test_compressing_a_damaged_source_is_refused(family, config):
     path = max((family / "small/iter_0000000").glob("__[0-9]*.distcp"), key=lambda p: p.stat().st_size)
     data = bytearray(path.read_bytes())
