@@ -101,7 +101,7 @@ def test_time_limit(cluster: Cluster, write_config: Write, project: Path, undist
     """SLURM's signal before the limit, after 45 s here or up to half a minute earlier, as often as it takes."""
     steps = 120
     settings = {"CLUSTER_GPUS_PER_NODE": "1", "CLUSTER_SBATCH_OPTIONS": "--time=2 --signal=TERM@75"}
-    job, run = start(cluster, project, write_config, steps, steps, **settings)
+    job, run = start(cluster, project, write_config, 1, steps, **settings)
     attempts = ends_like(cluster, job, run, undisturbed(2, steps))
     assert 0 < attempts[0].saved == attempts[1].step < steps
     assert attempts[0].reason.startswith("was told to stop")
