@@ -306,20 +306,23 @@ def where_from(config: Config, args: Any) -> str:
     elif args.train_iters is not None and args.iteration >= args.train_iters:
         return f"is at step {args.iteration} of {args.train_iters} already (megatron.train-iters): nothing to train"
     else:
-        found = _other_order(config, checkpoint)
+        found = _other_learning(config, checkpoint)
         start = f"goes on from step {args.iteration}, {checkpoint.folder}"
     found |= other_walk(checkpoint, config.recurrence, ("loops",))
     changes = "".join(f", with {key} {ours} for {theirs}" for key, (ours, theirs) in found.items())
     return f"{start}{changes}{further}"
 
 
-def _other_order(config: Config, checkpoint: Checkpoint) -> Differences:
-    """What makes a run go on with other text than it would have seen."""
+def _other_learning(config: Config, checkpoint: Checkpoint) -> Differences:
+    """What makes a run go on with other text than it would have seen, or learn from another teacher."""
     before = _record(checkpoint.folder)
     if before is None:
         return {}
     trained = _flags_of(config, before)
     found = {f"megatron.{flag}": (config.value(flag), trained.value(flag)) for flag in _ORDER}
+    section = "distillation"
+    ours, theirs = ((settings.get(section) or {}) for settings in (config.as_dict(), before))
+    found |= {f"{section}.{key}": (ours.get(key), theirs.get(key)) for key in (*ours, *theirs)}
     return {key: (str(ours), str(theirs)) for key, (ours, theirs) in found.items() if ours != theirs}
 
 

@@ -173,9 +173,11 @@ def _stays(folder: Path, every: int) -> bool:
 def _parents(config: Config, loaded: Path | None, own: bool) -> list[dict[str, Any]]:
     """Records of what a training starts from and learns from; both may be gone when it saves."""
     parents = parents_of(loaded, own)
-    if config.distillation is not None and not own:
+    if config.distillation is not None:
         teacher = open_checkpoint(Path(config.distillation.load)).folder
-        parents += [{**found, "role": "teacher"} for found in parents_of(teacher, False)]
+        known = {parent["identity"] for parent in parents if parent.get("role") == "teacher"}
+        found = [{**found, "role": "teacher"} for found in parents_of(teacher, False)]
+        parents += [each for each in found if each["identity"] not in known]
     return parents
 
 

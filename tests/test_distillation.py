@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -135,6 +136,28 @@ def test_the_layout_does_not_matter(name, single, teacher, tmp_path, write_confi
 
 
 @pytest.mark.full
+def test_a_run_that_gets_a_teacher_says_so_and_records_each(teacher, tmp_path, write_config, train):
+    from cherry_megatron.checkpoints import where_from
+    from cherry_megatron.config import load
+    from cherry_megatron.storage.lineage import read_lineage
+
+    path = student(tmp_path, teacher, write_config)
+    content = yaml.safe_load(path.read_text())
+    plain = {key: value for key, value in content.items() if key != "distillation"}
+    saved = tmp_path / "run/checkpoints"
+    for steps, settings in ((1, plain), (2, content), (3, content)):
+        path.write_text(yaml.safe_dump(settings))
+        if steps > 1:
+            told = where_from(load(path), SimpleNamespace(load=saved, iteration=1, train_iters=3, finetune=False))
+            assert (f"with distillation.load {teacher.parent}/run for None" in told) == (steps == 2)
+        train(path, flags=f"--train-iters {steps} --lr-decay-iters 9")
+        teachers = [each.get("role") for each in read_lineage(saved / f"iter_000000{steps}")["parents"]]
+        assert teachers == ["teacher"] * (steps > 1)
+    weaker = load(path, ["distillation.weight=0.25"])
+    told = where_from(weaker, SimpleNamespace(load=saved, iteration=3, train_iters=9, finetune=False))
+    assert ", with distillation.weight 0.25 for " in told
+
+
 def test_without_weight_it_is_plain_training_and_with_it_is_not(single, teacher, tmp_path, write_config, train):
     weightless = train(student(tmp_path / "0", teacher, write_config, weight=0.0), flags="--train-iters 8")
     plain = train(write_config(tmp_path / "plain"), flags="--train-iters 8")
