@@ -71,7 +71,7 @@ parse_arguments() {
     flags=()
     shift
     if [ $# -gt 0 ] && [[ $1 != -* ]]; then
-        [ -f "$1" ] || fail "no configuration $1; name a YAML file such as configs/cherry_227m.yaml"
+        [ -f "$1" ] || fail "no configuration $1 in $PWD; name a YAML file by its path from here"
         config=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
         shift
     fi
@@ -112,7 +112,7 @@ yaml_value() {
 run_folder() {
     local file=$1 found='' parent
     for _ in 1 2 3 4 5 6 7 8; do
-        [ -f "$file" ] || break
+        [ -f "$file" ] || fail "$1 extends $file, which is not there"
         found=$(yaml_value run "$file")
         parent=$(yaml_value extends "$file")
         if [ -n "$found" ] || [ -z "$parent" ]; then break; fi
@@ -166,7 +166,8 @@ resolve_options() {
         set_option ntasks-per-node "${gpus##*:}"
     fi
     set_option output "$run/logs/slurm-%j.out"
-    [ -z "${BRANCHES:-}" ] || set_option array "$BRANCHES"
+    # Only what is an array, one task a branch.
+    if [ -n "${BRANCHES:-}" ] && [ -n "$(get_option array)" ]; then set_option array "$BRANCHES"; fi
     [ -z "${AFTER:-}" ] || options+=("--dependency=afterok:$AFTER" --kill-on-invalid-dep=yes)
     [ -z "${COMMENT:-}" ] || set_option comment "$COMMENT"
     read -ra extra <<<"${CLUSTER_SBATCH_OPTIONS:-}"
@@ -350,15 +351,15 @@ make_logs() {
 
 # The numbers of an array such as 0-3,5%2, a line each.
 array_numbers() {
-    local part
-    for part in $(tr ',' ' ' <<<"${1%%%*}"); do
-        seq "${part%-*}" "${part#*-}"
+    local parts=${1%%%*} part number
+    for part in ${parts//,/ }; do
+        for ((number = 10#${part%-*}; number <= 10#${part#*-}; number++)); do echo "$number"; done
     done
 }
 
 cherry_job() {
     verb=$1
-    local default=$2 submission tasks array number numbers
+    local default=$2 submission tasks array number numbers=
     shift 2
     # A configuration of branches is that of one branch in each task of an array.
     [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || export CHERRY_BRANCH=$SLURM_ARRAY_TASK_ID
@@ -367,11 +368,17 @@ cherry_job() {
         make_logs
         start_job
     fi
+    cd "$root" # where the job finds slurm/common.sh, and what relative paths in a configuration are relative to
     resolve_options
     array=$(get_option array)
     if [ -n "$array" ]; then
-        CHERRY_BRANCH=%a find_run # which sbatch replaces
+        numbers=$(array_numbers "$array")
+        [ -n "$numbers" ] || fail "the array $array has no task; write it as 0-3,5"
+        CHERRY_BRANCH=${numbers%%$'\n'*} check_stage # one for all
+        CHERRY_BRANCH=%a find_run                    # which sbatch replaces
         set_option output "$run/logs/slurm-%j.out"
+    else
+        check_stage
     fi
     submission=(sbatch "${options[@]}" "$slurm_folder/$script" "$config" "${sets[@]}" "${flags[@]}")
     if [ "${DRY_RUN:-0}" != 0 ]; then
@@ -387,17 +394,9 @@ cherry_job() {
     fi
     command -v sbatch >/dev/null ||
         fail "there is no sbatch here; run it on a SLURM login node, or with DRY_RUN=1 to see what it would submit"
-    cd "$root" # where the job finds slurm/common.sh, and what relative paths in a configuration are relative to
-    if [ -n "$array" ]; then
-        numbers=$(array_numbers "$array")
-        CHERRY_BRANCH=${numbers%%$'\n'*} check_stage # one for all
-        for number in $numbers; do
-            CHERRY_BRANCH=$number find_run
-            make_logs
-        done
-    else
-        check_stage
+    for number in ${numbers:-none}; do
+        [ "$number" = none ] || CHERRY_BRANCH=$number find_run
         make_logs
-    fi
+    done
     exec "${submission[@]}"
 }

@@ -100,6 +100,8 @@ def stage_of(
             raise CherryError(f"depth compression takes one run, not {', '.join(sources)}")
         arguments, start = ("--load", *sources, "--save", str(output)), sources[0]
     elif verb == "assemble-moee":
+        if not experts(found):
+            raise CherryError(f"{config} is no mixture: it has neither moee.experts nor experts inside layers")
         output, sources = run / ASSEMBLED, list(load) or [str(found) for found in _branches(found, parent)]
         arguments, start = ("--load", *sources, "--save", str(output)), ", ".join(sources)
     else:

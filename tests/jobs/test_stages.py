@@ -108,6 +108,8 @@ def test_assembly(tmp_path: Path) -> None:
     assert inside.arguments == ("--load", "a", "b", "--save", "runs/layers_227m/assembled")
     with pytest.raises(CherryError, match="is the same for all branches"):
         stage_of("assemble-moee", MIXTURE, parent=BASE)
+    with pytest.raises(CherryError, match="is no mixture"):
+        stage_of("assemble-moee", CONFIGS / "cherry_227m.yaml", load=["a", "b"])
 
 
 def evaluated_at(step: int) -> None:

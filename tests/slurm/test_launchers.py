@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -171,6 +172,31 @@ def test_array_of_branches(project: Path, no_slurm: dict[str, str]) -> None:
     assert (found["array"], found["dependency"], found["kill-on-invalid-dep"]) == ("0,3", "afterok:17", "yes")
 
 
+def test_branches_are_those_of_the_launcher_that_is_an_array(project: Path, no_slurm: dict[str, str]) -> None:
+    sbatch, _ = dry_run(project, {**no_slurm, "BRANCHES": "0-3"}, script="slurm/pretrain_base_1b.sh")
+    assert "array" not in options(sbatch)
+    done = launch(project, {**no_slurm, "BRANCHES": "7-3"}, script="slurm/recover_227m.sh")
+    assert (done.returncode, done.stdout) == (2, "") and not (project / "runs").exists()
+    assert done.stderr.endswith("the array 7-3 has no task; write it as 0-3,5\n")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "told"),
+    [
+        ("slurm/evaluate.sh", ["--set", "recurrence.looops=4"], "looops"),
+        ("slurm/assemble_moee.sh", ["configs/cherry_227m.yaml"], "cherry_227m.yaml is no mixture"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_submission_would(
+    script: str, arguments: list[str], told: str, project: Path, no_slurm: dict[str, str]
+) -> None:
+    """Where `cherry` can be called."""
+    env = {**no_slurm, "DRY_RUN": "1", "CHERRY": f"{sys.executable} -m cherry_megatron.cli"}
+    done = launch(project, env, *arguments, script=script)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert told in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_chain_without_slurm(
     project: Path, no_slurm: dict[str, str], stub: Callable[[str], dict[str, str]]
 ) -> None:
@@ -212,6 +238,7 @@ def test_container(project: Path, no_slurm: dict[str, str]) -> None:
         (["--lr", "1"], {}, "'--lr'; Megatron's flags follow after --"),
         (["--set"], {}, "--set needs KEY=VALUE"),
         (["unnamed.yaml"], {}, "names no run folder"),
+        (["orphan.yaml"], {}, "orphan.yaml extends"),
         (["variable.yaml"], {}, "needs the variable NOBODY_SETS_IT"),
         ([], {}, "there is no sbatch here"),
     ],
@@ -220,6 +247,7 @@ def test_mistakes_are_one_sentence(
     project: Path, no_slurm: dict[str, str], arguments: list[str], settings: dict[str, str], told: str
 ) -> None:
     (project / "unnamed.yaml").write_text("megatron: {}\n")
+    (project / "orphan.yaml").write_text("extends: gone.yaml\n")
     (project / "variable.yaml").write_text("run: ${NOBODY_SETS_IT}/runs\n")
     done = launch(project, {**no_slurm, **settings}, *arguments)
     assert done.returncode == 2
