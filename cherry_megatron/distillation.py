@@ -168,6 +168,11 @@ def check_teacher(options: Distillation, student: Config) -> None:
     teacher = teacher_config(options, student)
     with naming("distillation.load"):
         source = open_checkpoint(Path(options.load))
+        if source.experts:
+            raise CherryError(
+                f"{source.folder} is a mixture, and a teacher is one model; name one, such as "
+                "`cherry assemble-moee --extract` makes of it"
+            )
         source.check(list(source.model))
     with naming("distillation.config"):
         check_model(source, teacher.recurrence, teacher.source, teacher.all_flags)

@@ -85,7 +85,8 @@ def load_only(config: Config) -> dict[str, Any]:
     ranks = config.value("tensor-model-parallel-size") * config.value("pipeline-model-parallel-size")
     copies = max(int(os.environ["WORLD_SIZE"]) // ranks, 1)
     little = {"eval-iters": 1, "eval-micro-batch-size": 1, "eval-global-batch-size": copies}
-    return {"skip-train": True, "no-load-optim": True, "no-load-rng": True, **little}
+    # No events either: nothing is learned, and their writer tells of a full disk by a traceback.
+    return {"skip-train": True, "no-load-optim": True, "no-load-rng": True, "tensorboard-dir": None, **little}
 
 
 def _pretrain(config: Config, args: Any, terminal: TextIO, make_evaluation: Callable[..., Any]) -> Any:

@@ -12,6 +12,7 @@ import torch
 import yaml
 from torch.nn import functional as F
 
+from cherry_megatron.cli import main
 from cherry_megatron.storage.ancestry import describe
 from cherry_megatron.storage.checkpoint import Place, open_checkpoint
 from tests.conftest import _train, run_ranks
@@ -208,18 +209,30 @@ def test_a_teacher_is_what_its_configuration_says(teacher, tmp_path, write_confi
     content = yaml.safe_load(words.read_text())
     content["megatron"]["tokenizer-model"] = str(tmp_path / "tokenizer")
     words.write_text(yaml.safe_dump(content))
+    (tmp_path / "moee.yaml").write_text(
+        yaml.safe_dump({**yaml.safe_load(teacher.read_text()), "moee": {"experts": 2}})
+    )
+    twice, mixed = [str(teacher.parent / "run")] * 2, str(tmp_path / "mixed")
+    assert main(["assemble-moee", "--load", *twice, "--save", mixed, "--config", str(tmp_path / "moee.yaml")]) == 0
     paths = [
         student(tmp_path / "fits", teacher, write_config),
         changed("layers", "recurrence", pattern="(*-)x2"),
         changed("angles", "megatron", **{"rotary-base": 500000}),
         changed("heads", "megatron", **{"num-query-groups": 4}),
         words,
+        student(tmp_path / "mixture", teacher, write_config, load=mixed),
     ]
     (found,) = run_ranks(tmp_path / "out", 1, _refusals, paths)
     assert found[0] == ""
     for says, wanted in zip(
         found[1:],
-        ("holds 4 layers, recurrence.pattern 2", "rotary-base is 500000", "query groups", "read the same tokens"),
+        (
+            "holds 4 layers, recurrence.pattern 2",
+            "rotary-base is 500000",
+            "query groups",
+            "read the same tokens",
+            "is a mixture, and a teacher is one model",
+        ),
         strict=True,
     ):
         assert wanted in says, found

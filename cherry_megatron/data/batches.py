@@ -1,6 +1,7 @@
 """Megatron's GPTDataset over the indexed tokens, and one micro-batch on every rank that needs it."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from cherry_megatron.data.dataset import MarkedDataset, MarkedDatasetConfig
 from cherry_megatron.data.shuffle import Shuffle
+from cherry_megatron.files import cannot_write
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 SELECTED = "selected"
@@ -35,7 +37,7 @@ def build_datasets(
         context: tokens at a sequence's beginning that carry no loss as targets.
     """
     config = _config(get_args().seed, selection, shuffle, context)
-    return BlendedMegatronDatasetBuilder(MarkedDataset, list(samples), _reads_data, config).build()
+    return _built(list(samples), config)
 
 
 def build_held_out(samples: int, selection: str | None = None, shuffle: Shuffle = "none", context: int = 0) -> Any:
@@ -45,7 +47,19 @@ def build_held_out(samples: int, selection: str | None = None, shuffle: Shuffle 
         config.split_matrix = [None, config.split_matrix[1], None]
     if config.blend_per_split is not None:
         config.blend_per_split = [None, config.blend_per_split[1], None]
-    return BlendedMegatronDatasetBuilder(MarkedDataset, [0, samples, 0], _reads_data, config).build()[1]
+    return _built([0, samples, 0], config)[1]
+
+
+def _built(samples: list[int], config: MarkedDatasetConfig) -> tuple[Any, Any, Any]:
+    try:
+        found: tuple[Any, Any, Any] = BlendedMegatronDatasetBuilder(
+            MarkedDataset, samples, _reads_data, config
+        ).build()
+    except Exception as error:
+        if isinstance(error.__cause__, OSError):  # Megatron says that it cannot write, not where or why
+            raise cannot_write(Path(str(config.path_to_cache)), error.__cause__) from None
+        raise
+    return found
 
 
 def _config(seed: int, selection: str | None, shuffle: Shuffle, context: int) -> MarkedDatasetConfig:

@@ -50,12 +50,12 @@ def plan_assembly(loads: Sequence[Path], config: Path, overrides: Sequence[str],
     parts = {expert_prefix(number): open_checkpoint(load) for number, load in enumerate(loads)}
     tensors = {start: tensors_of(part, recurrence, config, megatron, depths) for start, part in parts.items()}
     check_alike(list(parts.values()), list(tensors.values()))
+    check_tokenizer(first := parts[expert_prefix(0)], config, megatron)
     jobs: list[Job] = []
     for start, part in parts.items():
         for name, stored in tensors[start].items():
             found = part.tensors[stored]
             jobs.append(Copy((start + stored,), (Spec(start + name, found.dtype, found.shape),)))
-    first = parts[expert_prefix(0)]
     jobs += _router(mixture, first, tensors[expert_prefix(0)][EMBEDDING], seed)
     ahead = not depths and any(name.startswith(DEPTHS) for part in parts.values() for name in part.model)
     lines = [
@@ -151,6 +151,24 @@ def check_alike(parts: list[Checkpoint], tensors: list[dict[str, str]]) -> None:
                 f"{part.folder} was trained with the tokenizer {told_tokenizer(part)}, {known.folder} with "
                 f"{told_tokenizer(known)}; experts predict the same tokens"
             )
+
+
+def check_tokenizer(source: Checkpoint, config: Path, megatron: dict[str, Any]) -> None:
+    """The configuration's tokenizer, if it is there, is that of what is assembled.
+
+    Raises:
+        CherryError: if it is another.
+    """
+    known, folder = tokenizer_of(source), megatron.get("tokenizer-model")
+    if known is None or folder is None or not (Path(folder) / "tokenizer.json").is_file():
+        return
+    from cherry_megatron.data.tokenizer import fingerprint  # a library that surgery mostly does without
+
+    if (found := fingerprint(Path(folder))) != known:
+        raise CherryError(
+            f"{config}: megatron.tokenizer-model is {folder} ({found}), but {source.folder} was trained with "
+            f"{told_tokenizer(source)}; set it to that or a copy of it"
+        )
 
 
 def _router(mixture: Mixture, source: Checkpoint, embedding: str, seed: int) -> list[Job]:

@@ -36,7 +36,7 @@ from cherry_megatron.storage.layers import (
 )
 from cherry_megatron.storage.lineage import ancestors, read_lineage
 from cherry_megatron.surgery.align import Alignment
-from cherry_megatron.surgery.assemble import check_alike, expert_prefix, tensors_of
+from cherry_megatron.surgery.assemble import check_alike, check_tokenizer, expert_prefix, tensors_of
 from cherry_megatron.surgery.compress import Surgery, configuration, initial_std
 from cherry_megatron.surgery.depth import objects
 from cherry_megatron.surgery.jobs import Average, Merge, Router, Stack
@@ -64,8 +64,9 @@ def plan_layers(loads: Sequence[Path], config: Path, overrides: Sequence[str], s
     single = replace(recurrence, pattern=recurrence.pattern.replace(MOE, MLP), loop_routers=False)
     tensors = {start: tensors_of(part, single, config, megatron, depths) for start, part in parts.items()}
     check_alike(list(parts.values()), list(tensors.values()))
-    ancestor = _common_ancestor(list(parts.values()))
     first, names = parts[expert_prefix(0)], tensors[expert_prefix(0)]
+    check_tokenizer(first, config, megatron)
+    ancestor = _common_ancestor(list(parts.values()))
     _check_width(first, names, recurrence, config, megatron)
     heads, groups, _ = heads_of(config, megatron, first.tensors[names[EMBEDDING]].shape[1])
     alignment = Alignment(heads, groups, bool(megatron.get("swiglu")), to_first=True)

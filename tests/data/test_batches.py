@@ -1,6 +1,10 @@
 """Held-out text does not depend on what a training may choose freely."""
 
+import errno
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 from tests.conftest import run_ranks
 
@@ -51,3 +55,18 @@ def test_held_out_text_may_have_files_of_its_own(tmp_path, data, write_config):
         for seed in ("1", "2")
     ]
     assert found[0][:2] == found[1][:2]
+
+
+def test_a_full_disk_is_told_by_the_name_of_the_cache(monkeypatch):
+    from cherry_megatron.data import batches
+    from cherry_megatron.errors import CherryError
+
+    class Builder:
+        def __init__(self, *_: object) -> None: ...
+
+        def build(self) -> None:
+            raise Exception("Failed to write dataset materials") from OSError(errno.ENOSPC, "No space left")
+
+    monkeypatch.setattr(batches, "BlendedMegatronDatasetBuilder", Builder)
+    with pytest.raises(CherryError, match="no space left for RUN/cache; make room and run the same command again"):
+        batches._built([1, 1, 1], SimpleNamespace(path_to_cache="RUN/cache"))

@@ -77,6 +77,15 @@ def _other_tokenizer_of_one_path(folder: Path) -> None:
         _record(folder, number, tokenizer=str(number))
 
 
+def _other_tokenizer_of_the_configuration(folder: Path) -> None:
+    _other_tokenizer(folder)
+    for number in range(2):
+        _record(folder, number, tokenizer="0")
+    content = yaml.safe_load((folder / "config.yaml").read_text())
+    content.setdefault("megatron", {})["tokenizer-model"] = str(folder / "run1/tokenizer")
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+
+
 def _other_tokenizer_of_the_last(folder: Path) -> None:
     _three(folder)
     for number in (1, 2):
@@ -131,6 +140,12 @@ REFUSED = {
         ("run0", "run1"),
         (),
         "experts predict the same tokens",
+    ),
+    "tokenizer-of-the-configuration": (
+        _other_tokenizer_of_the_configuration,
+        ("run0", "run1"),
+        (),
+        "run0/iter_0000007 was trained with",
     ),
     "tokenizer-of-the-last": (
         _other_tokenizer_of_the_last,
